@@ -1,0 +1,205 @@
+"""The K-step reconstruction loss of one layer, its gradient and its curvature products.
+
+    L(W) = sum_k c_k || Y_k - f_k(X; W) ||^2                                       (paper, section 3.1, equation 4)
+
+with f_k the features after the k-th counted operation behind the layer, Y_k those of the dense network, and one
+coefficient c_k per depth. Nothing here forms a curvature matrix: only its product with a vector, exact at any size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+
+from snows.graph import Layer, Stream, Values, Window, to
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class MicroBatch:
+    """What the objective needs of some calibration images, held on the host."""
+
+    values: Values  # what the window reads, from the pruned network
+    targets: list[Tensor]  # Y_0 .. Y_K, each (n, ...)
+
+
+class Objective:
+    """L(W) over a list of micro-batches; see the module's docstring.
+
+    depth_weights: "mean" gives c_k = 1 / numel(Y_k), "relative" gives c_k = 1 / ||Y_k||^2, both over all the images.
+    curvature: "ggn" (Gauss-Newton) or "hessian".
+    """
+
+    def __init__(
+        self, window: Window, batches: list[MicroBatch], depth_weights: str, curvature: str, device: torch.device | str
+    ):
+        self.window, self.batches, self.device = window, batches, device
+        self.depth_weights, self.curvature = depth_weights, curvature
+        self.coefficients = self._coefficients()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def on_batch(self, index: int) -> Objective:
+        """The same loss on one micro-batch alone (for one Newton step per mini-batch)."""
+        return Objective(self.window, [self.batches[index]], self.depth_weights, self.curvature, self.device)
+
+    def _coefficients(self) -> list[float]:
+        def size(target: Tensor) -> float:
+            return target.numel() if self.depth_weights == "mean" else target.square().sum(dtype=torch.float64).item()
+
+        totals = [sum(size(target) for target in depth) for depth in zip(*(b.targets for b in self.batches))]
+        return [1 / total if total > 0 else 0.0 for total in totals]
+
+    def batch(self, index: int) -> tuple[Values, list[Tensor]]:
+        """Micro-batch `index` on the device: (what the window reads, the targets)."""
+        return to(self.batches[index].values, self.device), to(self.batches[index].targets, self.device)
+
+    def distance(self, features: list[Tensor], targets: list[Tensor]) -> Tensor:
+        """sum_k c_k || Y_k - f_k ||^2, a float64 scalar (differentiable)."""
+        parts = ((f - y).square().sum().double() * c for f, y, c in zip(features, targets, self.coefficients))
+        return sum(parts)
+
+    @torch.no_grad()
+    def loss(self, weight: Tensor) -> Tensor:
+        """L(weight), a float64 scalar on the device."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for i in range(len(self)):
+            values, targets = self.batch(i)
+            total += self.distance(self.window(values, weight), targets)
+        return total
+
+    def linearise(self, weight: Tensor) -> Linearisation:
+        """Loss, gradient and curvature products at `weight`."""
+        return Linearisation(self, weight)
+
+
+class Linearisation:
+    """Loss, gradient and curvature products of an objective at one weight.
+
+    The forward pass of each micro-batch and the graph of its first derivative are kept, so that a product costs one
+    tangent pass and one backward pass and recomputes nothing. Micro-batches whose graphs do not fit in half of the
+    free memory are linearised again at every product: slower, the same result.
+
+    loss: float64 scalar. gradient: as the weight, not masked.
+    """
+
+    def __init__(self, objective: Objective, weight: Tensor):
+        self.objective, self.weight = objective, weight
+        self.loss = torch.zeros((), dtype=torch.float64, device=objective.device)
+        self.gradient = torch.zeros_like(weight)
+        self.products: list[Product | None] = []
+        free = free_memory(objective.device) / 2
+        for i in range(len(objective)):
+            with torch.autograd.graph.saved_tensors_hooks(*(meter := _Meter()).hooks):
+                loss, gradient, product = self._linearise(i)
+            self.loss += loss
+            self.gradient += gradient
+            free -= meter.bytes
+            self.products.append(product if free > 0 else None)
+
+    def _linearise(self, index: int) -> tuple[Tensor, Tensor, Product]:
+        objective = self.objective
+        values, targets = objective.batch(index)
+        weight = self.weight.detach().requires_grad_()
+        with torch.enable_grad():
+            features = objective.window(values, weight)
+            if objective.curvature == "hessian":
+                return hessian(objective.distance(features, targets), weight)
+            residuals = [f.detach() - y for f, y in zip(features, targets)]
+            loss = objective.distance([f.detach() for f in features], targets)
+            return loss, *gauss_newton(features, residuals, objective.coefficients, weight)
+
+    def product(self, vector: Tensor) -> Tensor:
+        """B v over all the micro-batches; `vector` and the result are shaped as the weight."""
+        total = torch.zeros_like(vector)
+        for i, product in enumerate(self.products):
+            total += (product or self._linearise(i)[2])(vector)
+        return total
+
+
+def hessian(loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Product]:
+    """(loss, gradient, product) with the exact Hessian: H v = gradient of <grad L, v> (paper, section 3.2)."""
+    (gradient,) = grad(loss, weight, create_graph=True)
+
+    def product(vector: Tensor) -> Tensor:
+        if not gradient.requires_grad:  # L is linear in the weight here: every activation behind it is off
+            return torch.zeros_like(vector)
+        (result,) = grad(gradient, weight, vector, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(vector) if result is None else result
+
+    return loss.detach(), gradient.detach(), product
+
+
+def gauss_newton(
+    features: list[Tensor], residuals: list[Tensor], coefficients: list[float], weight: Tensor
+) -> tuple[Tensor, Product]:
+    """(gradient, product) with the Gauss-Newton matrix: B v = 2 sum_k c_k J_k^T J_k v, positive semi-definite.
+
+    J^T u is linear in u, so its derivative along v with respect to u is J v: both maps live on one kept graph.
+    """
+    seeds = [torch.zeros_like(f, requires_grad=True) for f in features]
+    (pulled_back,) = grad(features, weight, seeds, create_graph=True)
+
+    def transposed(cotangents: list[Tensor]) -> Tensor:
+        scaled = [2 * c * u for c, u in zip(coefficients, cotangents)]
+        return grad(features, weight, scaled, retain_graph=True)[0]
+
+    def product(vector: Tensor) -> Tensor:
+        return transposed(grad(pulled_back, seeds, vector, retain_graph=True, materialize_grads=True))
+
+    return transposed(residuals), product
+
+
+def reconstruction(
+    layer: Layer, sparse: Stream, dense: Stream, k_step: int, targets: str, depth_weights: str, curvature: str
+) -> Objective:
+    """The objective of a layer, both streams standing at it.
+
+    targets: "dense" takes the dense network's own features, so that the layer also repairs what the layers before it
+    broke; "same" runs the dense network on the pruned network's current features (the paper's choice).
+    """
+    window = Window(sparse.network, layer, k_step, sparse.model)
+    teacher = Window(dense.network, layer, k_step, dense.model)
+    dense_weight = dense.model.get_parameter(layer.parameter)
+    batches = []
+    with torch.no_grad():
+        for i in range(len(sparse)):
+            source = dense[i] if targets == "dense" else sparse[i]
+            features = teacher(teacher.enter(source), dense_weight)
+            batches.append(MicroBatch(to(window.enter(sparse[i]), "cpu"), to(features, "cpu")))
+    return Objective(window, batches, depth_weights, curvature, sparse.device)
+
+
+class _Meter:
+    """Counts the bytes that autograd saves, each storage once."""
+
+    def __init__(self):
+        self.storages: dict[int, int] = {}
+        self.hooks = (self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.storages.values())
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Free bytes on a device; 4 GiB where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 4 * 2**30

@@ -1,0 +1,120 @@
+"""How a layer is solved: every choice that the objective and the solver leave open, validated when built.
+
+The same dataclass is the library's keyword arguments, the scripts' flags (`add_flags`, `from_flags`) and what a run
+folder records.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field, fields, replace
+
+from snows.errors import UsageError
+
+PRESETS = {
+    "best": {},
+    # The published method: the dense network on the pruned network's features, the exact Hessian, one step per
+    # mini-batch, plain conjugate gradients; depths weighted by the mean over their elements.
+    "paper": dict(
+        targets="same",
+        curvature="hessian",
+        depth_weights="mean",
+        batching=True,
+        preconditioner="none",
+        newton_steps=3,
+        max_CG_iterations=20,
+    ),
+}
+
+
+def option(default, help: str, choices: tuple | None = None, **bounds):
+    return field(default=default, metadata={"help": help, "choices": choices, **bounds})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the objective and the solver; the defaults are the preset "best".
+
+    Raises:
+        UsageError: a value outside its range or its choices.
+    """
+
+    k_step: int = option(4, "counted operations behind each layer whose features are matched; 0: layer-wise", low=0)
+    targets: str = option(
+        "dense", "features to match: the dense network's own, or the dense network's on the same inputs (paper)",
+        ("dense", "same"),
+    )  # fmt: skip
+    depth_weights: str = option(
+        "relative", "weight of each depth: 1 / ||Y_k||^2, or the mean over its elements (paper)", ("relative", "mean")
+    )
+    curvature: str = option("ggn", "curvature: Gauss-Newton, or the exact Hessian (paper)", ("ggn", "hessian"))
+    preconditioner: str = option(
+        "rows", "preconditioner of CG: inverses of each output row's curvature on its support, or none (paper)",
+        ("rows", "none"),
+    )  # fmt: skip
+    sweeps: int = option(
+        1, "passes over the layers; from the second on, all the other layers are sparse already", low=1
+    )
+    newton_steps: int = option(3, "Newton steps per layer (with --batching True: passes over the batches)", low=1)
+    max_CG_iterations: int = option(6, "curvature products per Newton step, at most", low=1)
+    cg_tolerance: float = option(1e-2, "relative residual at which CG stops", low=0)
+    damping: float = option(1e-3, "first Levenberg-Marquardt damping, relative to the curvature", low=0)
+    batching: bool = option(False, "True: a Newton step per mini-batch (paper); False: one for all the images")
+    batch_size: int = option(128, "calibration images per mini-batch or micro-batch; bounds the memory", low=1)
+    w_warm: bool = option(False, "start each layer at its layer-wise least-squares solution on the support")
+    seed: int = option(0, "seed of the calibration sample and of the preconditioner's probes", low=0)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, name = getattr(self, f.name), f.name
+            kind = type(f.default)
+            if isinstance(value, bool) != (kind is bool) or not isinstance(value, (kind, int)):
+                raise UsageError(f"{name} must be {kind.__name__}, not {value!r}.")
+            if f.metadata["choices"] and value not in f.metadata["choices"]:
+                raise UsageError(f"{name} must be one of {', '.join(f.metadata['choices'])}, not {value!r}.")
+            if not value >= f.metadata.get("low", value):
+                raise UsageError(f"{name} must be at least {f.metadata['low']}, not {value!r}.")
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> Options:
+        """The options of a preset ("best" or "paper"), with changes on top."""
+        if name not in PRESETS:
+            raise UsageError(f"preset '{name}' is neither {' nor '.join(PRESETS)}.")
+        return cls(**{**PRESETS[name], **changes})
+
+    def but(self, **changes) -> Options:
+        """A copy with some options changed."""
+        return replace(self, **changes)
+
+
+def boolean(text: str) -> bool:
+    """True or False as the command line spells them."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
+    return text.lower() == "true"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag per option, plus --preset; flags that are not given take the preset's value."""
+    group = parser.add_argument_group("objective and solver")
+    group.add_argument("--preset", default="best", choices=PRESETS, help="values of the flags below that are not given")
+    for f in fields(Options):
+        if f.name == "seed":  # belongs to the experiment: the scripts may run several
+            continue
+        kind = boolean if isinstance(f.default, bool) else type(f.default)
+        paper = PRESETS["paper"].get(f.name, f.default)
+        values = f"{f.default}" if paper == f.default else f"{f.default}; paper: {paper}"
+        group.add_argument(
+            f"--{f.name}",
+            type=kind,
+            default=argparse.SUPPRESS,
+            choices=f.metadata["choices"],
+            metavar="True|False" if kind is boolean else None,
+            help=f"{f.metadata['help']} (default: {values})",
+        )
+
+
+def from_flags(args: argparse.Namespace, seed: int) -> Options:
+    """The options that parsed flags ask for."""
+    given = {f.name: getattr(args, f.name) for f in fields(Options) if f.name != "seed" and hasattr(args, f.name)}
+    return Options.preset(args.preset, **given, seed=seed)

@@ -1,0 +1,211 @@
+"""Layer by layer: mask, window, targets, solve, write back, advance both streams. The only orchestration."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from snows.errors import Interrupted, TraceError, UsageError
+from snows.graph import Layer, Network, Stream
+from snows.masks import Masks, Pattern, Selection, given
+from snows.objective import reconstruction
+from snows.options import Options
+from snows.preconditioner import can_factor, row_inverses
+from snows.solver import Solution, solve
+
+ALGORITHMS = ("SNOWS", "MP", "MP+")
+# MP+ and --w_warm: each layer's least squares on its support, which is the objective with K = 0 solved to the end.
+LEAST_SQUARES = dict(sweeps=1, k_step=0, targets="same", curvature="ggn", newton_steps=1, batching=False, w_warm=False)
+LEAST_SQUARES |= dict(preconditioner="rows", max_CG_iterations=100, cg_tolerance=1e-4, damping=0.0)
+
+
+@dataclass
+class LayerRecord:
+    """What happened to one pruned layer."""
+
+    name: str
+    sweep: int
+    shape: tuple[int, ...]
+    sparsity: float  # counted from the weight that was written
+    loss_before: float = float("nan")
+    loss_after: float = float("nan")
+    newton_steps: int = 0
+    cg_iterations: int = 0
+    products: float = 0.0  # curvature products, in units of the whole calibration set
+    seconds: float = 0.0
+
+
+@dataclass
+class Pruned:
+    """A pruned network and how it came about."""
+
+    model: nn.Module  # a sparse copy of the caller's model, of the same class, on the same device
+    masks: Masks
+    layers: list[LayerRecord] = field(default_factory=list)
+    left_dense: dict[str, str] = field(default_factory=dict)  # layer name -> reason
+    seconds: float = 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """Share of all the parameters that are zero, counted."""
+        return sparsity(self.model)
+
+    @property
+    def curvature_products(self) -> float:
+        """Curvature products spent, in units of the whole calibration set."""
+        return sum(layer.products for layer in self.layers)
+
+
+def sparsity(model: nn.Module) -> float:
+    """Share of a model's parameters that are exactly zero."""
+    zeros = sum((p == 0).sum().item() for p in model.parameters())
+    return zeros / sum(p.numel() for p in model.parameters())
+
+
+def prune(
+    model: nn.Module,
+    calibration: Tensor | Iterable,
+    pattern: Pattern | Masks,
+    options: Options | None = None,
+    *,
+    algo: str = "SNOWS",
+    device: torch.device | str = "cpu",
+    on_layer: Callable[[LayerRecord, int], None] = lambda record, layers: None,
+) -> Pruned:
+    """Prune a classifier in one shot and re-solve its surviving weights (paper, algorithm 1).
+
+    model: any nn.Module that torch.fx can trace and that maps images to one tensor; it is not changed.
+    calibration: images (n, channels, height, width) as the model wants them, or an iterable (a DataLoader) of such
+        batches, bare or as (images, anything).
+    pattern: Unstructured(...) or NM(...), or masks of your own: {layer name: boolean tensor, True where kept}.
+    algo: "SNOWS"; "MP" (masks only); "MP+" (layer-wise least squares on the masks).
+    on_layer: called with each finished layer's record and the number of layers to prune.
+
+    Raises:
+        TraceError: the model cannot be traced.
+        UsageError: the pattern, the masks or the calibration images do not fit the model.
+        Interrupted: Ctrl-C; its `result` holds the finished layers, the others still dense.
+    """
+    started = time.perf_counter()
+    options = options or Options()
+    if algo not in ALGORITHMS:
+        raise UsageError(f"algorithm '{algo}' is not one of {', '.join(ALGORITHMS)}.")
+    if algo == "MP+":
+        options = options.but(**LEAST_SQUARES)
+    network = Network(model, device)
+    selection = select(network, pattern)
+    result = Pruned(copy.deepcopy(model), selection.masks, left_dense={**network.refused, **selection.left_dense})
+    batches = [] if algo == "MP" else micro_batches(network, calibration, options.batch_size)
+    dense_model = copy.deepcopy(network.model)
+    try:
+        for sweep in range(1 if algo == "MP" else options.sweeps):
+            sparse = Stream(network, network.model, batches, device)
+            dense = Stream(network, dense_model, batches, device)
+            for layer in network.layers:
+                if layer.name not in selection.masks:
+                    continue
+                layer_started = time.perf_counter()
+                start = network.model.get_parameter(layer.parameter) * selection.masks[layer.name]
+                if algo == "MP":
+                    solution = Solution(start)
+                else:
+                    sparse.advance(layer.node)
+                    dense.advance(layer.node)
+                    mask = selection.masks[layer.name]
+                    if options.w_warm and sweep == 0:
+                        start = solve_layer(layer, start, mask, sparse, dense, options.but(**LEAST_SQUARES)).weight
+                    solution = solve_layer(layer, start, mask, sparse, dense, options)
+                for owner in (network.model, result.model):
+                    owner.get_parameter(layer.parameter).data.copy_(solution.weight)
+                result.layers.append(describe(layer, sweep, solution, time.perf_counter() - layer_started))
+                on_layer(result.layers[-1], len(selection.masks) * options.sweeps)
+    except KeyboardInterrupt:
+        raise Interrupted(result) from None
+    finally:
+        result.seconds = time.perf_counter() - started
+    return result
+
+
+def solve_layer(layer: Layer, start: Tensor, mask: Tensor, sparse: Stream, dense: Stream, options: Options) -> Solution:
+    """Solve one layer on its support from `start`, both streams standing at it; nothing is written back."""
+    objective = reconstruction(
+        layer, sparse, dense, options.k_step, options.targets, options.depth_weights, options.curvature
+    )
+    precondition = None
+    if options.preconditioner == "rows" and can_factor(sparse.network.module(layer.node)):
+        precondition = row_inverses(objective, start, mask, options.seed)
+    return solve(
+        objective,
+        start,
+        mask,
+        precondition,
+        newton_steps=options.newton_steps,
+        max_CG_iterations=options.max_CG_iterations,
+        cg_tolerance=options.cg_tolerance,
+        damping=options.damping,
+        batching=options.batching,
+    )
+
+
+def select(network: Network, pattern: Pattern | Masks) -> Selection:
+    """The masks that a pattern chooses for a network, or the caller's own masks, checked."""
+    weights = {layer.name: network.model.get_parameter(layer.parameter) for layer in network.layers}
+    if isinstance(pattern, dict):
+        selection = given(pattern, weights)
+    else:
+        selection = pattern.select(weights, sum(p.numel() for p in network.model.parameters()))
+    if not selection.masks:
+        raise UsageError(f"nothing to prune: {selection.left_dense or 'the model has no Conv2d or Linear layer'}.")
+    return selection
+
+
+def micro_batches(network: Network, calibration: Tensor | Iterable, batch_size: int) -> list[Tensor]:
+    """The calibration images in micro-batches, the last one short, once they are known to run through the line."""
+    batches = list(gather(calibration).split(batch_size))
+    check(network, batches[0].to(next(network.model.parameters()).device))
+    return batches
+
+
+def gather(calibration: Tensor | Iterable) -> Tensor:
+    """All calibration images as one tensor (n, channels, height, width) on the host."""
+    if not isinstance(calibration, Tensor):
+        batches = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in calibration]
+        if not batches or not all(isinstance(batch, Tensor) for batch in batches):
+            raise UsageError("calibration must be a tensor, or batches of images (alone or first in a tuple).")
+        calibration = torch.cat([batch.cpu() for batch in batches])
+    if calibration.ndim != 4 or len(calibration) == 0:
+        raise UsageError(f"calibration images must have shape (n, c, h, w), not {tuple(calibration.shape)}.")
+    if not torch.isfinite(calibration).all():
+        bad = (~torch.isfinite(calibration)).flatten(1).any(1).nonzero().flatten().tolist()
+        raise UsageError(f"{len(bad)} calibration images hold NaN or infinity (the first is number {bad[0]}).")
+    return calibration.detach().cpu()
+
+
+@torch.no_grad()
+def check(network: Network, images: Tensor) -> None:
+    """Run the line once and compare it with the model itself: a trace must not have frozen a data-dependent choice."""
+    line = Stream(network, network.model, [images], images.device)
+    line.advance(network.nodes[-1])
+    ours, own = line[0][network.output], network.model(images)
+    if not torch.allclose(ours, own, rtol=1e-3, atol=1e-3 * own.abs().max().item()):
+        raise TraceError("the traced model computes something else than the model: its forward pass depends on data.")
+
+
+def describe(layer: Layer, sweep: int, solution: Solution, seconds: float) -> LayerRecord:
+    return LayerRecord(
+        layer.name,
+        sweep,
+        tuple(layer.shape),
+        (solution.weight == 0).double().mean().item(),
+        solution.loss_before,
+        solution.loss_after,
+        solution.newton_steps,
+        solution.cg_iterations,
+        solution.products,
+        seconds,
+    )

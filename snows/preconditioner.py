@@ -1,0 +1,138 @@
+"""A preconditioner that knows the support: the exact inverse of each output row's own curvature.
+
+For a layer with weight W (out, in) and input columns x, the curvature of  sum_k c_k || J_k W x ||^2  is
+sum_x (J^T C J) (x) x x^T. Keep of the metric J^T C J that the K steps behind the layer pull back to its output only
+the diagonal g, and the curvature splits into one block per output row i, restricted to that row's support S_i:
+
+    B_i = g_i A[S_i, S_i],      A = sum_x x x^T.
+
+Each block is damped, inverted once per layer and applied to the row's residual. Restricting before inverting is what
+counts at high sparsity: the inverse of a whole Kronecker product restricted afterwards is a far worse preconditioner.
+With K = 0 it is the exact inverse, up to its damping.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import grad
+
+from snows.graph import Values, Window
+from snows.objective import Objective
+
+MAX_BYTES = 2**31  # of all the inverses of a layer; beyond it each row's support is cut into smaller blocks
+RELATIVE_DAMPING = 1e-3
+
+
+class RowInverses:
+    """r -> (g_i (A[S_i, S_i] + damping))^-1 r_i for every output row i: symmetric, positive definite on the support.
+
+    moment: A, (groups, in, in). scale: g, (out,). mask: boolean, as the weight (out, in, ...).
+    max_bytes: where the inverses of whole rows need more, each row is cut into blocks of its support (block Jacobi).
+    """
+
+    def __init__(
+        self,
+        moment: Tensor,
+        scale: Tensor,
+        mask: Tensor,
+        damping: float = RELATIVE_DAMPING,
+        max_bytes: int = MAX_BYTES,
+    ):
+        rows = mask.flatten(1)
+        self.columns = len(rows[0])
+        self.scale = scale / scale.mean().clamp_min(torch.finfo(scale.dtype).tiny) + damping
+        size = int(rows.sum(1).max())
+        # Row i's support, padded with columns off the support, which `kept` cancels.
+        self.support = rows.int().argsort(dim=1, descending=True, stable=True)[:, :size]
+        self.kept = rows.gather(1, self.support).to(moment.dtype)
+        group = torch.arange(len(rows), device=mask.device) // (len(rows) // len(moment))
+        moment = moment / moment.diagonal(dim1=1, dim2=2).mean().clamp_min(torch.finfo(moment.dtype).tiny)
+        width = max(1, min(size, max_bytes // max(1, len(rows) * size * moment.element_size())))
+        self.blocks = [
+            (block, self._inverse(moment, group, block, damping))
+            for block in (slice(start, start + width) for start in range(0, size, width))
+        ]
+
+    def _inverse(self, moment: Tensor, group: Tensor, block: slice, damping: float) -> Tensor:
+        """(rows, width, width): the inverse of every row's block of A, the identity where it is padded."""
+        support, kept = self.support[:, block], self.kept[:, block]
+        matrix = moment[group[:, None, None], support[:, :, None], support[:, None, :]]
+        matrix *= kept[:, :, None] * kept[:, None, :]
+        matrix.diagonal(dim1=1, dim2=2).add_(1 - kept)
+        while True:
+            identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+            factor, failed = torch.linalg.cholesky_ex(matrix + damping * identity)
+            if not failed.any() or not damping < 1:
+                return torch.cholesky_inverse(factor)
+            damping *= 10  # rounding made a nearly singular block indefinite
+
+    def __call__(self, residual: Tensor) -> Tensor:
+        rows = residual.flatten(1).gather(1, self.support) * self.kept
+        parts = [torch.bmm(inverse, rows[:, block, None])[..., 0] for block, inverse in self.blocks]
+        solved = torch.cat(parts, dim=1) / self.scale[:, None] * self.kept
+        return torch.zeros_like(residual.flatten(1)).scatter_(1, self.support, solved).view_as(residual)
+
+
+def can_factor(module: nn.Module | None) -> bool:
+    """Whether the columns that a layer multiplies are known: a plain convolution or linear map."""
+    return type(module) in (nn.Conv2d, nn.Linear)
+
+
+def columns(module: nn.Module, x: Tensor) -> Tensor:
+    """The input columns that a layer's weight multiplies: (groups, in, positions), `in` as in weight.flatten(1)."""
+    if isinstance(module, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1]).transpose(1, 2)
+    padding = module.padding
+    if module.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=mode), 0
+    patches = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)  # (n, C kh kw, positions)
+    n, _, positions = patches.shape
+    return patches.view(n, module.groups, -1, positions).permute(1, 2, 0, 3).flatten(2)
+
+
+def input_moment(objective: Objective) -> Tensor:
+    """A: the sum of x x^T over calibration images and positions, (groups, in, in)."""
+    layer, total = objective.window.layer, 0.0
+    module = objective.window.network.module(layer.node)
+    for i in range(len(objective)):
+        x = columns(module, objective.batch(i)[0][layer.node.args[0]])
+        total = total + x @ x.transpose(1, 2)
+    return total
+
+
+def output_scale(objective: Objective, weight: Tensor, seed: int) -> Tensor:
+    """g: the diagonal of  sum_k c_k J_k^T J_k  with respect to the layer's output channels, (out,).
+
+    Estimated with one probe of random signs u per image: the mean of (J^T C^1/2 u)^2 is that diagonal (Hutchinson).
+    """
+    generator, total = torch.Generator().manual_seed(seed), 0.0
+    for i in range(len(objective)):
+        values, _ = objective.batch(i)
+        pulled = pull_back_probe(objective.window, values, weight, objective.coefficients, generator)
+        channels_last = pulled.movedim(1, -1) if len(objective.window.layer.shape) > 2 else pulled
+        total = total + channels_last.flatten(0, -2).square().sum(0)
+    return total
+
+
+def pull_back_probe(
+    window: Window, values: Values, weight: Tensor, coefficients: list[float], generator: torch.Generator
+) -> Tensor:
+    """J^T C^1/2 u for random signs u, shaped as the layer's output."""
+    with torch.no_grad():
+        output = window.output(values, weight)
+    output.requires_grad_()
+    with torch.enable_grad():
+        features = window.behind(values, output)
+    signs = [
+        torch.randint(0, 2, f.shape, generator=generator).to(f).mul_(2).sub_(1) * c**0.5
+        for f, c in zip(features, coefficients)
+    ]
+    return grad(features, output, signs)[0]
+
+
+def row_inverses(objective: Objective, weight: Tensor, mask: Tensor, seed: int) -> RowInverses:
+    """The preconditioner of a layer; costs one unfolding and one backward pass over the calibration set."""
+    return RowInverses(input_moment(objective), output_scale(objective, weight, seed), mask)

@@ -1,0 +1,188 @@
+"""What a run leaves: the table on the screen and a folder that loads back.
+
+args.json  environment.json  metrics.json  layers.csv  calibration.json  model.safetensors  masks.safetensors
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from torch import nn
+from tqdm import tqdm
+
+from snows.errors import SnowsError, UsageError
+from snows.masks import Masks
+from snows.pipeline import LayerRecord, Pruned
+
+
+def new_folder(path: Path | None, name: str) -> Path:
+    """Create the run's folder: `path`, or runs/<name>-<time>.
+
+    Raises:
+        UsageError: the folder holds a run already. SnowsError: it cannot be created.
+    """
+    path = path or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"{path} exists and is not empty: choose another --out_dir.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SnowsError(f"cannot create {path}: {error}") from error
+    return path
+
+
+def environment(device: torch.device | str) -> dict:
+    """Versions and machine, as far as they bear on the figures."""
+    cuda = torch.device(device).type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "machine": machine(device),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if cuda else None,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def machine(device: torch.device | str = "cpu") -> str:
+    """The processor's name and number of cores, or the GPU's name."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def peak_memory(device: torch.device | str) -> int:
+    """Peak bytes so far: of the GPU where there is one, else of this process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: under another name first, then renamed.
+
+    Raises:
+        SnowsError: the disk is full, or the folder cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SnowsError(
+            f"cannot write {path}: {error}. Make room and run again, or choose another --out_dir."
+        ) from error
+
+
+def write_json(path: Path, record: dict) -> None:
+    write(path, json.dumps(record, indent=2, default=str) + "\n")
+
+
+def save(folder: Path, pruned: Pruned, metrics: dict) -> dict:
+    """Write weights, masks, per-layer records and metrics; returns the metrics with the sparsity of the saved weights."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in pruned.model.state_dict().items()}
+    masks = {name: mask.cpu().contiguous() for name, mask in pruned.masks.items()}
+    write(folder / "model.safetensors", safetensors.torch.save(unshared(state)))
+    write(folder / "masks.safetensors", safetensors.torch.save(masks))
+    columns = [f.name for f in fields(LayerRecord)]
+    rows = [{**asdict(layer), "shape": "x".join(map(str, layer.shape))} for layer in pruned.layers]
+    write(folder / "layers.csv", table(columns, rows))
+    saved = safetensors.torch.load_file(folder / "model.safetensors")
+    names = [name for name, _ in pruned.model.named_parameters()]
+    zeros = sum((saved[name] == 0).sum().item() for name in names)
+    metrics = {**metrics, "sparsity": zeros / sum(saved[name].numel() for name in names)}
+    write_json(folder / "metrics.json", metrics)
+    return metrics
+
+
+def unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies where two names share memory (tied weights), which safetensors refuses."""
+    seen, result = set(), {}
+    for name, tensor in state.items():
+        pointer = tensor.data_ptr()
+        result[name] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    return result
+
+
+def table(columns: list[str], rows: list[dict]) -> str:
+    """Rows as CSV."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def load(folder: str | Path, model: nn.Module) -> tuple[nn.Module, Masks]:
+    """Load a run folder's weights into `model`, a network of the same architecture; returns it and the masks.
+
+    Raises:
+        SnowsError: a file is missing or damaged, or the weights do not fit the model.
+    """
+    folder = Path(folder)
+    try:
+        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+        return model, safetensors.torch.load_file(folder / "masks.safetensors")
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        raise SnowsError(f"cannot load {folder}: {error}") from error
+
+
+class Progress:
+    """A bar over the layers, and a line for each that is finished."""
+
+    def __init__(self, name: str):
+        self.bar = tqdm(desc=name, unit="layer", dynamic_ncols=True, file=sys.stdout, disable=not sys.stdout.isatty())
+
+    def __call__(self, layer: LayerRecord, layers: int) -> None:
+        line = f"  {layer.name:<28} {layer.sparsity:6.1%} zero"
+        if layer.products:
+            line += f"   loss {layer.loss_before:9.3g} -> {layer.loss_after:9.3g}"
+            line += f"   {layer.newton_steps} steps, {layer.cg_iterations:3d} CG iterations, {layer.seconds:6.1f} s"
+        tqdm.write(line, file=sys.stdout)
+        self.bar.total = layers
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def summary(metrics: dict) -> str:
+    """The closing table: dense, masked only, pruned."""
+    lines = [
+        "",
+        f"  {'':<12} {'accuracy':>9} {'zeros':>8}",
+        f"  {'dense':<12} {metrics['dense_accuracy']:8.2f}% {metrics['dense_sparsity']:8.2%}",
+        f"  {'masked only':<12} {metrics['masked_accuracy']:8.2f}% {metrics['sparsity']:8.2%}",
+    ]
+    if metrics["algo"] != "MP":
+        lines.append(f"  {metrics['algo']:<12} {metrics['accuracy']:8.2f}% {metrics['sparsity']:8.2%}")
+    lines += ["", f"  {metrics['seconds']:.0f} s, {metrics['curvature_products']:.0f} curvature products"]
+    if metrics["left_dense"]:
+        lines += ["  left dense:", *(f"    {name}: {reason}" for name, reason in metrics["left_dense"].items())]
+    return "\n".join(lines)

@@ -1,0 +1,196 @@
+"""Traces, windows and streams: they compute what the model computes, and count what the paper counts."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import TinyCNN, randomise
+from torch import nn
+
+from snows.errors import TraceError
+from snows.graph import Network, Stream, Window
+
+FAMILIES = {
+    "resnet": lambda: timm.create_model("resnet18", num_classes=7),
+    "mobilenet (depthwise, squeeze-excite)": lambda: timm.create_model("mobilenetv3_small_050", num_classes=7),
+    "mobilenet of torchvision": lambda: torchvision.models.mobilenet_v2(num_classes=7, width_mult=0.35),
+    "densenet (concatenation)": lambda: torchvision.models.DenseNet(8, (2, 3), 16, num_classes=7),
+    "densenet of timm": lambda: timm.create_model("densenet121", num_classes=7, growth_rate=4, block_config=(2, 2)),
+    "convnext": lambda: timm.create_model("convnext_atto", num_classes=7, depths=(1, 1, 2, 1)),
+    "efficientnet (same padding)": lambda: timm.create_model("tf_efficientnet_b0", num_classes=7),
+    "regnet (groups)": lambda: timm.create_model("regnety_002", num_classes=7),
+    "vit": lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=7, depth=2),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_windows_compose_to_the_models_own_output(family):
+    model = randomise(FAMILIES[family]()).float()
+    for parameter in model.parameters():  # tame, so that the comparison is one of significant digits
+        parameter.data.mul_(0.3)
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    network = Network(model)
+    stream = Stream(network, network.model, list(images.split(2)), "cpu")
+    expected = model(images).detach()
+    picked = network.layers[:: max(1, len(network.layers) // 5)]
+    for layer in picked:
+        stream.advance(layer.node)
+        window = Window(network, layer, k_step=10**6)
+        weight = network.model.get_parameter(layer.parameter)
+        got = torch.cat([window(window.enter(stream[i]), weight)[-1] for i in range(len(stream))])
+        assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+def test_every_window_value_equals_the_models_feature(tiny, images):
+    """Hooks on the original model are the reference for f_0 .. f_K, BatchNorm folded and ReLU in place or not."""
+    network = Network(tiny)
+    stream = Stream(network, network.model, [images], "cpu")
+    stream.advance(network.layers[0].node)
+    window = Window(network, network.layers[0], k_step=10)
+    features = window(window.enter(stream[0]), tiny.stem.weight)
+
+    seen = []
+    reference = copy.deepcopy(tiny)
+    reference.relu.inplace = False
+    for module in (reference.bn, reference.relu, reference.bn2, reference.gate, reference.fc):
+        module.register_forward_hook(lambda m, i, o: seen.append(o.detach().clone()))
+    reference(images)
+    seen.insert(5, torch.sigmoid(seen[4]))  # the functional activation
+    assert len(features) == len(seen) == 7  # conv, relu, conv, relu again, conv, sigmoid, linear
+    for ours, own in zip(features, seen):
+        torch.testing.assert_close(ours, own)
+
+
+def test_a_shared_relu_counts_each_time_it_is_called(tiny):
+    network = Network(tiny)
+    counted = [node.name for node in network.nodes if network.is_counted(node)]
+    assert counted == ["stem", "relu", "grouped", "relu_1", "gate", "sigmoid", "fc"]
+
+
+def test_layers_come_in_execution_order_not_in_order_of_definition():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.first = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
+
+        def forward(self, x):
+            return self.last(self.first(x))
+
+    network = Network(Backwards())
+    assert [layer.name for layer in network.layers] == ["first", "last"]
+    assert len(Window(network, network.layers[0], 5).features) == 2
+
+
+def test_a_window_runs_nothing_before_its_layer_and_a_stream_runs_each_module_once(tiny, images):
+    calls = []
+    network = Network(tiny)
+    for name, module in network.model.named_children():
+        module.register_forward_hook(lambda m, i, o, name=name: calls.append(name))
+    stream = Stream(network, network.model, [images], "cpu")
+    for layer in network.layers:
+        stream.advance(layer.node)
+        window = Window(network, layer, 2)
+        before = len(calls)
+        window(window.enter(stream[0]), network.model.get_parameter(layer.parameter))
+        called, order = calls[before:], ["stem", "relu", "grouped", "gate", "fc"]
+        assert all(order.index(name) >= order.index(layer.name) for name in called if name != "relu")
+        del calls[before:]
+    assert calls == ["stem", "bn", "relu", "grouped", "bn2", "relu", "gate"]
+
+
+def test_streams_forget_what_no_later_node_reads(tiny, images):
+    network = Network(tiny)
+    stream = Stream(network, network.model, list(images.split(2)), "cpu")
+    stream.advance(network.layers[-1].node)
+    assert [len(values) for values in stream.values] == [1, 1, 1]
+
+
+class Statement(nn.Module):
+    """In-place operations written as statements: the old name is read afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu, self.next = nn.Conv2d(2, 2, 1), nn.ReLU(inplace=True), nn.Conv2d(2, 2, 1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        self.relu(x)
+        x.mul_(2).add_(1)
+        F.relu(x, inplace=True)
+        torch.relu_(x)
+        return self.next(x)
+
+
+def test_in_place_operations_keep_their_meaning_without_writing():
+    model = randomise(Statement())
+    images = torch.randn(2, 2, 3, 3, dtype=torch.float64)
+    network = Network(model)
+    stream = Stream(network, network.model, [images], "cpu")
+    stream.advance(network.nodes[-1])
+    torch.testing.assert_close(stream[0][network.output], model(images))
+    window = Window(network, network.layers[0], 1)
+    pre, post = window({network.input: images}, model.conv.weight)
+    torch.testing.assert_close(pre, model.conv(images))  # not overwritten by the ReLU behind it
+    torch.testing.assert_close(post, model.conv(images).relu())
+
+
+def test_a_weight_used_twice_is_one_layer_and_follows_both_uses():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 1)
+
+        def forward(self, x):
+            return self.conv(self.conv(x))
+
+    model, weight = randomise(Twice()), torch.randn(2, 2, 1, 1, dtype=torch.float64)
+    images = torch.randn(2, 2, 3, 3, dtype=torch.float64)
+    network = Network(model)
+    assert [layer.name for layer in network.layers] == ["conv"]
+    got = Window(network, network.layers[0], 1)({network.input: images}, weight)[-1]
+    model.conv.weight.data = weight
+    torch.testing.assert_close(got, model(images))
+
+
+def test_weights_read_by_a_function_are_layers_and_standardised_weights_are_refused():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain, self.standard = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
+
+        def forward(self, x):
+            x = F.conv2d(x, self.plain.weight, self.plain.bias)
+            return F.conv2d(x, self.standard.weight - self.standard.weight.mean())
+
+    model, weight = randomise(Functional()), torch.randn(2, 2, 1, 1, dtype=torch.float64)
+    images = torch.randn(2, 2, 3, 3, dtype=torch.float64)
+    network = Network(model)
+    assert [layer.name for layer in network.layers] == ["plain"]
+    assert "transformed" in network.refused["standard"]
+    stream = Stream(network, network.model, [images], "cpu")
+    stream.advance(network.layers[0].node)
+    window = Window(network, network.layers[0], 1)
+    got = window(window.enter(stream[0]), weight)[-1]
+    model.plain.weight.data = weight
+    torch.testing.assert_close(got, model(images))
+
+
+def test_a_model_that_cannot_be_traced_names_the_module():
+    class Branch(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(TraceError, match=r"cannot trace 1 \(Branch\)"):
+        Network(nn.Sequential(nn.Conv2d(2, 2, 1), Branch()))
+
+
+def test_the_callers_model_is_left_alone(tiny, images):
+    before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    Network(tiny)
+    assert tiny.relu.inplace and tiny.stem.weight.requires_grad
+    assert all(torch.equal(before[name], tensor) for name, tensor in tiny.state_dict().items())
+    assert not any(module._forward_hooks for module in tiny.modules())
+    assert isinstance(tiny, TinyCNN)

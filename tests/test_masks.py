@@ -1,0 +1,100 @@
+"""Masks: the pattern holds exactly, whatever the weights."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from snows import NM, Unstructured, UsageError
+
+SHAPES = st.lists(
+    st.one_of(st.tuples(st.integers(1, 6), st.integers(1, 9)), st.tuples(*[st.integers(1, 5)] * 4)),
+    min_size=1,
+    max_size=4,
+)
+
+
+def random_weights(shapes, seed):
+    """Random weights, with ties and zeros among them."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = (torch.randn(shape, generator=generator) for shape in shapes)
+    return {f"layer{i}": (w * 4).round() / 4 if i % 2 else w for i, w in enumerate(draw)}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    SHAPES, st.integers(0, 99), st.floats(0, 0.999), st.floats(0, 1), st.sampled_from(["global", "uniform"]),
+    st.integers(0, 50),
+)  # fmt: skip
+def test_unstructured_removes_exactly_the_share_of_all_parameters(shapes, seed, target, cap, allocation, others):
+    weights = random_weights(shapes, seed)
+    total = sum(w.numel() for w in weights.values()) + others
+    pattern = Unstructured(target, cap, allocation)
+    try:
+        masks = pattern.select(weights, total).masks
+    except UsageError as error:
+        assert "out of reach" in str(error)
+        assert round(target * total) > sum(int(cap * w.numel()) for w in weights.values()) or allocation == "uniform"
+        return
+    assert sum((~m).sum().item() for m in masks.values()) == round(target * total)
+    for name, mask in masks.items():
+        kept, removed = weights[name][mask].abs(), weights[name][~mask].abs()
+        assert removed.numel() <= int(cap * mask.numel()) or allocation == "uniform"
+        assert not kept.numel() or not removed.numel() or kept.min() >= removed.max()
+
+
+def test_global_masks_compare_magnitudes_across_layers():
+    weights = {"small": torch.full((4, 4), 0.1), "large": torch.full((4, 4), 1.0)}
+    masks = Unstructured(0.5, 1.0).select(weights, 32).masks
+    assert not masks["small"].any()
+    assert masks["large"].all()
+    masks = Unstructured(0.5, 0.75).select(weights, 32).masks  # the cap moves the rest to the other layer
+    assert (~masks["small"]).sum() == 12
+    assert (~masks["large"]).sum() == 4
+    masks = Unstructured(0.5, allocation="uniform").select(weights, 32).masks
+    assert [(~m).sum().item() for m in masks.values()] == [8, 8]
+
+
+@settings(max_examples=100, deadline=None)
+@given(SHAPES, st.integers(0, 99), st.integers(1, 8), st.integers(2, 9))
+def test_nm_keeps_the_n_largest_of_every_m_input_channels_at_each_position(shapes, seed, n, m):
+    if n >= m:
+        with pytest.raises(UsageError):
+            NM(n, m)
+        return
+    weights = random_weights(shapes, seed)
+    selection = NM(n, m).select(weights, 10**9)
+    assert set(selection.masks) | set(selection.left_dense) == set(weights)
+    for name, mask in selection.masks.items():
+        weight = weights[name].abs()
+        for start in range(0, weight.shape[1], m):
+            group, kept = weight[:, start : start + m], mask[:, start : start + m]
+            assert (kept.sum(1) == n).all()  # at every output and every kernel position
+            lowest_kept = group.masked_fill(~kept, torch.inf).amin(1)
+            highest_removed = group.masked_fill(kept, -1).amax(1)
+            assert (lowest_kept >= highest_removed).all()
+
+
+def test_nm_leaves_dense_what_it_cannot_group_and_says_so():
+    weights = {"depthwise": torch.ones(8, 1, 3, 3), "stem": torch.ones(8, 3, 3, 3), "fc": torch.ones(5, 8)}
+    selection = NM(2, 4).select(weights, 0)
+    assert list(selection.masks) == ["fc"]
+    assert "depthwise" in selection.left_dense["depthwise"]
+    assert "3 inputs are not a multiple of 4" in selection.left_dense["stem"]
+
+
+def test_rows_need_no_multiple_of_three():
+    """An attention weight (3 d, d) with d odd is masked in every row."""
+    mask = NM(2, 4).mask(torch.randn(3 * 5, 8))
+    assert (mask.sum(1) == 4).all()
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.0, 2.0, float("nan")])
+def test_shares_outside_their_range_are_refused(bad):
+    with pytest.raises(UsageError, match="outside"):
+        Unstructured(bad)
+
+
+def test_an_unreachable_target_says_what_can_be_reached():
+    with pytest.raises(UsageError, match="out of reach.*0.2500 of all parameters"):
+        Unstructured(0.5, 0.5).select({"a": torch.ones(2, 2)}, 8)

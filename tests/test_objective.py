@@ -1,0 +1,141 @@
+"""Loss, gradient and products against dense float64 references, at every support size."""
+
+import pytest
+import timm
+import torch
+from conftest import randomise
+from torch.func import functional_call
+
+import snows.objective
+from snows.graph import Network, Stream, Window
+from snows.objective import reconstruction
+
+
+def build(model, images, index, k_step, curvature, depth_weights="relative", batch=2, targets="same"):
+    """(objective, dense weight, a perturbed weight) of layer `index`."""
+    network = Network(model)
+    layer = network.layers[index]
+    stream = Stream(network, network.model, list(images.split(batch)), "cpu")
+    stream.advance(layer.node)
+    weight = network.model.get_parameter(layer.parameter)
+    objective = reconstruction(layer, stream, stream, k_step, targets, depth_weights, curvature)
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3), dtype=weight.dtype)
+    return objective, weight, weight + 0.3 * noise
+
+
+def dense_reference(objective, weight):
+    """(loss, gradient, Hessian, Gauss-Newton matrix) by differentiating the whole loss, all micro-batches at once."""
+
+    def features(w):
+        return [
+            (f, y, c)
+            for i in range(len(objective))
+            for f, y, c in zip(
+                objective.window(objective.batches[i].values, w), objective.batches[i].targets, objective.coefficients
+            )
+        ]
+
+    def loss(w):
+        return sum(c * (f - y).square().sum() for f, y, c in features(w))
+
+    def scaled(w):
+        return torch.cat([c**0.5 * f.flatten() for f, _, c in features(w)])
+
+    n = weight.numel()
+    jacobian = torch.autograd.functional.jacobian(scaled, weight).reshape(-1, n)
+    hessian = torch.autograd.functional.hessian(loss, weight).reshape(n, n)
+    gradient = torch.autograd.functional.jacobian(loss, weight)
+    return loss(weight), gradient, hessian, 2 * jacobian.T @ jacobian
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+@pytest.mark.parametrize("index", [0, 1, 2, 3])
+@pytest.mark.parametrize("k_step", [0, 2, 9])
+def test_products_equal_the_dense_matrix_at_every_support_size(tiny, images, curvature, index, k_step):
+    objective, _, weight = build(tiny, images, index, k_step, curvature)
+    loss, gradient, hessian, gauss_newton = dense_reference(objective, weight)
+    here = objective.linearise(weight)
+    torch.testing.assert_close(here.loss, loss)
+    torch.testing.assert_close(objective.loss(weight), loss)
+    torch.testing.assert_close(here.gradient, gradient)
+    matrix = hessian if curvature == "hessian" else gauss_newton
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, weight.numel() // 2, weight.numel()):  # exact however large the support is: no block is dropped
+        vector = torch.zeros(weight.numel(), dtype=torch.float64)
+        support = torch.randperm(weight.numel(), generator=generator)[:size]
+        vector[support] = torch.randn(size, generator=generator, dtype=torch.float64)
+        torch.testing.assert_close(here.product(vector.view_as(weight)).flatten(), matrix @ vector)
+
+
+@pytest.mark.parametrize("layer", ["blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1"])
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+def test_products_through_attention(layer, curvature):
+    """Fused attention has no second derivative: windows must use the kernel that has."""
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=4, num_heads=2, depth=2, num_classes=3, in_chans=2
+    )
+    images = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    model = randomise(model)
+    index = [each.name for each in Network(model).layers].index(layer)
+    objective, _, weight = build(model, images, index, 6, curvature)
+    _, gradient, hessian, gauss_newton = dense_reference(objective, weight)
+    here = objective.linearise(weight)
+    vector = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = hessian if curvature == "hessian" else gauss_newton
+    torch.testing.assert_close(here.gradient, gradient)
+    torch.testing.assert_close(here.product(vector).flatten(), matrix @ vector.flatten())
+
+
+def test_gauss_newton_equals_the_hessian_where_the_residual_is_zero(tiny, images):
+    products = []
+    for curvature in ("ggn", "hessian"):
+        objective, weight, _ = build(tiny, images, 0, 6, curvature)
+        assert objective.loss(weight) < 1e-20
+        products.append(objective.linearise(weight).product(torch.ones_like(weight)))
+    torch.testing.assert_close(*products, rtol=1e-7, atol=1e-12)
+
+
+def test_products_do_not_depend_on_the_micro_batch_nor_on_what_is_kept(tiny, images, monkeypatch):
+    results = []
+    for batch, free in ((5, 2**40), (2, 2**40), (3, 0)):  # the last, shorter batch counts; 0: nothing fits
+        monkeypatch.setattr(snows.objective, "free_memory", lambda device, free=free: free)
+        objective, _, weight = build(tiny, images, 0, 4, "ggn", batch=batch)
+        assert sum(len(b.targets[0]) for b in objective.batches) == 5
+        here = objective.linearise(weight)
+        assert [product is None for product in here.products] == [free == 0] * len(here.products)
+        results.append((here.loss, here.gradient, here.product(torch.ones_like(weight))))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+
+
+def test_depth_weights(tiny, images):
+    objective, weight, _ = build(tiny, images, 0, 3, "ggn", "relative")
+    torch.testing.assert_close(objective.loss(torch.zeros_like(weight)) > 0, torch.tensor(True))
+    for k, c in enumerate(objective.coefficients):
+        total = torch.cat([b.targets[k] for b in objective.batches])
+        assert c == pytest.approx(1 / total.square().sum().item())
+    objective, *_ = build(tiny, images, 0, 3, "ggn", "mean")
+    for k, c in enumerate(objective.coefficients):
+        assert c == pytest.approx(1 / sum(b.targets[k].numel() for b in objective.batches))
+
+
+def test_targets_dense_are_the_dense_networks_own_features(tiny, images):
+    network = Network(tiny)
+    layer = network.layers[2]
+    dense_model = randomise(type(tiny)())
+    sparse_model = network.model
+    weight = sparse_model.get_parameter(layer.parameter).clone()
+    sparse_model.stem.weight.data.mul_(0.5)  # an earlier layer has been pruned
+    streams = [Stream(network, model, [images], "cpu") for model in (sparse_model, dense_model)]
+    for stream in streams:
+        stream.advance(layer.node)
+    seen = []
+    dense_model.gate.register_forward_hook(lambda m, i, o: seen.append(o))
+    dense_model(images)
+    objective = reconstruction(layer, *streams, 1, "dense", "relative", "ggn")
+    torch.testing.assert_close(objective.batches[0].targets[0], seen[0])
+    assert objective.loss(weight) > 1e-6
+    same = reconstruction(layer, *streams, 1, "same", "relative", "ggn")
+    assert same.loss(dense_model.gate.weight) < 1e-20  # the dense network on the pruned network's features
+    halved = functional_call(tiny, {"stem.weight": sparse_model.stem.weight}, images)
+    assert not torch.allclose(halved, tiny(images))

@@ -1,0 +1,182 @@
+"""Whole jobs on tiny networks: what is promised is what comes back."""
+
+import pytest
+import torch
+from conftest import TinyCNN, randomise
+from torch import nn
+
+import snows
+from snows.pipeline import gather
+
+
+def fast(**changes):
+    return snows.Options(batch_size=2, **changes)
+
+
+@pytest.mark.parametrize("algo", ["MP", "MP+", "SNOWS"])
+@pytest.mark.parametrize("pattern", [snows.NM(1, 2), snows.Unstructured(0.6)], ids=str)
+def test_the_returned_model_is_the_one_that_was_solved(tiny, images, algo, pattern):
+    before = {name: p.detach().clone() for name, p in tiny.named_parameters()}
+    pruned = snows.prune(tiny, images, pattern, fast(), algo=algo)
+    assert type(pruned.model) is TinyCNN
+    assert all(torch.equal(before[name], p) for name, p in tiny.named_parameters())  # the caller's own is untouched
+    for layer in pruned.layers:
+        weight, mask = pruned.model.get_submodule(layer.name).weight, pruned.masks[layer.name]
+        assert (weight[~mask] == 0).all()
+        assert layer.sparsity == (weight == 0).double().mean().item() >= 0.4
+        if algo == "MP":
+            assert torch.equal(weight, before[f"{layer.name}.weight"] * mask)
+        else:
+            assert layer.loss_after <= layer.loss_before
+            assert layer.name == "stem" or not torch.equal(weight, before[f"{layer.name}.weight"] * mask)
+    zeros = sum((p == 0).sum().item() for p in pruned.model.parameters())
+    assert pruned.sparsity == zeros / sum(p.numel() for p in pruned.model.parameters())
+    assert {layer.name for layer in pruned.layers} == set(pruned.masks)
+    assert not set(pruned.left_dense) & set(pruned.masks)
+
+
+def test_more_depth_brings_the_output_closer(tiny):
+    images = torch.randn(64, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    dense = tiny(images)
+    errors = {}
+    for algo in ("MP", "MP+", "SNOWS"):
+        pruned = snows.prune(tiny, images, snows.NM(1, 2), snows.Options(), algo=algo)
+        errors[algo] = (pruned.model(images) - dense).norm().item()
+    assert errors["SNOWS"] < errors["MP+"] < errors["MP"]
+
+
+def test_mp_plus_is_the_layer_wise_least_squares_solution():
+    torch.manual_seed(0)
+    model, images = randomise(nn.Sequential(nn.Flatten(), nn.Linear(8, 3))), torch.randn(50, 2, 2, 2).double()
+    pruned = snows.prune(model, images, snows.NM(1, 2), fast(), algo="MP+")
+    mask, x, dense = pruned.masks["1"], images.flatten(1), model[1].weight
+    for row in range(3):
+        support = mask[row]
+        expected = torch.linalg.lstsq(x[:, support], x @ dense[row]).solution
+        torch.testing.assert_close(pruned.model[1].weight[row, support], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_w_warm_starts_at_the_least_squares_solution(tiny, images):
+    options = fast(w_warm=True, k_step=0, targets="same")
+    cold = snows.prune(tiny, images, snows.NM(1, 2), options.but(w_warm=False))
+    warm = snows.prune(tiny, images, snows.NM(1, 2), options)
+    assert warm.layers[0].loss_before < cold.layers[0].loss_before
+    assert warm.layers[0].loss_before == pytest.approx(cold.layers[0].loss_after, rel=1e-3)
+
+
+def test_128_images_at_batch_128_still_give_a_step():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    for batching in (True, False):
+        options = snows.Options(batch_size=128, batching=batching, newton_steps=1)
+        pruned = snows.prune(model, torch.randn(128, 2, 2, 2), snows.NM(1, 2), options)
+        assert all(layer.newton_steps == 1 and layer.loss_after < layer.loss_before for layer in pruned.layers)
+
+
+def test_two_sweeps_continue_where_the_first_ended(tiny, images):
+    once = snows.prune(tiny, images, snows.NM(1, 2), fast())
+    twice = snows.prune(tiny, images, snows.NM(1, 2), fast(sweeps=2))
+    count = len(once.layers)
+    assert [(r.name, r.sweep) for r in twice.layers] == [(r.name, s) for s in (0, 1) for r in once.layers]
+    assert [r.loss_after for r in twice.layers[:count]] == [r.loss_after for r in once.layers]
+    assert twice.layers[-1].loss_before == pytest.approx(once.layers[-1].loss_after, abs=0.5)
+    assert all((twice.model.get_submodule(n).weight[~m] == 0).all() for n, m in twice.masks.items())
+
+
+def test_same_seed_same_result(tiny, images):
+    results = [snows.prune(tiny, images, snows.NM(1, 2), fast()).model.state_dict() for _ in range(2)]
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_masks_of_your_own(tiny, images):
+    mask = torch.rand(4, 2, 3, 3) < 0.5
+    pruned = snows.prune(tiny, images, {"grouped": mask}, fast())
+    assert ((pruned.model.grouped.weight != 0) == mask).all()
+    assert pruned.left_dense["stem"] == "no mask was given"
+    with pytest.raises(snows.UsageError, match="nowhere"):
+        snows.prune(tiny, images, {"nowhere": mask}, fast())
+    with pytest.raises(snows.UsageError, match=r"grouped: \(4, 2\) for a weight \(4, 2, 3, 3\)"):
+        snows.prune(tiny, images, {"grouped": mask[..., 0, 0]}, fast())
+
+
+def test_calibration_comes_as_a_tensor_or_in_batches(images):
+    assert torch.equal(gather(images), images)
+    assert torch.equal(gather(images.split(2)), images)
+    assert torch.equal(gather([(batch, "labels are not read") for batch in images.split(2)]), images)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_in_the_images_is_refused(tiny, images, bad):
+    images[3, 0, 0, 0] = bad
+    with pytest.raises(snows.UsageError, match=r"1 calibration images hold NaN or infinity \(the first is number 3\)"):
+        snows.prune(tiny, images, snows.NM(1, 2), fast())
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [(torch.zeros(0, 2, 4, 4), "shape"), (torch.zeros(4, 4), "shape"), ([], "batches"), (["text"], "batches")],
+)
+def test_calibration_of_the_wrong_form_is_refused(tiny, calibration, message):
+    with pytest.raises(snows.UsageError, match=message):
+        snows.prune(tiny, calibration, snows.NM(1, 2), fast())
+
+
+def test_nothing_to_prune_is_an_error(images):
+    with pytest.raises(snows.UsageError, match="nothing to prune"):
+        snows.prune(nn.Sequential(nn.ReLU()), images, snows.NM(1, 2), fast())
+    with pytest.raises(snows.UsageError, match="nothing to prune.*not a multiple"):
+        snows.prune(nn.Sequential(nn.Flatten(), nn.Linear(7, 2)), images, snows.NM(1, 2), fast())
+
+
+def test_a_trace_that_froze_a_choice_is_refused(images):
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.calls = nn.Conv2d(2, 2, 1), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.conv(x) * self.calls
+
+    with pytest.raises(snows.TraceError, match="depends on data"):
+        snows.prune(Frozen().double(), images, snows.NM(1, 2), fast())
+
+
+def test_ctrl_c_keeps_the_finished_layers(tiny, images):
+    def stop(record, layers):
+        if record.name == "grouped":
+            raise KeyboardInterrupt
+
+    with pytest.raises(snows.errors.Interrupted, match="after 2 layers") as stopped:
+        snows.prune(tiny, images, snows.NM(1, 2), fast(), on_layer=stop)
+    partial = stopped.value.result
+    assert [layer.name for layer in partial.layers] == ["stem", "grouped"]
+    assert (partial.model.stem.weight[~partial.masks["stem"]] == 0).all()
+    assert torch.equal(partial.model.gate.weight, tiny.gate.weight)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"k_step": -1},
+        {"targets": "other"},
+        {"batch_size": 0},
+        {"batching": 1},
+        {"damping": -1.0},
+        {"newton_steps": 1.5},
+        {"cg_tolerance": float("nan")},
+        {"preconditioner": "magic"},
+    ],
+)
+def test_options_are_checked_when_built(bad):
+    with pytest.raises(snows.UsageError, match=next(iter(bad))):
+        snows.Options(**bad)
+
+
+def test_presets():
+    paper = snows.Options.preset("paper", k_step=7)
+    assert (paper.targets, paper.curvature, paper.batching, paper.preconditioner) == ("same", "hessian", True, "none")
+    assert paper.k_step == 7
+    assert snows.Options.preset("best") == snows.Options()
+    with pytest.raises(snows.UsageError, match="preset"):
+        snows.Options.preset("fastest")
