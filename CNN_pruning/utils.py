@@ -27,6 +27,7 @@ from snows.data import Data, load, normalised  # noqa: E402
 from snows.errors import SnowsError, UsageError  # noqa: E402
 
 DIGITS_CHECKPOINT = ROOT / "checkpoints" / "resnet20_digits.safetensors"
+DIGITS_ACCURACY = 98.32  # percent, as checkpoints/train_digits.py prints
 
 # (release file, accuracy in percent on the official test set, as its authors state it)
 HUB = "https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet/"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from snows import evaluate, options, report
 from snows.classifier import Classifier
@@ -42,69 +44,105 @@ def parser(description: str, arch: str) -> argparse.ArgumentParser:
     group.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
     )
+    group.add_argument("--skip_evaluation", action="store_true", help="measure no accuracies (random weights)")
     group.add_argument("--out_dir", type=Path, help="folder of the run (default: a new one under runs/)")
     options.add_flags(flags)
     return flags
 
 
+def check_device(name: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        UsageError: torch does not know it or cannot use it.
+    """
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from error
+
+
 def run(args: argparse.Namespace, classifier: Classifier, data: Data, pattern: Pattern) -> list[dict]:
     """Prune one network with one pattern, once for each --algo and --seed; returns the metrics of each run."""
-    model, device = classifier.model, args.device
-    test = data.test_batches(args.test_batch_size)
-    dense_accuracy = evaluate.accuracy(model, test, device)
-    print(f"{args.arch} on {args.dset}: dense accuracy {dense_accuracy:.2f} %, pattern {pattern}, device {device}")
-    warn_if_far(dense_accuracy, classifier.stated_accuracy)
-    masked = prune(model, None, pattern, algo="MP", device=device)
-    common = {
-        "dense_accuracy": dense_accuracy,
-        "dense_sparsity": sparsity(model),
-        "masked_accuracy": evaluate.accuracy(masked.model, test, device),
-    }
-    runs = list(itertools.product(args.algo, args.seed))
-    records = []
-    for algo, seed in runs:
-        name = (
-            f"{Path(args.arch).name}-{pattern}-{algo}-seed{seed}".replace(" ", "-").replace(":", "of").replace("%", "")
-        )
-        folder = args.out_dir if len(runs) == 1 or not args.out_dir else args.out_dir / f"{algo}-seed{seed}"
-        folder = report.new_folder(folder, name)
-        report.write_json(folder / "args.json", {**vars(args), "algo": algo, "seed": seed})
-        report.write_json(folder / "environment.json", report.environment(device))
-        chosen = options.from_flags(args, seed)
-        images, indices = (None, []) if algo == "MP" else data.calibration(args.ngrads, seed)
+    return Experiment(args, classifier, data, pattern).run()
+
+
+class Experiment:
+    """What the runs of one command share: the dense network, its images, its masks, and their accuracies."""
+
+    def __init__(self, args: argparse.Namespace, classifier: Classifier, data: Data, pattern: Pattern):
+        check_device(args.device)
+        self.args, self.model, self.data, self.pattern = args, classifier.model, data, pattern
+        dense_accuracy = self.accuracy(self.model)
+        print(f"{args.arch} on {args.dset}: dense accuracy {report.percent(dense_accuracy)}, pattern {pattern}")
+        warn_if_far(dense_accuracy, classifier.stated_accuracy)
+        self.masked = prune(self.model, None, pattern, algo="MP", device=args.device)
+        self.common = {
+            "arch": args.arch,
+            "dset": str(args.dset),
+            "pattern": str(pattern),
+            "dense_accuracy": dense_accuracy,
+            "dense_sparsity": sparsity(self.model),
+            "masked_accuracy": self.accuracy(self.masked.model),
+            "left_dense": self.masked.left_dense,
+        }
+
+    def accuracy(self, model: nn.Module) -> float | None:
+        """Percent of the test images; None with --skip_evaluation."""
+        if self.args.skip_evaluation:
+            return None
+        return evaluate.accuracy(model, self.data.test_batches(self.args.test_batch_size), self.args.device)
+
+    def run(self) -> list[dict]:
+        """Every --algo with every --seed, each into a folder of its own."""
+        runs = list(itertools.product(self.args.algo, self.args.seed))
+        return [self.once(algo, seed, self.folder(algo, seed, alone=len(runs) == 1)) for algo, seed in runs]
+
+    def folder(self, algo: str, seed: int, alone: bool) -> Path:
+        """A new folder for one run: --out_dir itself, or below it where there are several."""
+        chosen = self.args.out_dir
+        if chosen is not None and not alone:
+            chosen = chosen / f"{algo}-seed{seed}"
+        pattern = re.sub(r"[^\w]+", "-", str(self.pattern))
+        return report.new_folder(chosen, f"{Path(self.args.arch).name}-{pattern}-{algo}-seed{seed}")
+
+    def once(self, algo: str, seed: int, folder: Path) -> dict:
+        """One run: prune, evaluate, save, print; returns its metrics."""
+        args, chosen = self.args, options.from_flags(self.args, seed)
+        images, indices = (None, []) if algo == "MP" else self.data.calibration(args.ngrads, seed)
+        report.write_json(folder / "args.json", {**vars(args), "algo": algo, "seed": seed, "options": vars(chosen)})
+        report.write_json(folder / "environment.json", report.environment(args.device))
         report.write_json(folder / "calibration.json", {"indices": indices})
-        progress = report.Progress(f"{algo} {pattern}, seed {seed}")
-        settings = {"arch": args.arch, "dset": args.dset, "pattern": str(pattern), "algo": algo, "seed": seed}
+        settings = {**self.common, "algo": algo, "seed": seed, "options": vars(chosen)}
+        progress = report.Progress(f"{algo} {self.pattern}, seed {seed}")
         try:
-            pruned = prune(model, images, masked.masks, chosen, algo=algo, device=device, on_layer=progress)
+            pruned = prune(
+                self.model, images, self.masked.masks, chosen, algo=algo, device=args.device, on_layer=progress
+            )
         except Interrupted as stopped:
-            report.save(folder, stopped.result, {**settings, **common, "finished": False})
+            report.save(folder, stopped.result, {**settings, "finished": False})
             raise SnowsError(f"{stopped}: those are saved in {folder}, the other layers are still dense.") from None
         finally:
             progress.close()
-        pruned.left_dense = masked.left_dense
         metrics = {
             **settings,
-            **common,
-            "accuracy": evaluate.accuracy(pruned.model, test, device),
+            "accuracy": self.accuracy(pruned.model),
             "seconds": pruned.seconds,
             "curvature_products": pruned.curvature_products,
             "cg_iterations": sum(layer.cg_iterations for layer in pruned.layers),
-            "peak_memory_bytes": report.peak_memory(device),
-            "test_images": len(data.test),
+            "peak_memory_bytes": report.peak_memory(args.device),
             "calibration_images": len(indices),
-            "options": vars(chosen),
-            "left_dense": pruned.left_dense,
+            "test_images": len(self.data.test),
             "finished": True,
         }
-        records.append(report.save(folder, pruned, metrics))
-        print(report.summary(records[-1]), f"\n  saved in {folder}", flush=True)
-    return records
+        metrics = report.save(folder, pruned, metrics)
+        print(report.summary(metrics) + f"\n  saved in {folder}", flush=True)
+        return metrics
 
 
-def warn_if_far(measured: float, stated: float | None) -> None:
+def warn_if_far(measured: float | None, stated: float | None) -> None:
     """Warn where the dense accuracy is not what the weights are known for."""
-    if stated is not None and measured < stated - FAR_FROM_STATED:
+    if None not in (stated, measured) and measured < stated - FAR_FROM_STATED:
         print(
             f"warning: these weights are stated to reach {stated:.2f} %, far above the {measured:.2f} % measured here. "
             f"The usual cause is a wrong normalisation (--mean, --std) or another test set.",

@@ -27,6 +27,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import activation
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from snows.errors import TraceError
@@ -56,7 +57,8 @@ IN_PLACE_OPERATORS = {
 class Layer:
     """A prunable weight: the parameter `name` + ".weight", first used by `node`.
 
-    shape is (out, in) for a linear map and (out, in / groups, kh, kw) for a convolution.
+    shape is (out, in) for a linear map and (out, in / groups, kh, kw) for a convolution. `bias` is the parameter that
+    can take up a shift of the output: the layer's own bias, or that of the BatchNorm behind it.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Layer:
     node: fx.Node
     shape: torch.Size
     groups: int = 1
+    bias: str | None = None
 
 
 class Network:
@@ -136,8 +139,16 @@ class Network:
                     refused[name] = "the traced forward pass does not use it"
                 else:
                     weight = module._parameters[key]
-                    layers[name] = Layer(name, parameter, node, weight.shape, getattr(module, "groups", 1))
+                    groups = getattr(module, "groups", 1)
+                    layers[name] = Layer(name, parameter, node, weight.shape, groups, self._bias_of(node))
         return sorted(layers.values(), key=lambda layer: self.position[layer.node]), refused
+
+    def _bias_of(self, node: fx.Node) -> str | None:
+        """The name of the bias that the output of a convolution or linear map is added to, or None."""
+        if type(self.module(node)) not in (nn.Conv2d, nn.Linear):
+            return None
+        owner = self.batch_norm_of.get(node, node)
+        return f"{owner.target}.bias" if self.module(owner).bias is not None else None
 
     def _functional_user(self, weight: fx.Node) -> fx.Node | None:
         """The convolution or linear function that takes this weight as it is, or None."""
@@ -317,6 +328,15 @@ def to(values: Any, device: torch.device | str) -> Any:
 # ---------------------------------------------------------------------------------------------------------- windows
 
 
+class TwiceDifferentiable(TorchFunctionMode):
+    """Replaces functions whose derivative torch cannot differentiate again by equal ones whose derivative it can."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (F.hardsigmoid, torch._C._nn.hardsigmoid):
+            return F.relu6(args[0] + 3) / 6
+        return func(*args, **(kwargs or {}))
+
+
 class Window:
     """The sub-graph from a layer to the K-th counted operation after it (paper, equation 4: f_k(X; W), k = 0..K).
 
@@ -372,12 +392,25 @@ class Window:
                     values[node] = call(node, self.model, values, {})
         return {node: values[node] for node in self.inputs}
 
-    def __call__(self, values: Values, weight: Tensor) -> list[Tensor]:
-        """Features f_0 .. f_K at `weight`, one tensor (n, ...) for each counted operation."""
-        if self.layer.node in self.folded:
-            scale, _ = affine_of(self.module(self.folded[self.layer.node]))
-            weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
-        return self._run(self.nodes, dict(values), {**self.constants, self.layer.parameter: weight})
+    def __call__(self, values: Values, weight: Tensor, shift: Tensor | None = None) -> list[Tensor]:
+        """Features f_0 .. f_K at `weight`, one tensor (n, ...) for each counted operation.
+
+        shift: (out,), added to the layer's own output (before any BatchNorm), besides its bias.
+        """
+        parameters = {**self.constants, self.layer.parameter: weight}
+        scale = self.output_scale()
+        if scale is not None:
+            parameters[self.layer.parameter] = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+        if shift is not None:
+            name = f"{self.layer.node.target}.bias"
+            bias = self.constants[name] if scale is not None else self.module(self.layer.node).bias
+            parameters[name] = bias + (shift if scale is None else scale * shift)
+        return self._run(self.nodes, dict(values), parameters)
+
+    def output_scale(self) -> Tensor | None:
+        """The factor (out,) by which the BatchNorm behind the layer scales its output; None without one."""
+        batch_norm = self.folded.get(self.layer.node)
+        return None if batch_norm is None else affine_of(self.module(batch_norm))[0]
 
     def output(self, values: Values, weight: Tensor) -> Tensor:
         """The layer's own output at `weight`, (n, out, ...), before any BatchNorm."""
@@ -392,7 +425,7 @@ class Window:
 
     def _run(self, nodes: list[fx.Node], values: Values, parameters: dict[str, Tensor]) -> list[Tensor]:
         already_applied = set(self.folded.values())
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
             for node in nodes:
                 module = self.module(node)
                 if is_fixed_batch_norm(module):

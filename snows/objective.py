@@ -9,13 +9,16 @@ coefficient c_k per depth. Nothing here forms a curvature matrix: only its produ
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from snows.errors import SnowsError
 from snows.graph import Layer, Stream, Values, Window, to
 
 Product = Callable[[Tensor], Tensor]
@@ -32,14 +35,24 @@ class MicroBatch:
 class Objective:
     """L(W) over a list of micro-batches; see the module's docstring.
 
+    The unknown is the weight; or, with `biases`, the rows of the weight with one more column, the shift of each output
+    (out, in + 1), which the bias behind the layer takes up: see `join` and `split`.
+
     depth_weights: "mean" gives c_k = 1 / numel(Y_k), "relative" gives c_k = 1 / ||Y_k||^2, both over all the images.
     curvature: "ggn" (Gauss-Newton) or "hessian".
     """
 
     def __init__(
-        self, window: Window, batches: list[MicroBatch], depth_weights: str, curvature: str, device: torch.device | str
+        self,
+        window: Window,
+        batches: list[MicroBatch],
+        depth_weights: str,
+        curvature: str,
+        device: torch.device | str,
+        biases: bool = False,
     ):
         self.window, self.batches, self.device = window, batches, device
+        self.biases = biases and window.layer.bias is not None
         self.depth_weights, self.curvature = depth_weights, curvature
         self.coefficients = self._coefficients()
 
@@ -48,7 +61,26 @@ class Objective:
 
     def on_batch(self, index: int) -> Objective:
         """The same loss on one micro-batch alone (for one Newton step per mini-batch)."""
-        return Objective(self.window, [self.batches[index]], self.depth_weights, self.curvature, self.device)
+        return Objective(
+            self.window, [self.batches[index]], self.depth_weights, self.curvature, self.device, self.biases
+        )
+
+    def join(self, weight: Tensor, shift: float | Tensor = 0.0) -> Tensor:
+        """The unknown made of a weight (or a mask) and a shift per output."""
+        if not self.biases:
+            return weight
+        column = torch.zeros_like(weight[:, :1].flatten(1)[:, :1]) + shift
+        return torch.cat([weight.flatten(1), column.to(weight.dtype)], dim=1)
+
+    def split(self, unknown: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(weight, shift (out,) or None)."""
+        if not self.biases:
+            return unknown, None
+        return unknown[:, :-1].reshape(self.window.layer.shape), unknown[:, -1]
+
+    def features(self, values: Values, unknown: Tensor) -> list[Tensor]:
+        """f_0 .. f_K of one micro-batch."""
+        return self.window(values, *self.split(unknown))
 
     def _coefficients(self) -> list[float]:
         def size(target: Tensor) -> float:
@@ -72,7 +104,7 @@ class Objective:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i in range(len(self)):
             values, targets = self.batch(i)
-            total += self.distance(self.window(values, weight), targets)
+            total += self.distance(self.features(values, weight), targets)
         return total
 
     def linearise(self, weight: Tensor) -> Linearisation:
@@ -109,7 +141,7 @@ class Linearisation:
         values, targets = objective.batch(index)
         weight = self.weight.detach().requires_grad_()
         with torch.enable_grad():
-            features = objective.window(values, weight)
+            features = objective.features(values, weight)
             if objective.curvature == "hessian":
                 return hessian(objective.distance(features, targets), weight)
             residuals = [f.detach() - y for f, y in zip(features, targets)]
@@ -119,8 +151,9 @@ class Linearisation:
     def product(self, vector: Tensor) -> Tensor:
         """B v over all the micro-batches; `vector` and the result are shaped as the weight."""
         total = torch.zeros_like(vector)
-        for i, product in enumerate(self.products):
-            total += (product or self._linearise(i)[2])(vector)
+        with explained(self.objective.window.layer.name):
+            for i, product in enumerate(self.products):
+                total += (product or self._linearise(i)[2])(vector)
         return total
 
 
@@ -158,7 +191,14 @@ def gauss_newton(
 
 
 def reconstruction(
-    layer: Layer, sparse: Stream, dense: Stream, k_step: int, targets: str, depth_weights: str, curvature: str
+    layer: Layer,
+    sparse: Stream,
+    dense: Stream,
+    k_step: int,
+    targets: str,
+    depth_weights: str,
+    curvature: str,
+    biases: bool = False,
 ) -> Objective:
     """The objective of a layer, both streams standing at it.
 
@@ -174,7 +214,22 @@ def reconstruction(
             source = dense[i] if targets == "dense" else sparse[i]
             features = teacher(teacher.enter(source), dense_weight)
             batches.append(MicroBatch(to(window.enter(sparse[i]), "cpu"), to(features, "cpu")))
-    return Objective(window, batches, depth_weights, curvature, sparse.device)
+    return Objective(window, batches, depth_weights, curvature, sparse.device, biases)
+
+
+@contextmanager
+def explained(layer: str):
+    """Turn torch's complaint about a missing second derivative into a line that names the layer and the operation."""
+    try:
+        yield
+    except RuntimeError as error:
+        missing = re.search(r"derivative for (aten::)?(\w+) is not implemented", str(error))
+        if missing is None:
+            raise
+        raise SnowsError(
+            f"cannot solve layer {layer}: torch has no second derivative of {missing[2].removesuffix('_backward')}, "
+            f"which its window holds. Replace that operation, or use a smaller --k_step."
+        ) from error
 
 
 class _Meter:

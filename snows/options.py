@@ -21,6 +21,7 @@ PRESETS = {
         depth_weights="mean",
         batching=True,
         preconditioner="none",
+        biases=False,
         newton_steps=3,
         max_CG_iterations=20,
     ),
@@ -52,6 +53,7 @@ class Options:
         "rows", "preconditioner of CG: inverses of each output row's curvature on its support, or none (paper)",
         ("rows", "none"),
     )  # fmt: skip
+    biases: bool = option(True, "solve the bias (or BatchNorm shift) behind a layer with its weights; it is not pruned")
     sweeps: int = option(
         1, "passes over the layers; from the second on, all the other layers are sparse already", low=1
     )

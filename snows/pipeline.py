@@ -21,7 +21,7 @@ from snows.solver import Solution, solve
 ALGORITHMS = ("SNOWS", "MP", "MP+")
 # MP+ and --w_warm: each layer's least squares on its support, which is the objective with K = 0 solved to the end.
 LEAST_SQUARES = dict(sweeps=1, k_step=0, targets="same", curvature="ggn", newton_steps=1, batching=False, w_warm=False)
-LEAST_SQUARES |= dict(preconditioner="rows", max_CG_iterations=100, cg_tolerance=1e-4, damping=0.0)
+LEAST_SQUARES |= dict(biases=False, preconditioner="rows", max_CG_iterations=100, cg_tolerance=1e-4, damping=0.0)
 
 
 @dataclass
@@ -109,19 +109,18 @@ def prune(
             for layer in network.layers:
                 if layer.name not in selection.masks:
                     continue
-                layer_started = time.perf_counter()
-                start = network.model.get_parameter(layer.parameter) * selection.masks[layer.name]
-                if algo == "MP":
-                    solution = Solution(start)
-                else:
+                layer_started, mask = time.perf_counter(), selection.masks[layer.name]
+                start = network.model.get_parameter(layer.parameter) * mask
+                solution = Solution(start)
+                if algo != "MP":
                     sparse.advance(layer.node)
                     dense.advance(layer.node)
-                    mask = selection.masks[layer.name]
                     if options.w_warm and sweep == 0:
-                        start = solve_layer(layer, start, mask, sparse, dense, options.but(**LEAST_SQUARES)).weight
+                        warm = options.but(**LEAST_SQUARES)
+                        start = solve_layer(layer, start, mask, sparse, dense, warm).weight
                     solution = solve_layer(layer, start, mask, sparse, dense, options)
                 for owner in (network.model, result.model):
-                    owner.get_parameter(layer.parameter).data.copy_(solution.weight)
+                    write(owner, layer, solution)
                 result.layers.append(describe(layer, sweep, solution, time.perf_counter() - layer_started))
                 on_layer(result.layers[-1], len(selection.masks) * options.sweeps)
     except KeyboardInterrupt:
@@ -134,15 +133,16 @@ def prune(
 def solve_layer(layer: Layer, start: Tensor, mask: Tensor, sparse: Stream, dense: Stream, options: Options) -> Solution:
     """Solve one layer on its support from `start`, both streams standing at it; nothing is written back."""
     objective = reconstruction(
-        layer, sparse, dense, options.k_step, options.targets, options.depth_weights, options.curvature
+        layer, sparse, dense, options.k_step, options.targets, options.depth_weights, options.curvature, options.biases
     )
+    unknown, support = objective.join(start), objective.join(mask, True)
     precondition = None
     if options.preconditioner == "rows" and can_factor(sparse.network.module(layer.node)):
-        precondition = row_inverses(objective, start, mask, options.seed)
-    return solve(
+        precondition = row_inverses(objective, unknown, support, options.seed)
+    solution = solve(
         objective,
-        start,
-        mask,
+        unknown,
+        support,
         precondition,
         newton_steps=options.newton_steps,
         max_CG_iterations=options.max_CG_iterations,
@@ -150,6 +150,19 @@ def solve_layer(layer: Layer, start: Tensor, mask: Tensor, sparse: Stream, dense
         damping=options.damping,
         batching=options.batching,
     )
+    solution.weight, shift = objective.split(solution.weight)
+    if shift is not None:  # the bias behind a BatchNorm sees it scaled
+        scale = objective.window.output_scale()
+        solution.shift = shift if scale is None else scale * shift
+    return solution
+
+
+@torch.no_grad()
+def write(model: nn.Module, layer: Layer, solution: Solution) -> None:
+    """Write a solved layer into a model."""
+    model.get_parameter(layer.parameter).copy_(solution.weight)
+    if solution.shift is not None:
+        model.get_parameter(layer.bias).add_(solution.shift)
 
 
 def select(network: Network, pattern: Pattern | Masks) -> Selection:

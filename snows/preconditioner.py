@@ -94,11 +94,13 @@ def columns(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def input_moment(objective: Objective) -> Tensor:
-    """A: the sum of x x^T over calibration images and positions, (groups, in, in)."""
+    """A: the sum of x x^T over calibration images and positions, (groups, in, in); x ends in 1 if biases are solved."""
     layer, total = objective.window.layer, 0.0
     module = objective.window.network.module(layer.node)
     for i in range(len(objective)):
         x = columns(module, objective.batch(i)[0][layer.node.args[0]])
+        if objective.biases:
+            x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         total = total + x @ x.transpose(1, 2)
     return total
 
@@ -134,5 +136,9 @@ def pull_back_probe(
 
 
 def row_inverses(objective: Objective, weight: Tensor, mask: Tensor, seed: int) -> RowInverses:
-    """The preconditioner of a layer; costs one unfolding and one backward pass over the calibration set."""
-    return RowInverses(input_moment(objective), output_scale(objective, weight, seed), mask)
+    """The preconditioner of a layer at `weight`, the objective's unknown.
+
+    Costs one unfolding of the layer's inputs and one backward pass over the calibration set.
+    """
+    scale = output_scale(objective, objective.split(weight)[0], seed)
+    return RowInverses(input_moment(objective), scale, mask)

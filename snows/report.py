@@ -104,7 +104,7 @@ def write_json(path: Path, record: dict) -> None:
 
 
 def save(folder: Path, pruned: Pruned, metrics: dict) -> dict:
-    """Write weights, masks, per-layer records and metrics; returns the metrics with the sparsity of the saved weights."""
+    """Write weights, masks, per-layer records and metrics; returns the metrics with the saved weights' sparsity."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in pruned.model.state_dict().items()}
     masks = {name: mask.cpu().contiguous() for name, mask in pruned.masks.items()}
     write(folder / "model.safetensors", safetensors.torch.save(unshared(state)))
@@ -172,16 +172,17 @@ class Progress:
         self.bar.close()
 
 
+def percent(accuracy: float | None) -> str:
+    return "not measured" if accuracy is None else f"{accuracy:.2f} %"
+
+
 def summary(metrics: dict) -> str:
-    """The closing table: dense, masked only, pruned."""
-    lines = [
-        "",
-        f"  {'':<12} {'accuracy':>9} {'zeros':>8}",
-        f"  {'dense':<12} {metrics['dense_accuracy']:8.2f}% {metrics['dense_sparsity']:8.2%}",
-        f"  {'masked only':<12} {metrics['masked_accuracy']:8.2f}% {metrics['sparsity']:8.2%}",
-    ]
+    """The closing table: dense, masked only, pruned; time; what was left dense."""
+    rows = [("dense", "dense_accuracy", "dense_sparsity"), ("masked only", "masked_accuracy", "sparsity")]
     if metrics["algo"] != "MP":
-        lines.append(f"  {metrics['algo']:<12} {metrics['accuracy']:8.2f}% {metrics['sparsity']:8.2%}")
+        rows.append((metrics["algo"], "accuracy", "sparsity"))
+    lines = ["", f"  {'':<12} {'accuracy':>12} {'zeros':>9}"]
+    lines += [f"  {name:<12} {percent(metrics[acc]):>12} {metrics[zeros]:9.2%}" for name, acc, zeros in rows]
     lines += ["", f"  {metrics['seconds']:.0f} s, {metrics['curvature_products']:.0f} curvature products"]
     if metrics["left_dense"]:
         lines += ["  left dense:", *(f"    {name}: {reason}" for name, reason in metrics["left_dense"].items())]

@@ -111,6 +111,7 @@ class Solution:
     """The solved weight of a layer, and what it took."""
 
     weight: Tensor
+    shift: Tensor | None = None  # (out,), to be added to the layer's bias, where biases are solved too
     loss_before: float = float("nan")
     loss_after: float = float("nan")
     newton_steps: int = 0
@@ -137,7 +138,7 @@ def solve(
         turn, `newton_steps` times over.
     """
     before = objective.loss(weight)
-    result = Solution(weight, before.item(), before.item())
+    result = Solution(weight, None, before.item(), before.item())
     parts = [objective.on_batch(i) for i in range(len(objective))] if batching else [objective]
     for _ in range(newton_steps):
         start = result.weight

@@ -190,7 +190,8 @@ def test_a_model_that_cannot_be_traced_names_the_module():
 def test_the_callers_model_is_left_alone(tiny, images):
     before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
     Network(tiny)
-    assert tiny.relu.inplace and tiny.stem.weight.requires_grad
+    assert tiny.relu.inplace
+    assert tiny.stem.weight.requires_grad
     assert all(torch.equal(before[name], tensor) for name, tensor in tiny.state_dict().items())
     assert not any(module._forward_hooks for module in tiny.modules())
     assert isinstance(tiny, TinyCNN)

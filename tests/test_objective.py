@@ -4,21 +4,24 @@ import pytest
 import timm
 import torch
 from conftest import randomise
+from torch import nn
 from torch.func import functional_call
 
 import snows.objective
-from snows.graph import Network, Stream, Window
+from snows.errors import SnowsError
+from snows.graph import Network, Stream
 from snows.objective import reconstruction
 
 
-def build(model, images, index, k_step, curvature, depth_weights="relative", batch=2, targets="same"):
-    """(objective, dense weight, a perturbed weight) of layer `index`."""
+def build(model, images, index, k_step, curvature, depth_weights="relative", batch=2, targets="same", biases=False):
+    """(objective, dense unknown, a perturbed unknown) of layer `index`."""
     network = Network(model)
     layer = network.layers[index]
     stream = Stream(network, network.model, list(images.split(batch)), "cpu")
     stream.advance(layer.node)
     weight = network.model.get_parameter(layer.parameter)
-    objective = reconstruction(layer, stream, stream, k_step, targets, depth_weights, curvature)
+    objective = reconstruction(layer, stream, stream, k_step, targets, depth_weights, curvature, biases)
+    weight = objective.join(weight)
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3), dtype=weight.dtype)
     return objective, weight, weight + 0.3 * noise
 
@@ -31,7 +34,7 @@ def dense_reference(objective, weight):
             (f, y, c)
             for i in range(len(objective))
             for f, y, c in zip(
-                objective.window(objective.batches[i].values, w), objective.batches[i].targets, objective.coefficients
+                objective.features(objective.batches[i].values, w), objective.batches[i].targets, objective.coefficients
             )
         ]
 
@@ -84,6 +87,20 @@ def test_products_through_attention(layer, curvature):
     matrix = hessian if curvature == "hessian" else gauss_newton
     torch.testing.assert_close(here.gradient, gradient)
     torch.testing.assert_close(here.product(vector).flatten(), matrix @ vector.flatten())
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, 3])  # a BatchNorm's bias, the same with a bias before it, two own biases
+def test_products_with_biases(tiny, images, index):
+    objective, dense, unknown = build(tiny, images, index, 5, "hessian", biases=True)
+    loss, gradient, hessian, _ = dense_reference(objective, unknown)
+    here = objective.linearise(unknown)
+    vector = torch.randn(unknown.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(here.loss, loss)
+    torch.testing.assert_close(here.gradient, gradient)
+    torch.testing.assert_close(here.product(vector).flatten(), hessian @ vector.flatten())
+    assert objective.loss(dense) < 1e-20
+    weight, shift = objective.split(unknown)
+    assert torch.equal(objective.join(weight, shift[:, None]), unknown)
 
 
 def test_gauss_newton_equals_the_hessian_where_the_residual_is_zero(tiny, images):
@@ -139,3 +156,35 @@ def test_targets_dense_are_the_dense_networks_own_features(tiny, images):
     assert same.loss(dense_model.gate.weight) < 1e-20  # the dense network on the pruned network's features
     halved = functional_call(tiny, {"stem.weight": sparse_model.stem.weight}, images)
     assert not torch.allclose(halved, tiny(images))
+
+
+ACTIVATIONS = [
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softplus),
+    *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.PReLU, nn.Softsign, nn.LogSigmoid),
+]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_products_through_every_activation(activation, images):
+    """Torch cannot differentiate the derivative of some activations: windows replace those by equal functions."""
+    model = randomise(nn.Sequential(nn.Conv2d(2, 3, 1), activation(), nn.Conv2d(3, 2, 1)))
+    objective, _, weight = build(model, images, 0, 2, "ggn")
+    expected = model[2](model[1](nn.functional.conv2d(images, weight, model[0].bias)))
+    got = torch.cat([objective.window(batch.values, weight)[-1] for batch in objective.batches])
+    torch.testing.assert_close(got, expected)
+    _, gradient, _, gauss_newton = dense_reference(objective, weight)
+    here = objective.linearise(weight)
+    torch.testing.assert_close(here.gradient, gradient)
+    vector = torch.ones_like(weight)
+    torch.testing.assert_close(here.product(vector).flatten(), gauss_newton @ vector.flatten())
+
+
+def test_an_operation_without_second_derivative_is_named(images):
+    class Plain(nn.Module):
+        def forward(self, x):
+            return torch.ops.aten.hardsigmoid(x)
+
+    model = randomise(nn.Sequential(nn.Conv2d(2, 2, 1), Plain(), nn.Conv2d(2, 2, 1)))
+    objective, _, weight = build(model, images, 0, 1, "ggn")
+    with pytest.raises(SnowsError, match=r"cannot solve layer 0: torch has no second derivative of hardsigmoid"):
+        objective.linearise(weight).product(weight)

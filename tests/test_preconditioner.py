@@ -84,7 +84,7 @@ def test_a_singular_moment_still_gives_a_finite_preconditioner():
 
 
 def test_moments_equal_dense_sums(tiny, images):
-    objective, weight, _ = build(tiny, images, 1, 4, "ggn")
+    objective, _, _ = build(tiny, images, 1, 4, "ggn")
     batches = [objective.batch(i)[0] for i in range(len(objective))]
     x = torch.cat([values[objective.window.layer.node.args[0]] for values in batches])
     patches = torch.nn.functional.unfold(x, 3, padding=1)  # (n, 4 * 9, positions)

@@ -1,0 +1,123 @@
+"""The README's figures on CIFAR-10: one network, many settings, one results file per table.
+
+    python bench/cifar10.py accuracy --checkpoint resnet20_cifar10.pt --dset cifar10.npz
+
+The checkpoint is the ResNet-20 of the WoodFisher, CHITA and SNOWS papers (normalisation mean = std = 0.5). A row that
+the results file already holds is not measured again, so an interrupted table goes on where it stopped.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning")]
+
+from resnet_cifar import ResNet  # noqa: E402
+
+import snows  # noqa: E402
+from snows import data, report  # noqa: E402
+from snows.classifier import load_checkpoint  # noqa: E402
+from snows.evaluate import accuracy  # noqa: E402
+
+PATTERNS = {f"unstructured {share}": snows.Unstructured(share) for share in (0.5, 0.6, 0.7, 0.8, 0.9)}
+PATTERNS |= {"2:4": snows.NM(2, 4), "1:4": snows.NM(1, 4)}
+IMAGES = 1024
+# Each row changes one choice of the defaults; few images, so that the table takes minutes.
+ABLATION = [{}]
+ABLATION += [{"k_step": k} for k in (0, 2, 4, 8, 16)]
+ABLATION += [{"targets": "same"}, {"curvature": "hessian"}, {"depth_weights": "mean"}, {"batching": True}]
+ABLATION += [{"preconditioner": "none"}, {"biases": False}, {"newton_steps": 1}, {"sweeps": 2}, {"w_warm": True}]
+
+
+def rows_of(table: str) -> list[dict]:
+    """What each row of a table runs."""
+    if table == "accuracy":
+        rows = [{"pattern": pattern, "algo": algo} for algo in ("MP", "SNOWS", "MP+") for pattern in PATTERNS]
+        return [{**row, "images": IMAGES} for row in rows]
+    if table == "presets":
+        return [{"pattern": "1:4", "algo": "SNOWS", "images": IMAGES, "preset": p} for p in ("paper", "best")]
+    return [{"pattern": "1:4", "algo": "SNOWS", "images": IMAGES // 4, **change} for change in unique(ABLATION)]
+
+
+def unique(changes: list[dict]) -> list[dict]:
+    """Without the rows that only restate a default."""
+    defaults = vars(snows.Options())
+    return [c for i, c in enumerate(changes) if i == 0 or any(defaults[name] != value for name, value in c.items())]
+
+
+class Bench:
+    """The dense network and its images; accuracies that several rows share are measured once."""
+
+    def __init__(self, checkpoint: Path, dset: Path, device: str):
+        self.model, self.device = ResNet(20, 10), device
+        load_checkpoint(self.model, checkpoint)
+        self.data = data.npz(dset, data.normalised((0.5,) * 3, (0.5,) * 3))
+        self.data = data.Data(*self.data)
+        self.test = list(self.data.test_batches(512))
+        self.dense_accuracy = accuracy(self.model, self.test, device)
+        self.masked_accuracies = {}
+
+    def masked_accuracy(self, pattern: str) -> float:
+        if pattern not in self.masked_accuracies:
+            masked = snows.prune(self.model, None, PATTERNS[pattern], algo="MP", device=self.device)
+            self.masked_accuracies[pattern] = accuracy(masked.model, self.test, self.device)
+        return self.masked_accuracies[pattern]
+
+    def measure(self, row: dict, seed: int) -> dict:
+        """One row's figures."""
+        row = dict(row)
+        pattern, algo, images = row.pop("pattern"), row.pop("algo"), row.pop("images")
+        options = snows.Options.preset(row.pop("preset", "best"), **row, seed=seed)
+        calibration, _ = self.data.calibration(images, seed)
+        pruned = snows.prune(self.model, calibration, PATTERNS[pattern], options, algo=algo, device=self.device)
+        return {
+            "dense_accuracy": self.dense_accuracy,
+            "masked_accuracy": self.masked_accuracy(pattern),
+            "accuracy": accuracy(pruned.model, self.test, self.device),
+            "sparsity": pruned.sparsity,
+            "curvature_products": pruned.curvature_products,
+            "seconds": pruned.seconds,
+            "peak_memory_bytes": report.peak_memory(self.device),
+            "test_images": len(self.data.test),
+            "seed": seed,
+            "options": vars(options),
+            "environment": report.environment(self.device),
+        }
+
+
+def markdown(rows: list[dict]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| run | masked only | accuracy | zeros | curvature products | seconds |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        name = ", ".join(f"{k} {v}" if k not in ("pattern", "algo") else v for k, v in row["run"].items())
+        lines.append(
+            f"| {name} | {row['masked_accuracy']:.2f} | {row['accuracy']:.2f} | {row['sparsity']:.2%} "
+            f"| {row['curvature_products']:.0f} | {row['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=("accuracy", "presets", "ablation"))
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--dset", type=Path, required=True, help="an .npz of CIFAR-10")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="default: results/resnet20_cifar10_TABLE.json")
+    args = parser.parse_args()
+    out = args.out or ROOT / "results" / f"resnet20_cifar10_{args.table}.json"
+    rows = json.loads(out.read_text())["rows"] if out.exists() else []
+    bench = Bench(args.checkpoint, args.dset, args.device)
+    for run in rows_of(args.table):
+        if run not in [row["run"] for row in rows]:
+            rows.append({"run": run, **bench.measure(run, args.seed)})
+            report.write_json(out, {"machine": report.machine(args.device), "rows": rows})
+            print(markdown(rows[-1:]).splitlines()[-1], flush=True)
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Any CNN: networks with random weights on real ImageNet images, pruned 2:4 through the script.
+
+    python bench/imagenet_random.py --dset imagenet_sample
+
+Random weights say nothing of accuracy; this checks that each run ends, that the loss falls at every solved layer and
+that the zeros are where they should be, and records time and memory in results/imagenet_random_weights.json.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import safetensors.torch
+
+ROOT = Path(__file__).resolve().parent.parent
+NETWORKS = ["mobilenet_v2", "timm/resnet50", "timm/densenet121", "timm/efficientnet_b0", "timm/convnext_tiny"]
+SETTINGS = ["--ngrads", "64", "--batch_size", "16", "--NM_N", "2", "--NM_M", "4"]
+SETTINGS += ["--k_step", "1", "--newton_steps", "1", "--max_CG_iterations", "2"]
+
+
+def measure(arch: str, dset: Path, device: str) -> dict:
+    """One run of prune_NM.py and what its folder says."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder, "run")
+        command = [sys.executable, str(ROOT / "CNN_pruning" / "prune_NM.py"), "--arch", arch, "--random_weights"]
+        command += ["--dset", str(dset), *SETTINGS, "--device", device, "--out_dir", str(run), "--skip_evaluation"]
+        subprocess.run(command, check=True)
+        metrics = json.loads((run / "metrics.json").read_text())
+        environment = json.loads((run / "environment.json").read_text())
+        layers = list(csv.DictReader((run / "layers.csv").open()))
+        state = safetensors.torch.load_file(run / "model.safetensors")
+        masks = safetensors.torch.load_file(run / "masks.safetensors")
+    for name in masks:
+        groups = (state[f"{name}.weight"] != 0).movedim(1, -1).unflatten(-1, (-1, 4))
+        assert (groups.sum(-1) <= 2).all(), name
+    return {
+        "network": arch,
+        "layers_solved": len(layers),
+        "layers_whose_loss_fell": sum(float(x["loss_after"]) < float(x["loss_before"]) for x in layers),
+        "median_loss_ratio": sorted(float(x["loss_after"]) / float(x["loss_before"]) for x in layers)[len(layers) // 2],
+        "sparsity": metrics["sparsity"],
+        "left_dense": metrics["left_dense"],
+        "seconds": metrics["seconds"],
+        "peak_memory_bytes": metrics["peak_memory_bytes"],
+        "machine": environment["machine"],
+        "torch": environment["torch"],
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dset", type=Path, required=True, help="a folder in ImageFolder layout")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "imagenet_random_weights.json")
+    args = parser.parse_args()
+    rows = []
+    for arch in NETWORKS:
+        rows.append(measure(arch, args.dset, args.device))
+        args.out.write_text(json.dumps({"settings": " ".join(SETTINGS), "rows": rows}, indent=1) + "\n")
+        print(rows[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""The scripts' commands on tiny data: run folders that load back, and bad input that ends in one line."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT
+from resnet_cifar import ResNet
+from torch import nn
+
+from snows import report
+
+FAST = ["--k_step", "1", "--newton_steps", "1", "--max_CG_iterations", "2", "--ngrads", "6", "--batch_size", "4"]
+
+
+def shell(script, *flags, cwd=ROOT, code=0):
+    """Run a script from the shell; (stdout, stderr)."""
+    command = [sys.executable, str(ROOT / "CNN_pruning" / script), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL)
+    assert done.returncode == code, done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with an .npz of eight 8 x 8 colour images a part and an untrained ResNet-20's checkpoint."""
+    folder = tmp_path_factory.mktemp("small")
+    generator = np.random.default_rng(0)
+    arrays = {f"x_{part}": generator.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8) for part in ("train", "test")}
+    arrays |= {f"y_{part}": np.arange(8, dtype=np.uint8) for part in ("train", "test")}
+    np.savez(folder / "images.npz", **arrays)
+    torch.manual_seed(0)
+    torch.save(ResNet(20, 10).state_dict(), folder / "resnet20.pt")
+    return folder
+
+
+def cifar_flags(small):
+    return ["--arch", "resnet20_cifar10", "--checkpoint", small / "resnet20.pt", "--dset", small / "images.npz", *FAST]
+
+
+def test_the_default_prunes_the_network_that_ships_and_its_folder_loads_back(tmp_path):
+    out, _ = shell("unstr.py", *FAST, "--ngrads", "64", "--out_dir", tmp_path / "run")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["dense_accuracy"] == pytest.approx(98.32, abs=0.2)
+    assert metrics["accuracy"] > metrics["masked_accuracy"] + 5
+    assert metrics["sparsity"] == pytest.approx(0.8, abs=1e-4)
+    assert {"seconds", "curvature_products", "peak_memory_bytes"} <= set(metrics)
+    for row in ("dense", "masked only", "SNOWS"):
+        assert row in out
+    with open(tmp_path / "run" / "layers.csv") as file:
+        layers = list(csv.DictReader(file))
+    assert len(layers) == 22
+    assert {"name", "shape", "sparsity", "loss_before", "loss_after", "cg_iterations", "seconds"} <= set(layers[0])
+    for layer in layers:
+        assert float(layer["loss_after"]) <= float(layer["loss_before"])
+
+    model, masks = report.load(tmp_path / "run", ResNet(20, 10, channels=1))
+    zeros = sum((p == 0).sum().item() for p in model.parameters())
+    assert zeros / sum(p.numel() for p in model.parameters()) == metrics["sparsity"]
+    for name, mask in masks.items():
+        assert (model.get_submodule(name).weight[~mask] == 0).all()
+    arguments = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert arguments["target_sparsity"] == 0.8
+    assert len(set(json.loads((tmp_path / "run" / "calibration.json").read_text())["indices"])) == 64
+
+
+def test_nm_runs_every_algorithm_and_seed_from_the_scripts_own_folder(small, tmp_path):
+    flags = ["--NM_N", 1, "--NM_M", 4, "--algo", "MP", "MP+", "SNOWS", "--seed", 0, 1, "--out_dir", tmp_path / "runs"]
+    out, _ = shell("prune_NM.py", *cifar_flags(small), *flags, cwd=ROOT / "CNN_pruning")
+    folders = sorted(p.name for p in (tmp_path / "runs").iterdir())
+    assert folders == sorted(f"{algo}-seed{seed}" for algo in ("MP", "MP+", "SNOWS") for seed in (0, 1))
+    assert "conv1: 3 inputs are not a multiple of 4" in out
+    states = {name: safetensors.torch.load_file(tmp_path / "runs" / name / "model.safetensors") for name in folders}
+    for state in states.values():
+        groups = state["layer2.0.conv1.weight"].movedim(1, -1).unflatten(-1, (-1, 4))
+        assert ((groups != 0).sum(-1) == 1).all()
+    assert not torch.equal(states["SNOWS-seed0"]["fc.weight"], states["SNOWS-seed1"]["fc.weight"])
+    assert not torch.equal(states["SNOWS-seed0"]["fc.weight"], states["MP-seed0"]["fc.weight"])
+
+
+def test_the_paper_preset_and_every_solver_flag_are_taken(small, tmp_path):
+    flags = ["--preset", "paper", "--depth_weights", "relative", "--cg_tolerance", "0.1", "--w_warm", "True"]
+    shell("unstr.py", *cifar_flags(small), *flags, "--allocation", "uniform", "--out_dir", tmp_path / "run")
+    chosen = json.loads((tmp_path / "run" / "metrics.json").read_text())["options"]
+    assert (chosen["targets"], chosen["curvature"], chosen["batching"]) == ("same", "hessian", True)
+    assert (chosen["depth_weights"], chosen["cg_tolerance"], chosen["w_warm"]) == ("relative", 0.1, True)
+
+
+def test_an_image_folder_and_a_timm_network_with_its_own_transform(tmp_path):
+    from PIL import Image
+
+    for part in ("train", "val"):
+        for label in "ab":
+            (tmp_path / part / label).mkdir(parents=True)
+            for i in range(3):
+                pixels = np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / label / f"{i}.png")
+    flags = ["--arch", "timm/lcnet_035", "--random_weights", "--dset", tmp_path, "--max_CG_iterations", 1]
+    out, _ = shell("prune_NM.py", *FAST, *flags, "--out_dir", tmp_path / "run", "--test_batch_size", 4)
+    assert "depthwise" in out
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test_images"] == 6
+
+
+BAD = {
+    "unknown architecture": (["--arch", "resnet_of_mine"], "unknown architecture 'resnet_of_mine'"),
+    "missing checkpoint": (["--checkpoint", "nowhere.pt"], "no such checkpoint: nowhere.pt"),
+    "missing dataset": (["--dset", "nowhere"], "dataset 'nowhere' is not one of"),
+    "sparsity of 1": (["--target_sparsity", "1"], "outside [0, 1)"),
+    "negative sparsity": (["--target_sparsity", "-0.1"], "outside [0, 1)"),
+    "sparsity out of reach": (["--target_sparsity", "0.9", "--max_layer_sparsity", "0.5"], "out of reach"),
+    "too many images": (["--ngrads", "100000"], "cannot draw 100000 calibration images"),
+    "no images": (["--ngrads", "0"], "cannot draw 0 calibration images"),
+    "a mean without std": (["--mean", "0.5"], "--mean and --std go together"),
+    "negative K": (["--k_step", "-1"], "k_step must be at least 0"),
+    "not a boolean": (["--batching", "maybe"], "neither True nor False"),
+    "an unknown flag": (["--no_such_flag"], "unrecognized arguments"),
+    "an unknown device": (["--device", "abacus"], "abacus"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_wrong_usage_ends_with_one_line_and_code_2(case, tmp_path):
+    flags, message = BAD[case]
+    _, err = shell("unstr.py", *flags, "--out_dir", tmp_path / "run", code=2)
+    assert message in err
+    assert "Traceback" not in err
+    assert err.strip().splitlines()[-1].count("error:") == 1
+
+
+@pytest.mark.parametrize(("n", "m"), [(4, 4), (5, 4), (0, 4), (-1, 4)])
+def test_n_that_is_not_below_m_is_refused(n, m):
+    _, err = shell("prune_NM.py", "--NM_N", n, "--NM_M", m, code=2)
+    assert f"N:M = {n}:{m}" in err
+
+
+def damaged(folder, kind):
+    """A checkpoint that is wrong in one way."""
+    state, path = ResNet(20, 10).state_dict(), folder / f"{kind}.pt"
+    if kind == "truncated":
+        torch.save(state, path)
+        path.write_bytes(path.read_bytes()[:5000])
+    elif kind == "nan":
+        state["fc.weight"][0, 0] = float("nan")
+        torch.save(state, path)
+    elif kind == "other network":
+        torch.save(ResNet(32, 100).state_dict(), path)
+    elif kind == "code":
+        torch.save({"state_dict": nn.ReLU()}, path)
+    else:
+        torch.save([1, 2], path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("truncated", "damaged or no checkpoint"),
+        ("nan", "NaN or infinity in fc.weight"),
+        ("other network", "unexpected layer1.3.conv1.weight"),
+        ("code", "damaged or no checkpoint"),
+        ("no names", "no state dict"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_says_why(small, tmp_path, kind, message):
+    flags = [*cifar_flags(small), "--checkpoint", damaged(tmp_path, kind), "--out_dir", tmp_path / "run"]
+    _, err = shell("unstr.py", *flags, code=2)
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["lacks", "float", "labels", "text"])
+def test_an_npz_of_the_wrong_form_says_why(small, tmp_path, kind):
+    arrays = dict(np.load(small / "images.npz"))
+    if kind == "lacks":
+        del arrays["y_test"]
+    elif kind == "float":
+        arrays["x_train"] = arrays["x_train"].astype(float)
+    elif kind == "labels":
+        arrays["y_train"] = arrays["y_train"][:3]
+    np.savez(tmp_path / "bad.npz", **arrays)
+    if kind == "text":
+        (tmp_path / "bad.npz").write_text("not an archive")
+    _, err = shell("unstr.py", *cifar_flags(small), "--dset", tmp_path / "bad.npz", code=2)
+    expected = {"lacks": "lacks y_test", "float": "must be uint8", "labels": "must be uint8", "text": "cannot be read"}
+    assert expected[kind] in err
+
+
+def test_a_folder_that_holds_a_run_is_not_written_to(small, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.json").write_text("precious")
+    _, err = shell("unstr.py", *cifar_flags(small), "--out_dir", tmp_path / "run", code=2)
+    assert "not empty" in err
+    assert (tmp_path / "run" / "metrics.json").read_text() == "precious"
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(tmp_path, monkeypatch):
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report.os, "fsync", no_space)
+    with pytest.raises(report.SnowsError, match=r"cannot write .*metrics\.json: .*No space left"):
+        report.write_json(tmp_path / "metrics.json", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dense_accuracy_far_from_the_stated_one_is_warned_about(capsys):
+    from snows.experiment import warn_if_far
+
+    warn_if_far(88.0, 91.4)
+    assert "wrong normalisation" in capsys.readouterr().err
+    warn_if_far(91.0, 91.4)
+    warn_if_far(10.0, None)
+    assert capsys.readouterr().err == ""
