@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.autograd import grad
 
 from snows.errors import SnowsError
-from snows.graph import Layer, Stream, Values, Window, to
+from snows.graph import Layer, Stream, to
+from snows.trace import Values
+from snows.window import Window
 
 Product = Callable[[Tensor], Tensor]
 

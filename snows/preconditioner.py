@@ -18,11 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from snows.graph import Values, Window
 from snows.objective import Objective
+from snows.trace import Values
+from snows.window import Window
 
 MAX_BYTES = 2**31  # of all the inverses of a layer; beyond it each row's support is cut into smaller blocks
 RELATIVE_DAMPING = 1e-3
+SAMPLE = 256  # images that the moments are estimated from
+MAX_INPUTS = 16384  # columns beyond which A is not formed, and CG runs plain
 
 
 class RowInverses:
@@ -76,8 +79,8 @@ class RowInverses:
 
 
 def can_factor(module: nn.Module | None) -> bool:
-    """Whether the columns that a layer multiplies are known: a plain convolution or linear map."""
-    return type(module) in (nn.Conv2d, nn.Linear)
+    """Whether A can be formed: a plain convolution or linear map, not too wide."""
+    return type(module) in (nn.Conv2d, nn.Linear) and module.weight[0].numel() <= MAX_INPUTS
 
 
 def columns(module: nn.Module, x: Tensor) -> Tensor:
@@ -93,11 +96,21 @@ def columns(module: nn.Module, x: Tensor) -> Tensor:
     return patches.view(n, module.groups, -1, positions).permute(1, 2, 0, 3).flatten(2)
 
 
+def sample(objective: Objective) -> range:
+    """The first micro-batches, enough to hold SAMPLE images: a preconditioner needs no more."""
+    seen = 0
+    for i, batch in enumerate(objective.batches):
+        seen += len(batch.targets[0])
+        if seen >= SAMPLE:
+            return range(i + 1)
+    return range(len(objective))
+
+
 def input_moment(objective: Objective) -> Tensor:
-    """A: the sum of x x^T over calibration images and positions, (groups, in, in); x ends in 1 if biases are solved."""
+    """A: the sum of x x^T over sampled images and positions, (groups, in, in); x ends in 1 if biases are solved."""
     layer, total = objective.window.layer, 0.0
     module = objective.window.network.module(layer.node)
-    for i in range(len(objective)):
+    for i in sample(objective):
         x = columns(module, objective.batch(i)[0][layer.node.args[0]])
         if objective.biases:
             x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
@@ -111,7 +124,7 @@ def output_scale(objective: Objective, weight: Tensor, seed: int) -> Tensor:
     Estimated with one probe of random signs u per image: the mean of (J^T C^1/2 u)^2 is that diagonal (Hutchinson).
     """
     generator, total = torch.Generator().manual_seed(seed), 0.0
-    for i in range(len(objective)):
+    for i in sample(objective):
         values, _ = objective.batch(i)
         pulled = pull_back_probe(objective.window, values, weight, objective.coefficients, generator)
         channels_last = pulled.movedim(1, -1) if len(objective.window.layer.shape) > 2 else pulled
@@ -138,7 +151,7 @@ def pull_back_probe(
 def row_inverses(objective: Objective, weight: Tensor, mask: Tensor, seed: int) -> RowInverses:
     """The preconditioner of a layer at `weight`, the objective's unknown.
 
-    Costs one unfolding of the layer's inputs and one backward pass over the calibration set.
+    Costs one unfolding of the layer's inputs and one backward pass, over a sample of the calibration set.
     """
     scale = output_scale(objective, objective.split(weight)[0], seed)
     return RowInverses(input_moment(objective), scale, mask)

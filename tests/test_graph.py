@@ -11,7 +11,8 @@ from conftest import TinyCNN, randomise
 from torch import nn
 
 from snows.errors import TraceError
-from snows.graph import Network, Stream, Window
+from snows.graph import Network, Stream
+from snows.window import Window
 
 FAMILIES = {
     "resnet": lambda: timm.create_model("resnet18", num_classes=7),

@@ -1,0 +1,138 @@
+"""A model as a list of operations: its trace, free of in-place writes, and how to run one of its nodes."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+from typing import Any
+
+import torch
+import torchvision
+from timm.models import get_notrace_functions, get_notrace_modules
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+
+from snows.errors import TraceError
+
+Values = dict[fx.Node, Any]  # what each node computed, for one micro-batch: tensors, but also plain integers
+
+IN_PLACE_OPERATORS = {
+    getattr(operator, "i" + name): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul")
+}
+
+
+class _Tracer(fx.Tracer):
+    """fx's tracer, with the leaves that timm and torchvision ask for, and a memory of where it failed."""
+
+    def __init__(self):
+        wrapped = tuple(get_notrace_functions())
+        super().__init__(autowrap_modules=(math, torchvision.ops), autowrap_functions=wrapped)
+        self.leaves = tuple(get_notrace_modules())
+        self.failed_in: str | None = None
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, self.leaves) or super().is_leaf_module(module, name)
+
+    def call_module(self, module, forward, args, kwargs):
+        try:
+            return super().call_module(module, forward, args, kwargs)
+        except Exception:
+            # The innermost module sees the exception first and is the one to name.
+            self.failed_in = self.failed_in or f"{self.path_of_module(module)} ({type(module).__name__})"
+            raise
+
+
+def trace(model: nn.Module) -> list[fx.Node]:
+    """The operations of `model`, a module in evaluation mode, in execution order and free of in-place writes.
+
+    Raises:
+        TraceError: the forward pass cannot be traced, or takes or returns more than one tensor.
+    """
+    tracer = _Tracer()
+    # Optional inputs of forward() (attention masks, ...) keep their defaults, as in model(images).
+    _, *others = inspect.signature(model.forward).parameters.values()
+    others = [p for p in others if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if any(p.default is p.empty for p in others):
+        raise TraceError(f"cannot trace {type(model).__name__}: its forward() needs more than the images.")
+    try:
+        graph = tracer.trace(model, concrete_args={p.name: p.default for p in others})
+    except Exception as error:
+        place = tracer.failed_in or f"the model itself ({type(model).__name__})"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TraceError(
+            f"cannot trace {place}: {reason}. SNOWS needs a forward pass without data-dependent control flow; "
+            f"wrap that part with torch.fx.wrap or register it with timm.models.register_notrace_module."
+        ) from error
+    _, *placeholders = (node for node in graph.nodes if node.op == "placeholder")
+    defaults = set(placeholders)
+    for node in graph.nodes:  # the tracer asserts that the defaults were passed: nothing else reads them
+        defaults.update([node] if defaults.intersection(node.all_input_nodes) else [])
+    for node in reversed(list(graph.nodes)):
+        if node in defaults:
+            graph.erase_node(node)
+    make_out_of_place(graph, model)
+    nodes = list(graph.nodes)
+    if not isinstance(nodes[-1].args[0], fx.Node):
+        raise TraceError(f"cannot prune {type(model).__name__}: its forward() must return one tensor, the logits.")
+    return nodes
+
+
+def make_out_of_place(graph: fx.Graph, model: nn.Module) -> None:
+    """Replace every in-place operation, so that a value of the line never changes once it is computed.
+
+    Without this a feature (a BatchNorm's output, say) is overwritten by the in-place ReLU behind it. Whoever reads the
+    overwritten value later must read the result of the operation instead, which is what it would have seen.
+    """
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        module = model.get_submodule(node.target) if node.op == "call_module" else None
+        if module is not None and getattr(module, "inplace", False) is True:
+            pass  # the module itself is switched below
+        elif node.op == "call_function" and node.target in IN_PLACE_OPERATORS:
+            node.target = IN_PLACE_OPERATORS[node.target]
+        elif node.op == "call_function" and node.kwargs.get("inplace", False) is True:
+            node.kwargs = {**node.kwargs, "inplace": False}
+        elif node.op == "call_function" and is_in_place(getattr(node.target, "__name__", ""), torch):
+            node.target = getattr(torch, node.target.__name__[:-1])
+        elif node.op == "call_method" and is_in_place(node.target, Tensor):
+            node.target = node.target[:-1]
+        else:
+            continue
+        overwritten = node.args[0]
+        for user in list(overwritten.users):
+            if position[user] > position[node]:
+                user.replace_input_with(overwritten, node)
+    for module in model.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False
+
+
+def is_in_place(name: str, namespace: Any) -> bool:
+    """Whether `name` follows torch's naming of in-place operations and has an out-of-place twin in `namespace`."""
+    return name.endswith("_") and not name.endswith("__") and hasattr(namespace, name[:-1])
+
+
+def call(node: fx.Node, model: nn.Module, values: Values, parameters: dict[str, Tensor]) -> Any:
+    """Run one node on the values of its inputs; `parameters` overrides the model's, by full name."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+    match node.op:
+        case "get_attr":
+            return parameters[node.target] if node.target in parameters else fetch(model, node.target)
+        case "call_function":
+            return node.target(*args, **kwargs)
+        case "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        case "call_module":
+            module, prefix = model.get_submodule(node.target), node.target + "."
+            own = {name.removeprefix(prefix): p for name, p in parameters.items() if name.startswith(prefix)}
+            return functional_call(module, own, args, kwargs) if own else module(*args, **kwargs)
+    raise TraceError(f"cannot run the node {node.format_node()}")
+
+
+def fetch(model: nn.Module, path: str) -> Any:
+    """The attribute of `model` at a dotted path."""
+    for part in path.split("."):
+        model = getattr(model, part)
+    return model

@@ -1,0 +1,137 @@
+"""Windows: the sub-graph from a layer to the K-th counted operation behind it, as a function of the layer's weight."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from snows.graph import Layer, Network, is_fixed_batch_norm
+from snows.trace import Values, call
+
+
+class TwiceDifferentiable(TorchFunctionMode):
+    """Replaces functions whose derivative torch cannot differentiate again by equal ones whose derivative it can."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (F.hardsigmoid, torch._C._nn.hardsigmoid):
+            return F.relu6(args[0] + 3) / 6
+        return func(*args, **(kwargs or {}))
+
+
+class Window:
+    """The sub-graph from a layer to the K-th counted operation after it (paper, equation 4: f_k(X; W), k = 0..K).
+
+    It starts at the layer: nothing before it is recomputed. What the window needs that does not depend on the layer's
+    weight (a shortcut branch, the other input of a concatenation) is computed once per micro-batch, by `enter`.
+    Inside the window a BatchNorm is an affine map, folded into the convolution it follows, and attention uses the
+    kernel that has second derivatives. `model` holds the weights of everything but the layer itself.
+    """
+
+    def __init__(self, network: Network, layer: Layer, k_step: int, model: nn.Module | None = None):
+        self.network, self.layer, self.model = network, layer, network.model if model is None else model
+        start = network.position[layer.node]
+        behind = {n for n in network.nodes if network.reads(n, layer.parameter)}  # what depends on the weight
+        counted = []
+        for node in network.nodes[start:]:
+            if node in behind or behind.intersection(node.all_input_nodes):
+                behind.add(node)
+                if node is layer.node or network.is_counted(node):
+                    counted.append(node)
+            if len(counted) > k_step:
+                break
+        self.features = counted  # K + 1 nodes, or fewer near the end of the line
+        needed = set(counted)
+        for node in reversed(network.nodes[start : network.position[counted[-1]] + 1]):
+            if node in needed:
+                needed.update(node.all_input_nodes)
+        needed = [n for n in network.nodes if n in needed]
+        self.nodes = [n for n in needed if n in behind]
+        self.aside = [n for n in needed if n not in behind and network.position[n] > start]
+        self.inputs = {n for node in self.nodes for n in node.all_input_nodes if n not in behind}
+        self.folded = {n: network.batch_norm_of[n] for n in self.nodes if n in network.batch_norm_of}
+        self.constants = self._fold_constants()
+
+    def _fold_constants(self) -> dict[str, Tensor]:
+        """Weights and biases of the window's convolutions, the BatchNorm behind each folded in."""
+        constants = {}
+        for conv, batch_norm in self.folded.items():
+            module, (scale, shift) = self.module(conv), affine_of(self.module(batch_norm))
+            constants[f"{conv.target}.weight"] = module.weight * scale.view(-1, *[1] * (module.weight.ndim - 1))
+            constants[f"{conv.target}.bias"] = shift if module.bias is None else shift + scale * module.bias
+        return constants
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The module that a node calls, or None, with the window's weights."""
+        return self.model.get_submodule(node.target) if node.op == "call_module" else None
+
+    def enter(self, values: Values) -> Values:
+        """What the window reads, from the values at the cut."""
+        values = dict(values)
+        with torch.no_grad():
+            for node in self.aside:
+                if node not in values:
+                    values[node] = call(node, self.model, values, {})
+        return {node: values[node] for node in self.inputs}
+
+    def __call__(self, values: Values, weight: Tensor, shift: Tensor | None = None) -> list[Tensor]:
+        """Features f_0 .. f_K at `weight`, one tensor (n, ...) for each counted operation.
+
+        shift: (out,), added to the layer's own output (before any BatchNorm), besides its bias.
+        """
+        parameters = {**self.constants, self.layer.parameter: weight}
+        scale = self.output_scale()
+        if scale is not None:
+            parameters[self.layer.parameter] = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+        if shift is not None:
+            name = f"{self.layer.node.target}.bias"
+            bias = self.constants[name] if scale is not None else self.module(self.layer.node).bias
+            parameters[name] = bias + (shift if scale is None else scale * shift)
+        return self._run(self.nodes, dict(values), parameters)
+
+    def output_scale(self) -> Tensor | None:
+        """The factor (out,) by which the BatchNorm behind the layer scales its output; None without one."""
+        batch_norm = self.folded.get(self.layer.node)
+        return None if batch_norm is None else affine_of(self.module(batch_norm))[0]
+
+    def output(self, values: Values, weight: Tensor) -> Tensor:
+        """The layer's own output at `weight`, (n, out, ...), before any BatchNorm."""
+        return call(self.layer.node, self.model, values, {self.layer.parameter: weight})
+
+    def behind(self, values: Values, output: Tensor) -> list[Tensor]:
+        """The features as a function of the layer's own output: the map that a preconditioner pulls back."""
+        if self.layer.node in self.folded:
+            output = normalise(self.module(self.folded[self.layer.node]), output)
+        later = [n for n in self.nodes if self.network.position[n] > self.network.position[self.layer.node]]
+        return self._run(later, {**values, self.layer.node: output}, self.constants)
+
+    def _run(self, nodes: list[fx.Node], values: Values, parameters: dict[str, Tensor]) -> list[Tensor]:
+        already_applied = set(self.folded.values())
+        with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
+            for node in nodes:
+                module = self.module(node)
+                if is_fixed_batch_norm(module):
+                    x = values[node.args[0]]
+                    x = x if node in already_applied else normalise(module, x)
+                    values[node] = module.act(module.drop(x)) if hasattr(module, "act") else x
+                else:
+                    values[node] = call(node, self.model, values, parameters)
+        return [values[node] for node in self.features]
+
+
+def affine_of(batch_norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each (channels,), of a BatchNorm with fixed statistics."""
+    scale = torch.rsqrt(batch_norm.running_var + batch_norm.eps)
+    if batch_norm.weight is not None:
+        scale = scale * batch_norm.weight
+    shift = -batch_norm.running_mean * scale
+    return scale, shift if batch_norm.bias is None else shift + batch_norm.bias
+
+
+def normalise(batch_norm: _BatchNorm, x: Tensor) -> Tensor:
+    """The affine map of a BatchNorm with fixed statistics, applied to x (n, channels, ...)."""
+    scale, shift = (vector.view(-1, *[1] * (x.ndim - 2)) for vector in affine_of(batch_norm))
+    return torch.addcmul(shift, x, scale)
