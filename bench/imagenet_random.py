@@ -19,7 +19,7 @@ import safetensors.torch
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = ["mobilenet_v2", "timm/resnet50", "timm/densenet121", "timm/efficientnet_b0", "timm/convnext_tiny"]
 SETTINGS = ["--ngrads", "64", "--batch_size", "16", "--NM_N", "2", "--NM_M", "4"]
-SETTINGS += ["--k_step", "1", "--newton_steps", "1", "--max_CG_iterations", "2"]
+SETTINGS += ["--k_step", "1", "--sweeps", "1", "--max_CG_iterations", "2"]
 
 
 def measure(arch: str, dset: Path, device: str) -> dict:

@@ -22,6 +22,7 @@ PRESETS = {
         batching=True,
         preconditioner="none",
         biases=False,
+        sweeps=1,
         newton_steps=3,
         max_CG_iterations=20,
     ),
@@ -40,7 +41,7 @@ class Options:
         UsageError: a value outside its range or its choices.
     """
 
-    k_step: int = option(4, "counted operations behind each layer whose features are matched; 0: layer-wise", low=0)
+    k_step: int = option(8, "counted operations behind each layer whose features are matched; 0: layer-wise", low=0)
     targets: str = option(
         "dense", "features to match: the dense network's own, or the dense network's on the same inputs (paper)",
         ("dense", "same"),
@@ -55,10 +56,10 @@ class Options:
     )  # fmt: skip
     biases: bool = option(True, "solve the bias (or BatchNorm shift) behind a layer with its weights; it is not pruned")
     sweeps: int = option(
-        1, "passes over the layers; from the second on, all the other layers are sparse already", low=1
+        2, "passes over the layers; from the second on, all the other layers are sparse already", low=1
     )
-    newton_steps: int = option(3, "Newton steps per layer (with --batching True: passes over the batches)", low=1)
-    max_CG_iterations: int = option(6, "curvature products per Newton step, at most", low=1)
+    newton_steps: int = option(1, "Newton steps per layer (with --batching True: passes over the batches)", low=1)
+    max_CG_iterations: int = option(5, "curvature products per Newton step, at most", low=1)
     cg_tolerance: float = option(1e-2, "relative residual at which CG stops", low=0)
     damping: float = option(1e-3, "first Levenberg-Marquardt damping, relative to the curvature", low=0)
     batching: bool = option(False, "True: a Newton step per mini-batch (paper); False: one for all the images")

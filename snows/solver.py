@@ -137,8 +137,8 @@ def solve(
     batching: False takes every Newton step on the whole calibration set; True takes one step for each micro-batch in
         turn, `newton_steps` times over.
     """
-    before = objective.loss(weight)
-    result = Solution(weight, None, before.item(), before.item())
+    before = objective.loss(weight).item()
+    result = Solution(weight, None, before, before)
     parts = [objective.on_batch(i) for i in range(len(objective))] if batching else [objective]
     for _ in range(newton_steps):
         start = result.weight
