@@ -28,8 +28,10 @@ class Data:
     test: Dataset
     workers: int = 0
 
-    def calibration(self, count: int, seed: int) -> tuple[Tensor, list[int]]:
+    def calibration(self, count: int, seed: int, mirror: bool = False) -> tuple[Tensor, list[int]]:
         """(images (count, c, h, w), their indices): a seeded sample of the training set, without replacement.
+
+        mirror: flip each image left to right with probability 1/2.
 
         Raises:
             UsageError: more images are asked for than there are.
@@ -37,9 +39,14 @@ class Data:
         if not 0 < count <= len(self.train):
             raise UsageError(f"cannot draw {count} calibration images (--ngrads) from {len(self.train)}.")
         torch.manual_seed(seed)  # a transform that the user edits in may draw random numbers
-        indices = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+        generator = torch.Generator().manual_seed(seed)
+        indices = torch.randperm(len(self.train), generator=generator)[:count].tolist()
         loader = DataLoader(Subset(self.train, indices), batch_size=64, num_workers=self.workers)
-        return torch.cat([images for images, _ in loader]), indices
+        images = torch.cat([images for images, _ in loader])
+        if mirror:
+            chosen = torch.rand(count, generator=generator) < 0.5
+            images[chosen] = images[chosen].flip(-1)
+        return images, indices
 
     def test_batches(self, batch_size: int) -> DataLoader:
         """The whole test set in order, the last batch short."""

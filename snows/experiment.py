@@ -36,6 +36,7 @@ def parser(description: str, arch: str) -> argparse.ArgumentParser:
     group.add_argument("--dset", help=f"{names}, a folder with train/ and val/, or an .npz (default: what fits --arch)")
     group.add_argument("--data_dir", type=Path, default=Path("data"), help="where datasets lie (default: data)")
     group.add_argument("--ngrads", type=int, default=1000, help="number of calibration images (default: 1000)")
+    group.add_argument("--mirror", action="store_true", help="flip half of the calibration images left to right")
     group.add_argument("--test_batch_size", type=int, default=256, help="test images per batch (default: 256)")
     group.add_argument("--num_workers", type=int, default=0, help="processes that load images (default: 0)")
     group = flags.add_argument_group("run")
@@ -109,7 +110,7 @@ class Experiment:
     def once(self, algo: str, seed: int, folder: Path) -> dict:
         """One run: prune, evaluate, save, print; returns its metrics."""
         args, chosen = self.args, options.from_flags(self.args, seed)
-        images, indices = (None, []) if algo == "MP" else self.data.calibration(args.ngrads, seed)
+        images, indices = (None, []) if algo == "MP" else self.data.calibration(args.ngrads, seed, args.mirror)
         report.write_json(folder / "args.json", {**vars(args), "algo": algo, "seed": seed, "options": vars(chosen)})
         report.write_json(folder / "environment.json", report.environment(args.device))
         report.write_json(folder / "calibration.json", {"indices": indices})

@@ -101,9 +101,9 @@ def prune(
     selection = select(network, pattern)
     result = Pruned(copy.deepcopy(model), selection.masks, left_dense={**network.refused, **selection.left_dense})
     batches = [] if algo == "MP" else micro_batches(network, calibration, options.batch_size)
-    dense_model = copy.deepcopy(network.model)
+    dense_model, sweeps = copy.deepcopy(network.model), 1 if algo == "MP" else options.sweeps
     try:
-        for sweep in range(1 if algo == "MP" else options.sweeps):
+        for sweep in range(sweeps):
             sparse = Stream(network, network.model, batches, device)
             dense = Stream(network, dense_model, batches, device)
             for layer in network.layers:
@@ -122,7 +122,7 @@ def prune(
                 for owner in (network.model, result.model):
                     write(owner, layer, solution)
                 result.layers.append(describe(layer, sweep, solution, time.perf_counter() - layer_started))
-                on_layer(result.layers[-1], len(selection.masks) * options.sweeps)
+                on_layer(result.layers[-1], len(selection.masks) * sweeps)
     except KeyboardInterrupt:
         raise Interrupted(result) from None
     finally:
@@ -162,7 +162,8 @@ def write(model: nn.Module, layer: Layer, solution: Solution) -> None:
     """Write a solved layer into a model."""
     model.get_parameter(layer.parameter).copy_(solution.weight)
     if solution.shift is not None:
-        model.get_parameter(layer.bias).add_(solution.shift)
+        bias = model.get_parameter(layer.bias)
+        bias.add_(solution.shift.to(bias.device))
 
 
 def select(network: Network, pattern: Pattern | Masks) -> Selection:

@@ -13,7 +13,7 @@ import platform
 import resource
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import safetensors.torch
@@ -109,9 +109,7 @@ def save(folder: Path, pruned: Pruned, metrics: dict) -> dict:
     masks = {name: mask.cpu().contiguous() for name, mask in pruned.masks.items()}
     write(folder / "model.safetensors", safetensors.torch.save(unshared(state)))
     write(folder / "masks.safetensors", safetensors.torch.save(masks))
-    columns = [f.name for f in fields(LayerRecord)]
-    rows = [{**asdict(layer), "shape": "x".join(map(str, layer.shape))} for layer in pruned.layers]
-    write(folder / "layers.csv", table(columns, rows))
+    write(folder / "layers.csv", csv_text(layer_rows(pruned.layers)))
     saved = safetensors.torch.load_file(folder / "model.safetensors")
     names = [name for name, _ in pruned.model.named_parameters()]
     zeros = sum((saved[name] == 0).sum().item() for name in names)
@@ -130,10 +128,25 @@ def unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def table(columns: list[str], rows: list[dict]) -> str:
-    """Rows as CSV."""
+def layer_rows(records: list[LayerRecord]) -> list[dict]:
+    """One row per layer: the losses of each sweep (the first without a number), the effort summed over sweeps."""
+    rows = {}
+    for record in records:
+        values = asdict(record)
+        sweep = values.pop("sweep")
+        row = rows.setdefault(record.name, {**values, "shape": "x".join(map(str, record.shape))})
+        if sweep > 0:
+            row["sparsity"] = record.sparsity
+            row |= {f"{loss}_{sweep + 1}": values[loss] for loss in ("loss_before", "loss_after")}
+            for effort in ("newton_steps", "cg_iterations", "products", "seconds"):
+                row[effort] += values[effort]
+    return list(rows.values())
+
+
+def csv_text(rows: list[dict]) -> str:
+    """Rows as CSV; the columns are those of any row."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, columns)
+    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)))
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()

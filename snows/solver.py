@@ -6,6 +6,7 @@ known only through its products. Vectors keep the shape of the weight and are ze
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -52,30 +53,31 @@ def conjugate_gradients(
     Stops at the first direction whose curvature is not positive and returns what it has; if that is the very first
     direction, it returns a step along it, scaled by the size of its curvature.
     """
-    x, bx, r = torch.zeros_like(right_side), torch.zeros_like(right_side), right_side.clone()
+    x, bx, r = torch.zeros_like(right_side), torch.zeros_like(right_side), right_side
     norm = right_side.norm()
     if not norm > 0:
         return CGResult(x, bx, [])
     precondition = precondition or (lambda residual: residual)
     z = precondition(r)
-    p, rz, shift, residuals = z.clone(), dot(r, z), None, []
-    for iteration in range(max_iterations):
-        bp = product(p)
+    p, rz, shift, residuals = z, dot(r, z), None, []
+    for _ in range(max_iterations):
+        bp, pp = product(p), dot(p, p)
         curvature = dot(p, bp)
         if shift is None:
-            shift = damping * (curvature / dot(p, p)).clamp_min(0)
-        damped = curvature + shift * dot(p, p)
-        if not damped > 0:
-            if iteration == 0 and torch.isfinite(damped):
-                alpha = rz / damped.abs() if damped < 0 else 1.0
+            shift = damping * (curvature / pp).clamp_min(0)
+        damped = curvature + shift * pp
+        alpha = rz / damped
+        next_r = r - alpha * (bp + shift * p)
+        # The only values that the host waits for, once an iteration.
+        steepness, residual = torch.stack([damped, next_r.norm() / norm]).tolist()
+        if not steepness > 0:
+            if not residuals and math.isfinite(steepness):
+                alpha = rz / abs(steepness) if steepness else torch.ones_like(rz)
                 x, bx = alpha * p, alpha * bp
             return CGResult(x, bx, residuals, negative_curvature=True)
-        alpha = rz / damped
-        x += alpha * p
-        bx += alpha * bp
-        r -= alpha * (bp + shift * p)
-        residuals.append((r.norm() / norm).item())
-        if residuals[-1] <= tolerance:
+        x, bx, r = x + alpha * p, bx + alpha * bp, next_r
+        residuals.append(residual)
+        if residual <= tolerance:
             break
         z = precondition(r)
         rz, previous = dot(r, z), rz

@@ -89,7 +89,7 @@ def test_128_images_at_batch_128_still_give_a_step():
 
 
 def test_two_sweeps_continue_where_the_first_ended(tiny, images):
-    once = snows.prune(tiny, images, snows.NM(1, 2), fast())
+    once = snows.prune(tiny, images, snows.NM(1, 2), fast(sweeps=1))
     twice = snows.prune(tiny, images, snows.NM(1, 2), fast(sweeps=2))
     count = len(once.layers)
     assert [(r.name, r.sweep) for r in twice.layers] == [(r.name, s) for s in (0, 1) for r in once.layers]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from resnet_cifar import ResNet
 from torch import nn
 
 from snows import report
+from snows.data import Data, normalised, npz
 
 FAST = ["--k_step", "1", "--newton_steps", "1", "--max_CG_iterations", "2", "--ngrads", "6", "--batch_size", "4"]
 
@@ -58,6 +60,8 @@ def test_the_default_prunes_the_network_that_ships_and_its_folder_loads_back(tmp
     assert {"name", "shape", "sparsity", "loss_before", "loss_after", "cg_iterations", "seconds"} <= set(layers[0])
     for layer in layers:
         assert float(layer["loss_after"]) <= float(layer["loss_before"])
+        assert float(layer["loss_after_2"]) <= float(layer["loss_before_2"])
+        assert int(layer["cg_iterations"]) == 4  # two in each sweep
 
     model, masks = report.load(tmp_path / "run", ResNet(20, 10, channels=1))
     zeros = sum((p == 0).sum().item() for p in model.parameters())
@@ -197,6 +201,41 @@ def test_a_folder_that_holds_a_run_is_not_written_to(small, tmp_path):
     _, err = shell("unstr.py", *cifar_flags(small), "--out_dir", tmp_path / "run", code=2)
     assert "not empty" in err
     assert (tmp_path / "run" / "metrics.json").read_text() == "precious"
+
+
+def test_ctrl_c_saves_the_finished_layers_and_exits_with_130(tmp_path):
+    command = [sys.executable, "-u", str(ROOT / "CNN_pruning" / "unstr.py"), "--ngrads", "256"]
+    process = subprocess.Popen(
+        [*command, "--out_dir", str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if "layer1.0.conv2" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert "layers: those are saved in" in err
+    assert "Traceback" not in err
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["finished"] is False
+    model, masks = report.load(tmp_path / "run", ResNet(20, 10, channels=1))
+    assert (model.conv1.weight[~masks["conv1"]] == 0).all()
+    assert (model.fc.weight != 0).all()
+
+
+def test_the_calibration_sample_is_seeded_and_mirrors_only_when_asked(small):
+    data = Data(*npz(small / "images.npz", normalised((0.5,) * 3, (0.5,) * 3)))
+    images, indices = data.calibration(6, seed=1)
+    again, same = data.calibration(6, seed=1)
+    assert indices == same != data.calibration(6, seed=2)[1]
+    assert torch.equal(images, again)
+    assert len(set(indices)) == 6
+    assert torch.equal(images[0], data.train[indices[0]][0])
+    mirrored, _ = data.calibration(6, seed=1, mirror=True)
+    flipped = [torch.equal(m, i.flip(-1)) for m, i in zip(mirrored, images)]
+    kept = [torch.equal(m, i) for m, i in zip(mirrored, images)]
+    assert any(flipped)
+    assert all(f != k for f, k in zip(flipped, kept))
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(tmp_path, monkeypatch):
