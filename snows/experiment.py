@@ -24,7 +24,7 @@ FAR_FROM_STATED = 1.0  # percent points between measured and stated dense accura
 
 def parser(description: str, arch: str) -> argparse.ArgumentParser:
     """The flags that every script shares; `arch` is the network that ships with the repository."""
-    flags = argparse.ArgumentParser(description=description)
+    flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = flags.add_argument_group("network and images")
     group.add_argument("--arch", default=arch, help=f"the network (default: {arch}, which ships with SNOWS)")
     group.add_argument("--checkpoint", type=Path, help="local weights for --arch (.safetensors, .pt, .pth, .bin)")

@@ -90,7 +90,10 @@ class Network:
         return node.op == "get_attr" and node.target == parameter
 
     def _pair_batch_norms(self) -> dict[fx.Node, fx.Node]:
-        """Convolutions (and linear maps) whose only user is a BatchNorm with fixed statistics."""
+        """Convolutions (and linear maps) whose only user is a BatchNorm with fixed statistics.
+
+        Not one that multiplies by zero, as residual branches are initialised: its output tells nothing of its input.
+        """
         calls = Counter(node.target for node in self.nodes if node.op == "call_module")
         pairs = {}
         for node in self.nodes:
@@ -98,7 +101,7 @@ class Network:
             if not isinstance(producer, fx.Node) or type(self.module(producer)) not in (nn.Conv2d, nn.Linear):
                 continue
             once = calls[producer.target] == 1 and len(producer.users) == 1
-            if once and is_fixed_batch_norm(self.module(node)):
+            if once and is_fixed_batch_norm(self.module(node)) and not is_zero(self.module(node).weight):
                 pairs[producer] = node
         return pairs
 
@@ -154,6 +157,10 @@ def prunable_weights(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
     for path, child in module.named_modules():
         for key in prunable_parameters(child):
             yield f"{path}.{key}".lstrip("."), getattr(child, key)
+
+
+def is_zero(weight: Tensor | None) -> bool:
+    return weight is not None and not weight.any()
 
 
 def is_fixed_batch_norm(module: nn.Module | None) -> bool:

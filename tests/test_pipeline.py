@@ -1,7 +1,9 @@
 """Whole jobs on tiny networks: what is promised is what comes back."""
 
 import pytest
+import timm
 import torch
+import torchvision
 from conftest import TinyCNN, randomise
 from torch import nn
 
@@ -33,6 +35,30 @@ def test_the_returned_model_is_the_one_that_was_solved(tiny, images, algo, patte
     assert pruned.sparsity == zeros / sum(p.numel() for p in pruned.model.parameters())
     assert {layer.name for layer in pruned.layers} == set(pruned.masks)
     assert not set(pruned.left_dense) & set(pruned.masks)
+
+
+FAMILIES = {
+    "depthwise, squeeze-excite": lambda: timm.create_model("mobilenetv3_small_050", num_classes=8),
+    "concatenation": lambda: torchvision.models.DenseNet(8, (2, 3), 16, num_classes=8),
+    "layer norms": lambda: timm.create_model("convnext_atto", num_classes=8, depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)),
+    "groups": lambda: timm.create_model("regnety_002", num_classes=8),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_of_cnns_is_pruned_and_its_loss_falls_at_every_layer(family):
+    torch.manual_seed(0)
+    model = FAMILIES[family]()
+    options = snows.Options(k_step=2, sweeps=1, max_CG_iterations=2, batch_size=3)
+    pruned = snows.prune(model, torch.randn(4, 3, 32, 32), snows.NM(2, 4), options)
+    weights = {name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    assert {layer.name for layer in pruned.layers} | set(pruned.left_dense) == weights
+    for layer in pruned.layers:
+        assert layer.loss_after < layer.loss_before
+        assert layer.sparsity == 0.5
+    for name, reason in pruned.left_dense.items():
+        assert "depthwise" in reason or "multiple of 4" in reason
+        assert torch.equal(pruned.model.get_submodule(name).weight, model.get_submodule(name).weight)
 
 
 def test_more_depth_brings_the_output_closer(tiny):
