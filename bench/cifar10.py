@@ -27,7 +27,7 @@ ALGORITHMS = ("MP", "SNOWS", "MP+")
 FEW = {"images": 256}  # so that a table takes minutes
 ABLATION = [{"k_step": k} for k in (8, 0, 2, 4, 16)]  # each row changes one choice of the first
 ABLATION += [{"targets": "same"}, {"curvature": "hessian"}, {"depth_weights": "mean"}, {"batching": True}]
-ABLATION += [{"preconditioner": "none"}, {"biases": False}, {"newton_steps": 2}, {"sweeps": 2}, {"w_warm": True}]
+ABLATION += [{"preconditioner": "none"}, {"biases": False}, {"sweeps": 2}]
 
 
 def rows_of(table: str) -> list[dict]:

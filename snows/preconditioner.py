@@ -22,7 +22,7 @@ from snows.objective import Objective
 from snows.trace import Values
 from snows.window import Window
 
-MAX_BYTES = 2**31  # of all the inverses of a layer; beyond it each row's support is cut into smaller blocks
+MAX_BYTES = 2**29  # of all the inverses of a layer; beyond it each row's support is cut into smaller blocks
 RELATIVE_DAMPING = 1e-3
 SAMPLE = 256  # images that the moments are estimated from
 MAX_INPUTS = 16384  # columns beyond which A is not formed, and CG runs plain
