@@ -1,5 +1,7 @@
 """Loss, gradient and products against dense float64 references, at every support size."""
 
+import weakref
+
 import pytest
 import timm
 import torch
@@ -188,3 +190,16 @@ def test_an_operation_without_second_derivative_is_named(images):
     objective, _, weight = build(model, images, 0, 1, "ggn")
     with pytest.raises(SnowsError, match=r"cannot solve layer 0: torch has no second derivative of hardsigmoid"):
         objective.linearise(weight).product(weight)
+
+
+def test_a_linearisation_lets_go_of_everything(tiny, images):
+    """Graphs that autograd keeps alive through a cycle would add up over the layers of a job."""
+    objective, _, weight = build(tiny, images, 0, 6, "ggn")
+    alive = []
+    for module in (objective.window.model.relu, objective.window.model.fc):
+        module.register_forward_hook(lambda m, i, output: alive.append(weakref.ref(output)))
+    here = objective.linearise(weight)
+    here.product(weight)
+    assert any(reference() is not None for reference in alive)
+    del here
+    assert all(reference() is None for reference in alive)
