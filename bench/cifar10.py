@@ -35,7 +35,7 @@ def rows_of(table: str) -> list[dict]:
     if table == "accuracy":
         return [{"pattern": pattern, "algo": algo, "images": 1024} for algo in ALGORITHMS for pattern in PATTERNS]
     if table == "presets":
-        return [{"pattern": "1:4", "algo": "SNOWS", **FEW, "preset": preset} for preset in ("paper", "best")]
+        return [{"pattern": "1:4", "algo": "SNOWS", "images": 128, "preset": p} for p in ("paper", "best")]
     return [{"pattern": "1:4", "algo": "SNOWS", **FEW, "sweeps": 1, **change} for change in ABLATION]
 
 

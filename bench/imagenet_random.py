@@ -17,7 +17,7 @@ from pathlib import Path
 import safetensors.torch
 
 ROOT = Path(__file__).resolve().parent.parent
-NETWORKS = ["mobilenet_v2", "timm/resnet50", "timm/densenet121", "timm/efficientnet_b0", "timm/convnext_tiny"]
+NETWORKS = ["mobilenet_v2", "timm/efficientnet_b0", "timm/densenet121", "timm/resnet50", "timm/convnext_tiny"]
 SETTINGS = ["--ngrads", "64", "--batch_size", "16", "--NM_N", "2", "--NM_M", "4"]
 SETTINGS += ["--k_step", "1", "--sweeps", "1", "--max_CG_iterations", "2"]
 
@@ -39,12 +39,14 @@ def measure(arch: str, dset: Path, device: str) -> dict:
         assert (groups.sum(-1) <= 2).all(), name
     return {
         "network": arch,
+        "images": metrics["calibration_images"],
         "layers_solved": len(layers),
         "layers_whose_loss_fell": sum(float(x["loss_after"]) < float(x["loss_before"]) for x in layers),
         "median_loss_ratio": sorted(float(x["loss_after"]) / float(x["loss_before"]) for x in layers)[len(layers) // 2],
         "sparsity": metrics["sparsity"],
         "left_dense": metrics["left_dense"],
         "seconds": metrics["seconds"],
+        "layer_seconds": {layer["name"]: float(layer["seconds"]) for layer in layers},
         "peak_memory_bytes": metrics["peak_memory_bytes"],
         "machine": environment["machine"],
         "torch": environment["torch"],
@@ -54,12 +56,13 @@ def measure(arch: str, dset: Path, device: str) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dset", type=Path, required=True, help="a folder in ImageFolder layout")
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, help="only these; the file keeps the others' rows")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "imagenet_random_weights.json")
     args = parser.parse_args()
-    rows = []
-    for arch in NETWORKS:
-        rows.append(measure(arch, args.dset, args.device))
+    rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    for arch in args.networks:
+        rows = [row for row in rows if row["network"] != arch] + [measure(arch, args.dset, args.device)]
         args.out.write_text(json.dumps({"settings": " ".join(SETTINGS), "rows": rows}, indent=1) + "\n")
         print(rows[-1], flush=True)
 

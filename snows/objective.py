@@ -1,6 +1,6 @@
 """The K-step reconstruction loss of one layer, its gradient and its curvature products.
 
-    L(W) = sum_k c_k || Y_k - f_k(X; W) ||^2                                       (paper, section 3.1, equation 4)
+    L(W) = sum_k c_k || Y_k - f_k(X; W) ||^2                                       (the paper's K-step objective)
 
 with f_k the features after the k-th counted operation behind the layer, Y_k those of the dense network, and one
 coefficient c_k per depth. Nothing here forms a curvature matrix: only its product with a vector, exact at any size.
@@ -160,7 +160,7 @@ class Linearisation:
 
 
 def hessian(loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Product]:
-    """(loss, gradient, product) with the exact Hessian: H v = gradient of <grad L, v> (paper, section 3.2)."""
+    """(loss, gradient, product) with the exact Hessian: H v is the gradient of <grad L, v>, as in the paper."""
     (gradient,) = grad(loss, weight, create_graph=True)
 
     def product(vector: Tensor) -> Tensor:

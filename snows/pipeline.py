@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -77,7 +77,7 @@ def prune(
     device: torch.device | str = "cpu",
     on_layer: Callable[[LayerRecord, int], None] = lambda record, layers: None,
 ) -> Pruned:
-    """Prune a classifier in one shot and re-solve its surviving weights (paper, algorithm 1).
+    """Prune a classifier in one shot and re-solve its surviving weights (the paper's SNOWS).
 
     model: any nn.Module that torch.fx can trace and that maps images to one tensor; it is not changed.
     calibration: images (n, channels, height, width) as the model wants them, or an iterable (a DataLoader) of such
@@ -100,34 +100,55 @@ def prune(
     network = Network(model, device)
     selection = select(network, pattern)
     result = Pruned(copy.deepcopy(model), selection.masks, left_dense={**network.refused, **selection.left_dense})
-    batches = [] if algo == "MP" else micro_batches(network, calibration, options.batch_size)
-    dense_model, sweeps = copy.deepcopy(network.model), 1 if algo == "MP" else options.sweeps
+    if algo == "MP":
+        steps = masked_only(network, selection.masks)
+    else:
+        batches = micro_batches(network, calibration, options.batch_size)
+        steps = layer_by_layer(network, selection.masks, batches, options, device)
+    sweeps, layer_started = 1 if algo == "MP" else options.sweeps, time.perf_counter()
     try:
-        for sweep in range(sweeps):
-            sparse = Stream(network, network.model, batches, device)
-            dense = Stream(network, dense_model, batches, device)
-            for layer in network.layers:
-                if layer.name not in selection.masks:
-                    continue
-                layer_started, mask = time.perf_counter(), selection.masks[layer.name]
-                start = network.model.get_parameter(layer.parameter) * mask
-                solution = Solution(start)
-                if algo != "MP":
-                    sparse.advance(layer.node)
-                    dense.advance(layer.node)
-                    if options.w_warm and sweep == 0:
-                        warm = options.but(**LEAST_SQUARES)
-                        start = solve_layer(layer, start, mask, sparse, dense, warm).weight
-                    solution = solve_layer(layer, start, mask, sparse, dense, options)
-                for owner in (network.model, result.model):
-                    write(owner, layer, solution)
-                result.layers.append(describe(layer, sweep, solution, time.perf_counter() - layer_started))
-                on_layer(result.layers[-1], len(selection.masks) * sweeps)
+        for sweep, layer, solution in steps:
+            for owner in (network.model, result.model):
+                write(owner, layer, solution)
+            now = time.perf_counter()
+            result.layers.append(describe(layer, sweep, solution, now - layer_started))
+            on_layer(result.layers[-1], len(selection.masks) * sweeps)
+            layer_started = now
     except KeyboardInterrupt:
         raise Interrupted(result) from None
     finally:
         result.seconds = time.perf_counter() - started
     return result
+
+
+Step = tuple[int, Layer, Solution]  # the sweep, the layer, and its new weight, which the caller writes back
+
+
+def masked_only(network: Network, masks: Masks) -> Iterator[Step]:
+    """Every layer with its mask applied and nothing solved."""
+    for layer in network.layers:
+        if layer.name in masks:
+            yield 0, layer, Solution(network.model.get_parameter(layer.parameter) * masks[layer.name])
+
+
+def layer_by_layer(
+    network: Network, masks: Masks, batches: list[Tensor], options: Options, device: torch.device | str
+) -> Iterator[Step]:
+    """Solve the layers in execution order, each on the pruned network as it stands, in one or several sweeps."""
+    dense_model = copy.deepcopy(network.model)
+    for sweep in range(options.sweeps):
+        sparse = Stream(network, network.model, batches, device)
+        dense = Stream(network, dense_model, batches, device)
+        for layer in network.layers:
+            if layer.name not in masks:
+                continue
+            sparse.advance(layer.node)
+            dense.advance(layer.node)
+            mask = masks[layer.name]
+            start = network.model.get_parameter(layer.parameter) * mask
+            if options.w_warm and sweep == 0:
+                start = solve_layer(layer, start, mask, sparse, dense, options.but(**LEAST_SQUARES)).weight
+            yield sweep, layer, solve_layer(layer, start, mask, sparse, dense, options)
 
 
 def solve_layer(layer: Layer, start: Tensor, mask: Tensor, sparse: Stream, dense: Stream, options: Options) -> Solution:

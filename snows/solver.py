@@ -1,6 +1,6 @@
 """Truncated Newton on the support: preconditioned conjugate gradients, Armijo backtracking, adaptive damping.
 
-One step solves (B + lambda I) d = -grad L on the support S = {i : mask_i = 1} (paper, section 3.2, equation 6), with B
+One step solves (B + lambda I) d = -grad L on the support S = {i : mask_i = 1} (the paper's Newton step), with B
 known only through its products. Vectors keep the shape of the weight and are zero off the support.
 """
 

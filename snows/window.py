@@ -23,7 +23,7 @@ class TwiceDifferentiable(TorchFunctionMode):
 
 
 class Window:
-    """The sub-graph from a layer to the K-th counted operation after it (paper, equation 4: f_k(X; W), k = 0..K).
+    """The sub-graph from a layer to the K-th counted operation after it (the paper's f_k(X; W), k = 0..K).
 
     It starts at the layer: nothing before it is recomputed. What the window needs that does not depend on the layer's
     weight (a shortcut branch, the other input of a concatenation) is computed once per micro-batch, by `enter`.

@@ -1,0 +1,102 @@
+"""Write the README's tables from the files in results/, so that every figure there comes from one of them.
+
+python bench/readme.py
+"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    """A Markdown table; floats with two digits."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        "| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in line) + " |" for line in lines
+    )
+
+
+def default() -> str:
+    """The run without flags."""
+    m = load("resnet20_digits.json")
+    rows = [
+        ["dense", m["dense_accuracy"], f"{m['dense_sparsity']:.0%}"],
+        ["masked only", m["masked_accuracy"], f"{m['sparsity']:.0%}"],
+        ["SNOWS", m["accuracy"], f"{m['sparsity']:.0%}"],
+    ]
+    return (
+        table(["", "accuracy %", "zeros"], rows) + f"\n\n{m['seconds']:.0f} s, {m['curvature_products']:.0f} products."
+    )
+
+
+def accuracy() -> str:
+    """One row per pattern: every algorithm's accuracy."""
+    rows = load("resnet20_cifar10_accuracy.json")["rows"]
+    found = {(row["run"]["pattern"], row["run"]["algo"]): row for row in rows}
+    patterns = list(dict.fromkeys(row["run"]["pattern"] for row in rows))
+    cells = []
+    for pattern in patterns:
+        solved = found.get((pattern, "SNOWS"))
+        others = [found[pattern, algo]["accuracy"] if (pattern, algo) in found else "" for algo in ("MP", "MP+")]
+        effort = ["", ""] if solved is None else [round(solved["curvature_products"]), round(solved["seconds"])]
+        zeros = next(row for row in rows if row["run"]["pattern"] == pattern)["sparsity"]
+        cells.append([pattern, f"{zeros:.2%}", *others, solved["accuracy"] if solved else "", *effort])
+    return table(["pattern", "zeros", "MP (mask only)", "MP+", "**SNOWS**", "products", "seconds"], cells)
+
+
+def settings(name: str) -> str:
+    """The rows of a table of settings, each named by what it changes."""
+    cells = []
+    for row in load(name)["rows"]:
+        changes = {k: v for k, v in row["run"].items() if k not in ("pattern", "algo", "images")}
+        named = ", ".join(f"`--{k} {v}`" for k, v in changes.items())
+        cells.append([named, row["accuracy"], round(row["curvature_products"]), round(row["seconds"])])
+    return table(["settings", "accuracy %", "products", "seconds"], cells)
+
+
+def networks() -> str:
+    """Networks with random weights."""
+    cells = [
+        [
+            row["network"],
+            row["images"],
+            f"{row['layers_whose_loss_fell']} of {row['layers_solved']}",
+            len(row["left_dense"]),
+            f"{row['sparsity']:.1%}",
+            round(row["seconds"]),
+            f"{row['peak_memory_bytes'] / 2**30:.1f}",
+        ]
+        for row in load("imagenet_random_weights.json")["rows"]
+    ]
+    header = ["network", "images", "layers whose loss fell", "left dense", "zeros", "seconds", "peak GiB"]
+    return table(header, cells)
+
+
+TABLES = {
+    "default": default,
+    "accuracy": accuracy,
+    "presets": lambda: settings("resnet20_cifar10_presets.json"),
+    "ablation": lambda: settings("resnet20_cifar10_ablation.json"),
+    "networks": networks,
+}
+
+
+def fill(text: str) -> str:
+    """The README with every block between `<!-- NAME -->` and `<!-- end -->` written anew."""
+
+    def block(match: re.Match) -> str:
+        return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(fill(readme.read_text()))
