@@ -8,7 +8,6 @@ coefficient c_k per depth. Nothing here forms a curvature matrix: only its produ
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -240,6 +239,7 @@ def free_memory(device: torch.device | str) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
+        with open("/proc/meminfo") as file:  # what the kernel can hand out, its file cache included
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
         return 4 * 2**30
