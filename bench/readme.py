@@ -61,30 +61,10 @@ def settings(name: str) -> str:
     return table(["settings", "accuracy %", "products", "seconds"], cells)
 
 
-def networks() -> str:
-    """Networks with random weights."""
-    cells = [
-        [
-            row["network"],
-            row["images"],
-            f"{row['layers_whose_loss_fell']} of {row['layers_solved']}",
-            len(row["left_dense"]),
-            f"{row['sparsity']:.1%}",
-            round(row["seconds"]),
-            f"{row['peak_memory_bytes'] / 2**30:.1f}",
-        ]
-        for row in load("imagenet_random_weights.json")["rows"]
-    ]
-    header = ["network", "images", "layers whose loss fell", "left dense", "zeros", "seconds", "peak GiB"]
-    return table(header, cells)
-
-
 TABLES = {
     "default": default,
     "accuracy": accuracy,
-    "presets": lambda: settings("resnet20_cifar10_presets.json"),
     "ablation": lambda: settings("resnet20_cifar10_ablation.json"),
-    "networks": networks,
 }
 
 
