@@ -33,7 +33,7 @@ ACTIVATIONS = {"relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "
 ACTIVATIONS |= {"hardswish", "hardsigmoid", "hardtanh", "softmax", "log_softmax", "softplus", "softsign", "logsigmoid"}
 LINEAR_MAPS = {"conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "scaled_dot_product_attention"}
 NORMS = {"layer_norm", "group_norm", "batch_norm", "rms_norm", "instance_norm", "local_response_norm"}
-COUNTED_FUNCTIONS = ACTIVATIONS | LINEAR_MAPS | NORMS | {"multi_head_attention_forward"}
+COUNTED_FUNCTIONS = ACTIVATIONS | LINEAR_MAPS | NORMS | {"multi_head_attention_forward", "attend"}
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,10 @@ class Network:
                     continue
                 node = next((n for n in self.nodes if self.reads(n, parameter)), None)
                 if node is not None and node.op == "get_attr":
-                    node = self._functional_user(node)
+                    weight, node = node, self._functional_user(node)
                     if node is None:
-                        refused[name] = "its weight is transformed before use, so that zeros would not stay zero"
+                        (user, *_) = (getattr(user.target, "__name__", user.target) for user in weight.users)
+                        refused[name] = f"its weight goes into {user}, not straight into a linear map or convolution"
                         continue
                 if node is None:
                     refused[name] = "the traced forward pass does not use it"
@@ -131,6 +132,9 @@ class Network:
 
     def _bias_of(self, node: fx.Node) -> str | None:
         """The name of the bias that the output of a convolution or linear map is added to, or None."""
+        if node.target is F.linear:
+            bias = node.args[2] if len(node.args) > 2 else None
+            return bias.target if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
         if type(self.module(node)) not in (nn.Conv2d, nn.Linear):
             return None
         owner = self.batch_norm_of.get(node, node)

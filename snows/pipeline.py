@@ -158,7 +158,7 @@ def solve_layer(layer: Layer, start: Tensor, mask: Tensor, sparse: Stream, dense
     )
     unknown, support = objective.join(start), objective.join(mask, True)
     precondition = None
-    if options.preconditioner == "rows" and can_factor(sparse.network.module(layer.node)):
+    if options.preconditioner == "rows" and can_factor(sparse.network, layer):
         precondition = row_inverses(objective, unknown, support, options.seed)
     solution = solve(
         objective,

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import grad
 
+from snows.graph import Layer, Network
 from snows.objective import Objective
 from snows.trace import Values
 from snows.window import Window
@@ -78,14 +79,18 @@ class RowInverses:
         return torch.zeros_like(residual.flatten(1)).scatter_(1, self.support, solved).view_as(residual)
 
 
-def can_factor(module: nn.Module | None) -> bool:
+def can_factor(network: Network, layer: Layer) -> bool:
     """Whether A can be formed: a plain convolution or linear map, not too wide."""
-    return type(module) in (nn.Conv2d, nn.Linear) and module.weight[0].numel() <= MAX_INPUTS
+    plain = layer.node.target is F.linear or type(network.module(layer.node)) in (nn.Conv2d, nn.Linear)
+    return plain and layer.shape[1:].numel() <= MAX_INPUTS
 
 
-def columns(module: nn.Module, x: Tensor) -> Tensor:
-    """The input columns that a layer's weight multiplies: (groups, in, positions), `in` as in weight.flatten(1)."""
-    if isinstance(module, nn.Linear):
+def columns(module: nn.Conv2d | nn.Linear | None, x: Tensor) -> Tensor:
+    """The input columns that a layer's weight multiplies: (groups, in, positions), `in` as in weight.flatten(1).
+
+    module: a convolution, else the layer is a linear map.
+    """
+    if not isinstance(module, nn.Conv2d):
         return x.reshape(1, -1, x.shape[-1]).transpose(1, 2)
     padding = module.padding
     if module.padding_mode != "zeros" or isinstance(padding, str):

@@ -8,11 +8,13 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
+from snows.attention import open_attention
 from snows.errors import TraceError
 
 Values = dict[fx.Node, Any]  # what each node computed, for one micro-batch: tensors, but also plain integers
@@ -72,11 +74,22 @@ def trace(model: nn.Module) -> list[fx.Node]:
     for node in reversed(list(graph.nodes)):
         if node in defaults:
             graph.erase_node(node)
+    open_attention(graph, model)
+    make_positional(graph)
     make_out_of_place(graph, model)
     nodes = list(graph.nodes)
     if not isinstance(nodes[-1].args[0], fx.Node):
         raise TraceError(f"cannot prune {type(model).__name__}: its forward() must return one tensor, the logits.")
     return nodes
+
+
+def make_positional(graph: fx.Graph) -> None:
+    """Give every linear function its input, weight and bias by position, where layers are looked for."""
+    names = ("input", "weight", "bias")
+    for node in graph.nodes:
+        if node.target is F.linear:
+            node.args = (*node.args, *(node.kwargs[name] for name in names[len(node.args) :] if name in node.kwargs))
+            node.kwargs = {}
 
 
 def make_out_of_place(graph: fx.Graph, model: nn.Module) -> None:

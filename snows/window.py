@@ -34,7 +34,9 @@ class Window:
     def __init__(self, network: Network, layer: Layer, k_step: int, model: nn.Module | None = None):
         self.network, self.layer, self.model = network, layer, network.model if model is None else model
         start = network.position[layer.node]
-        behind = {n for n in network.nodes if network.reads(n, layer.parameter)}  # what depends on the weight
+        own = {layer.parameter, layer.bias}
+        behind = {n for n in network.nodes if n.op == "get_attr" and n.target in own}  # what depends on the weight
+        behind |= {n for n in network.nodes if network.reads(n, layer.parameter)}
         counted = []
         for node in network.nodes[start:]:
             if node in behind or behind.intersection(node.all_input_nodes):
@@ -87,9 +89,11 @@ class Window:
         if scale is not None:
             parameters[self.layer.parameter] = weight * scale.view(-1, *[1] * (weight.ndim - 1))
         if shift is not None:
-            name = f"{self.layer.node.target}.bias"
-            bias = self.constants[name] if scale is not None else self.module(self.layer.node).bias
-            parameters[name] = bias + (shift if scale is None else scale * shift)
+            folded = f"{self.layer.node.target}.bias"
+            if scale is None:
+                parameters[self.layer.bias] = self.model.get_parameter(self.layer.bias) + shift
+            else:
+                parameters[folded] = self.constants[folded] + scale * shift
         return self._run(self.nodes, dict(values), parameters)
 
     def output_scale(self) -> Tensor | None:
@@ -99,13 +103,16 @@ class Window:
 
     def output(self, values: Values, weight: Tensor) -> Tensor:
         """The layer's own output at `weight`, (n, out, ...), before any BatchNorm."""
-        return call(self.layer.node, self.model, values, {self.layer.parameter: weight})
+        values = dict(values)
+        for node in self.nodes[: self.nodes.index(self.layer.node) + 1]:
+            values[node] = call(node, self.model, values, {self.layer.parameter: weight})
+        return values[self.layer.node]
 
     def behind(self, values: Values, output: Tensor) -> list[Tensor]:
         """The features as a function of the layer's own output: the map that a preconditioner pulls back."""
         if self.layer.node in self.folded:
             output = normalise(self.module(self.folded[self.layer.node]), output)
-        later = [n for n in self.nodes if self.network.position[n] > self.network.position[self.layer.node]]
+        later = [n for n in self.nodes if n is not self.layer.node]
         return self._run(later, {**values, self.layer.node: output}, self.constants)
 
     def _run(self, nodes: list[fx.Node], values: Values, parameters: dict[str, Tensor]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import runpy
 import signal
 import subprocess
 import sys
@@ -20,12 +21,33 @@ from snows.data import Data, normalised, npz
 FAST = ["--k_step", "1", "--newton_steps", "1", "--max_CG_iterations", "2", "--ngrads", "6", "--batch_size", "4"]
 
 
-def shell(script, *flags, cwd=ROOT, code=0):
-    """Run a script from the shell; (stdout, stderr)."""
-    command = [sys.executable, str(ROOT / "CNN_pruning" / script), *map(str, flags)]
+def shell(script, *flags, cwd=ROOT):
+    """Run a script of either folder in a process of its own; its standard output."""
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL)
-    assert done.returncode == code, done.stderr
-    return done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Runs a script of either folder as the shell would, but in this process: (stdout, stderr)."""
+
+    def run(path, *flags, code=0):
+        monkeypatch.setattr(sys, "argv", [path, *map(str, flags)])
+        monkeypatch.setattr(sys, "path", [str((ROOT / path).parent), *sys.path])
+        for module in {path.stem for path in ROOT.glob("*_pruning/*.py")} & set(sys.modules):
+            monkeypatch.delitem(sys.modules, module)  # both folders have a utils.py
+        try:
+            runpy.run_path(str(ROOT / path), run_name="__main__")
+            ended = 0
+        except SystemExit as exit:
+            ended = exit.code
+        captured = capsys.readouterr()
+        assert ended == code, captured.err
+        return captured
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +68,7 @@ def cifar_flags(small):
 
 
 def test_the_default_prunes_the_network_that_ships_and_its_folder_loads_back(tmp_path):
-    out, _ = shell("unstr.py", *FAST, "--ngrads", "64", "--out_dir", tmp_path / "run")
+    out = shell("CNN_pruning/unstr.py", *FAST, "--ngrads", "64", "--out_dir", tmp_path / "run")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["dense_accuracy"] == pytest.approx(98.32, abs=0.2)
     assert metrics["accuracy"] > metrics["masked_accuracy"] + 5
@@ -75,7 +97,7 @@ def test_the_default_prunes_the_network_that_ships_and_its_folder_loads_back(tmp
 
 def test_nm_runs_every_algorithm_and_seed_from_the_scripts_own_folder(small, tmp_path):
     flags = ["--NM_N", 1, "--NM_M", 4, "--algo", "MP", "MP+", "SNOWS", "--seed", 0, 1, "--out_dir", tmp_path / "runs"]
-    out, _ = shell("prune_NM.py", *cifar_flags(small), *flags, cwd=ROOT / "CNN_pruning")
+    out = shell("CNN_pruning/prune_NM.py", *cifar_flags(small), *flags, cwd=ROOT / "CNN_pruning")
     folders = sorted(p.name for p in (tmp_path / "runs").iterdir())
     assert folders == sorted(f"{algo}-seed{seed}" for algo in ("MP", "MP+", "SNOWS") for seed in (0, 1))
     assert "conv1: 3 inputs are not a multiple of 4" in out
@@ -87,15 +109,17 @@ def test_nm_runs_every_algorithm_and_seed_from_the_scripts_own_folder(small, tmp
     assert not torch.equal(states["SNOWS-seed0"]["fc.weight"], states["MP-seed0"]["fc.weight"])
 
 
-def test_the_paper_preset_and_every_solver_flag_are_taken(small, tmp_path):
+def test_the_paper_preset_and_every_solver_flag_are_taken(script, small, tmp_path):
     flags = ["--preset", "paper", "--depth_weights", "relative", "--cg_tolerance", "0.1", "--w_warm", "True"]
-    shell("unstr.py", *cifar_flags(small), *flags, "--allocation", "uniform", "--out_dir", tmp_path / "run")
+    script(
+        "CNN_pruning/unstr.py", *cifar_flags(small), *flags, "--allocation", "uniform", "--out_dir", tmp_path / "run"
+    )
     chosen = json.loads((tmp_path / "run" / "metrics.json").read_text())["options"]
     assert (chosen["targets"], chosen["curvature"], chosen["batching"]) == ("same", "hessian", True)
     assert (chosen["depth_weights"], chosen["cg_tolerance"], chosen["w_warm"]) == ("relative", 0.1, True)
 
 
-def test_an_image_folder_and_a_timm_network_with_its_own_transform(tmp_path):
+def test_an_image_folder_and_a_timm_network_with_its_own_transform(script, tmp_path):
     from PIL import Image
 
     for part in ("train", "val"):
@@ -105,7 +129,7 @@ def test_an_image_folder_and_a_timm_network_with_its_own_transform(tmp_path):
                 pixels = np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / part / label / f"{i}.png")
     flags = ["--arch", "timm/lcnet_035", "--random_weights", "--dset", tmp_path, "--max_CG_iterations", 1]
-    out, _ = shell("prune_NM.py", *FAST, *flags, "--out_dir", tmp_path / "run", "--test_batch_size", 4)
+    out, _ = script("CNN_pruning/prune_NM.py", *FAST, *flags, "--out_dir", tmp_path / "run", "--test_batch_size", 4)
     assert "depthwise" in out
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test_images"] == 6
 
@@ -128,17 +152,17 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_wrong_usage_ends_with_one_line_and_code_2(case, tmp_path):
+def test_wrong_usage_ends_with_one_line_and_code_2(script, case, tmp_path):
     flags, message = BAD[case]
-    _, err = shell("unstr.py", *flags, "--out_dir", tmp_path / "run", code=2)
+    _, err = script("CNN_pruning/unstr.py", *flags, "--out_dir", tmp_path / "run", code=2)
     assert message in err
     assert "Traceback" not in err
     assert err.strip().splitlines()[-1].count("error:") == 1
 
 
 @pytest.mark.parametrize(("n", "m"), [(4, 4), (5, 4), (0, 4), (-1, 4)])
-def test_n_that_is_not_below_m_is_refused(n, m):
-    _, err = shell("prune_NM.py", "--NM_N", n, "--NM_M", m, code=2)
+def test_n_that_is_not_below_m_is_refused(script, n, m):
+    _, err = script("CNN_pruning/prune_NM.py", "--NM_N", n, "--NM_M", m, code=2)
     assert f"N:M = {n}:{m}" in err
 
 
@@ -170,16 +194,16 @@ def damaged(folder, kind):
         ("no names", "no state dict"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_says_why(small, tmp_path, kind, message):
+def test_a_checkpoint_that_does_not_fit_says_why(script, small, tmp_path, kind, message):
     flags = [*cifar_flags(small), "--checkpoint", damaged(tmp_path, kind), "--out_dir", tmp_path / "run"]
-    _, err = shell("unstr.py", *flags, code=2)
+    _, err = script("CNN_pruning/unstr.py", *flags, code=2)
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", ["lacks", "float", "labels", "text"])
-def test_an_npz_of_the_wrong_form_says_why(small, tmp_path, kind):
+def test_an_npz_of_the_wrong_form_says_why(script, small, tmp_path, kind):
     arrays = dict(np.load(small / "images.npz"))
     if kind == "lacks":
         del arrays["y_test"]
@@ -190,15 +214,15 @@ def test_an_npz_of_the_wrong_form_says_why(small, tmp_path, kind):
     np.savez(tmp_path / "bad.npz", **arrays)
     if kind == "text":
         (tmp_path / "bad.npz").write_text("not an archive")
-    _, err = shell("unstr.py", *cifar_flags(small), "--dset", tmp_path / "bad.npz", code=2)
+    _, err = script("CNN_pruning/unstr.py", *cifar_flags(small), "--dset", tmp_path / "bad.npz", code=2)
     expected = {"lacks": "lacks y_test", "float": "must be uint8", "labels": "must be uint8", "text": "cannot be read"}
     assert expected[kind] in err
 
 
-def test_a_folder_that_holds_a_run_is_not_written_to(small, tmp_path):
+def test_a_folder_that_holds_a_run_is_not_written_to(script, small, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.json").write_text("precious")
-    _, err = shell("unstr.py", *cifar_flags(small), "--out_dir", tmp_path / "run", code=2)
+    _, err = script("CNN_pruning/unstr.py", *cifar_flags(small), "--out_dir", tmp_path / "run", code=2)
     assert "not empty" in err
     assert (tmp_path / "run" / "metrics.json").read_text() == "precious"
 
