@@ -7,20 +7,14 @@ With no flags: the ResNet-20 that ships in checkpoints/, on scikit-learn's handw
 
 import utils
 
-from snows import NM, experiment
+from snows import experiment
 
 
 def main():
     flags = experiment.parser(__doc__, arch="resnet20_digits")
-    group = flags.add_argument_group("pattern")
-    group.add_argument("--NM_N", type=int, default=2, help="weights kept of every M (default: 2)")
-    group.add_argument("--NM_M", type=int, default=4, help="consecutive input channels in a group (default: 4)")
+    experiment.add_nm_flags(flags)
     args = flags.parse_args()
-
-    pattern = NM(args.NM_N, args.NM_M)
-    classifier = utils.load_classifier(args)
-    data = utils.load_data(args, classifier)
-    experiment.run(args, classifier, data, pattern)
+    experiment.run(args, utils.KNOWN, experiment.nm(args))
 
 
 if __name__ == "__main__":

@@ -7,23 +7,14 @@ With no flags: the ResNet-20 that ships in checkpoints/, on scikit-learn's handw
 
 import utils
 
-from snows import Unstructured, experiment
+from snows import experiment
 
 
 def main():
     flags = experiment.parser(__doc__, arch="resnet20_digits")
-    group = flags.add_argument_group("pattern")
-    group.add_argument(
-        "--target_sparsity", type=float, default=0.8, help="share of all parameters to set to zero (0.8)"
-    )
-    group.add_argument("--max_layer_sparsity", type=float, help="cap per layer (default: halfway from the target to 1)")
-    group.add_argument("--allocation", default="global", choices=("global", "uniform"), help="sparsity of the layers")
+    experiment.add_unstructured_flags(flags, default=0.8)
     args = flags.parse_args()
-
-    pattern = Unstructured(args.target_sparsity, args.max_layer_sparsity, args.allocation)
-    classifier = utils.load_classifier(args)
-    data = utils.load_data(args, classifier)
-    experiment.run(args, classifier, data, pattern)
+    experiment.run(args, utils.KNOWN, experiment.unstructured(args))
 
 
 if __name__ == "__main__":

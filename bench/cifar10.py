@@ -71,7 +71,7 @@ class Bench:
             "sparsity": pruned.sparsity,
             "curvature_products": pruned.curvature_products,
             "seconds": pruned.seconds,
-            "peak_memory_bytes": report.peak_memory(self.device),
+            "peak_memory_bytes": pruned.peak_memory_bytes,
             "test_images": len(self.data.test),
             "seed": seed,
             "options": vars(options),

@@ -72,7 +72,7 @@ def augmented(images: Tensor, pixels: int, mirror: bool) -> Tensor:
 
 
 def train(recipe: Recipe, dset: str, data_dir: Path, progress: Path, seed: int = 0) -> tuple[nn.Module, float]:
-    """(the trained network, its accuracy in percent on the test images); the state after each epoch is in `progress`."""
+    """(the trained network, its accuracy in percent on the test images); `progress` holds each epoch's state."""
     torch.manual_seed(seed)
     channels = 1 if recipe.dset == "digits" else 3
     data = load(dset, normalised((0.5,) * channels, (0.5,) * channels), data_dir)

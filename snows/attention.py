@@ -28,7 +28,7 @@ def open_attention(graph: fx.Graph, model: nn.Module) -> None:
             with graph.inserting_before(node):
                 opened = insert(graph, node, module)
             for item in list(node.users):
-                item.replace_all_uses_with(opened)
+                item.replace_all_uses_with(opened)  # no one reads the attention weights
                 graph.erase_node(item)
             graph.erase_node(node)
 
@@ -38,10 +38,15 @@ def is_plain(node: fx.Node, module: nn.MultiheadAttention) -> bool:
     query, key, value = (*node.args, *(node.kwargs[name] for name in ("query", "key", "value") if name in node.kwargs))[
         :3
     ]
-    only_output = all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
+    only_output = all(is_output(user) or not user.users for user in node.users)
     masked = len(node.args) > 3 or any(node.kwargs.get(name) is not None for name in ("key_padding_mask", "attn_mask"))
     extended = module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn
     return query is key is value and only_output and not masked and not extended
+
+
+def is_output(node: fx.Node) -> bool:
+    """Whether a node takes the output, not the attention weights, of the pair that a module returns."""
+    return node.target is operator.getitem and node.args[1] == 0
 
 
 def insert(graph: fx.Graph, node: fx.Node, module: nn.MultiheadAttention) -> fx.Node:

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from snows import evaluate, options, report
-from snows.classifier import Classifier
-from snows.data import DATASETS, Data
+from snows.data import DATASETS
 from snows.errors import Interrupted, SnowsError, UsageError
-from snows.masks import Pattern
+from snows.masks import NM, Pattern, Unstructured
 from snows.pipeline import ALGORITHMS, prune, sparsity
+from snows.registry import Known, load_classifier, load_data
 
 FAR_FROM_STATED = 1.0  # percent points between measured and stated dense accuracy that call for a warning
 
@@ -51,6 +51,32 @@ def parser(description: str, arch: str) -> argparse.ArgumentParser:
     return flags
 
 
+def add_unstructured_flags(flags: argparse.ArgumentParser, default: float) -> None:
+    group = flags.add_argument_group("pattern")
+    group.add_argument(
+        "--target_sparsity",
+        type=float,
+        default=default,
+        help=f"share of all parameters to set to zero (default: {default})",
+    )
+    group.add_argument("--max_layer_sparsity", type=float, help="cap per layer (default: halfway from the target to 1)")
+    group.add_argument("--allocation", default="global", choices=("global", "uniform"), help="sparsity of the layers")
+
+
+def unstructured(args: argparse.Namespace) -> Unstructured:
+    return Unstructured(args.target_sparsity, args.max_layer_sparsity, args.allocation)
+
+
+def add_nm_flags(flags: argparse.ArgumentParser) -> None:
+    group = flags.add_argument_group("pattern")
+    group.add_argument("--NM_N", type=int, default=2, help="weights kept of every M (default: 2)")
+    group.add_argument("--NM_M", type=int, default=4, help="consecutive inputs in a group (default: 4)")
+
+
+def nm(args: argparse.Namespace) -> NM:
+    return NM(args.NM_N, args.NM_M)
+
+
 def check_device(name: str) -> None:
     """Refuse a device that is not there.
 
@@ -63,21 +89,27 @@ def check_device(name: str) -> None:
         raise UsageError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from error
 
 
-def run(args: argparse.Namespace, classifier: Classifier, data: Data, pattern: Pattern) -> list[dict]:
+Layers = Callable[[str], bool]  # whether to prune a layer, by its name
+
+
+def run(args: argparse.Namespace, known: Known, pattern: Pattern, layers: Layers = lambda name: True) -> list[dict]:
     """Prune one network with one pattern, once for each --algo and --seed; returns the metrics of each run."""
-    return Experiment(args, classifier, data, pattern).run()
+    return Experiment(args, known, pattern, layers).run()
 
 
 class Experiment:
     """What the runs of one command share: the dense network, its images, its masks, and their accuracies."""
 
-    def __init__(self, args: argparse.Namespace, classifier: Classifier, data: Data, pattern: Pattern):
+    def __init__(self, args: argparse.Namespace, known: Known, pattern: Pattern, layers: Layers):
         check_device(args.device)
-        self.args, self.model, self.data, self.pattern = args, classifier.model, data, pattern
+        classifier = load_classifier(args, known)
+        self.args, self.model, self.pattern = args, classifier.model, pattern
+        self.data = load_data(args, classifier)
         dense_accuracy = self.accuracy(self.model)
         print(f"{args.arch} on {args.dset}: dense accuracy {report.percent(dense_accuracy)}, pattern {pattern}")
         warn_if_far(dense_accuracy, classifier.stated_accuracy)
-        self.masked = prune(self.model, None, pattern, algo="MP", device=args.device)
+        self.masked = prune(self.model, None, pattern, algo="MP", layers=layers, device=args.device)
+        print(f"pruning {len(self.masked.masks)} layers: {report.kinds(self.masked.masks)}", flush=True)
         self.common = {
             "arch": args.arch,
             "dset": str(args.dset),
@@ -131,7 +163,7 @@ class Experiment:
             "seconds": pruned.seconds,
             "curvature_products": pruned.curvature_products,
             "cg_iterations": sum(layer.cg_iterations for layer in pruned.layers),
-            "peak_memory_bytes": report.peak_memory(args.device),
+            "peak_memory_bytes": pruned.peak_memory_bytes,
             "calibration_images": len(indices),
             "test_images": len(self.data.test),
             "finished": True,

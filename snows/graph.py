@@ -20,10 +20,11 @@ from torch.nn.modules import activation
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
+from snows.attention import is_output
 from snows.trace import Values, call, trace
 
 # The operations that the paper counts (DESIGN: convolution, linear, attention, activation, normalisation).
-ACTIVATION_MODULES = tuple(getattr(activation, name) for name in activation.__all__)  # MultiheadAttention included
+ACTIVATION_MODULES = tuple(getattr(activation, name) for name in activation.__all__ if name != "MultiheadAttention")
 COUNTED_MODULES = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.Bilinear),
     *(_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.InstanceNorm2d, nn.LocalResponseNorm),
@@ -77,9 +78,13 @@ class Network:
         """Whether the paper counts this node as an operation. A BatchNorm behind a convolution is part of it."""
         if node.op == "call_module":
             module = self.module(node)
+            if isinstance(module, nn.MultiheadAttention):
+                return False  # but its output is, the first of the pair that it returns
             if node in self.batch_norm_of.values():
                 return not isinstance(getattr(module, "act", nn.Identity()), nn.Identity)
             return isinstance(module, COUNTED_MODULES) or any(True for _ in prunable_weights(module))
+        if is_output(node):
+            return isinstance(self.module(node.args[0]), nn.MultiheadAttention)
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
         return node.op in ("call_function", "call_method") and name in COUNTED_FUNCTIONS
 
@@ -124,6 +129,8 @@ class Network:
                         continue
                 if node is None:
                     refused[name] = "the traced forward pass does not use it"
+                elif isinstance(self.module(node), nn.MultiheadAttention):
+                    refused[name] = "its attention takes masks or several inputs, or returns its weights"
                 else:
                     weight = module._parameters[key]
                     groups = getattr(module, "groups", 1)

@@ -19,11 +19,11 @@ from torch.autograd import grad
 
 from snows.errors import SnowsError
 from snows.graph import Layer, Stream, to
+from snows.memory import free_memory
 from snows.trace import Values
 from snows.window import Window
 
 Product = Callable[[Tensor], Tensor]
-KEPT_PER_FEATURE = 5  # bytes that a kept linearisation takes, per byte of its features: 4.4 measured on a ResNet-20
 
 
 @dataclass
@@ -129,13 +129,12 @@ class Linearisation:
         self.loss = torch.zeros((), dtype=torch.float64, device=objective.device)
         self.gradient = torch.zeros_like(weight)
         self.products: list[Product | None] = []
-        free = free_memory(objective.device) / 2
+        reserve = free_memory(objective.device) / 2
         for i in range(len(objective)):
             loss, gradient, product = self._linearise(i)
             self.loss += loss
             self.gradient += gradient
-            free -= KEPT_PER_FEATURE * sum(target.nbytes for target in objective.batches[i].targets)
-            self.products.append(product if free > 0 else None)
+            self.products.append(product if free_memory(objective.device) > reserve else None)
 
     def _linearise(self, index: int) -> tuple[Tensor, Tensor, Product]:
         objective = self.objective
@@ -231,15 +230,3 @@ def explained(layer: str):
             f"cannot solve layer {layer}: torch has no second derivative of {missing[2].removesuffix('_backward')}, "
             f"which its window holds. Replace that operation, or use a smaller --k_step."
         ) from error
-
-
-def free_memory(device: torch.device | str) -> int:
-    """Free bytes on a device; 4 GiB where the system does not tell."""
-    if torch.device(device).type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        with open("/proc/meminfo") as file:  # what the kernel can hand out, its file cache included
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 4 * 2**30

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from snows.errors import Interrupted, TraceError, UsageError
 from snows.graph import Layer, Network, Stream
 from snows.masks import Masks, Pattern, Selection, given
+from snows.memory import forget_peak, peak_memory
 from snows.objective import reconstruction
 from snows.options import Options
 from snows.preconditioner import can_factor, row_inverses
@@ -38,6 +39,7 @@ class LayerRecord:
     cg_iterations: int = 0
     products: float = 0.0  # curvature products, in units of the whole calibration set
     seconds: float = 0.0
+    peak_memory_bytes: int = 0  # of the device, while this layer was solved
 
 
 @dataclass
@@ -60,6 +62,11 @@ class Pruned:
         """Curvature products spent, in units of the whole calibration set."""
         return sum(layer.products for layer in self.layers)
 
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The most that any layer needed."""
+        return max((layer.peak_memory_bytes for layer in self.layers), default=0)
+
 
 def sparsity(model: nn.Module) -> float:
     """Share of a model's parameters that are exactly zero."""
@@ -74,6 +81,7 @@ def prune(
     options: Options | None = None,
     *,
     algo: str = "SNOWS",
+    layers: Callable[[str], bool] = lambda name: True,
     device: torch.device | str = "cpu",
     on_layer: Callable[[LayerRecord, int], None] = lambda record, layers: None,
 ) -> Pruned:
@@ -84,6 +92,7 @@ def prune(
         batches, bare or as (images, anything).
     pattern: Unstructured(...) or NM(...), or masks of your own: {layer name: boolean tensor, True where kept}.
     algo: "SNOWS"; "MP" (masks only); "MP+" (layer-wise least squares on the masks).
+    layers: which layers to prune, by name; the others stay dense.
     on_layer: called with each finished layer's record and the number of layers to prune.
 
     Raises:
@@ -98,20 +107,22 @@ def prune(
     if algo == "MP+":
         options = options.but(**LEAST_SQUARES)
     network = Network(model, device)
-    selection = select(network, pattern)
+    selection = select(network, pattern, layers)
     result = Pruned(copy.deepcopy(model), selection.masks, left_dense={**network.refused, **selection.left_dense})
     if algo == "MP":
         steps = masked_only(network, selection.masks)
     else:
         batches = micro_batches(network, calibration, options.batch_size)
         steps = layer_by_layer(network, selection.masks, batches, options, device)
+    forget_peak(device)
     sweeps, layer_started = 1 if algo == "MP" else options.sweeps, time.perf_counter()
     try:
         for sweep, layer, solution in steps:
             for owner in (network.model, result.model):
                 write(owner, layer, solution)
             now = time.perf_counter()
-            result.layers.append(describe(layer, sweep, solution, now - layer_started))
+            result.layers.append(describe(layer, sweep, solution, now - layer_started, peak_memory(device)))
+            forget_peak(device)
             on_layer(result.layers[-1], len(selection.masks) * sweeps)
             layer_started = now
     except KeyboardInterrupt:
@@ -187,15 +198,21 @@ def write(model: nn.Module, layer: Layer, solution: Solution) -> None:
         bias.add_(solution.shift.to(bias.device))
 
 
-def select(network: Network, pattern: Pattern | Masks) -> Selection:
-    """The masks that a pattern chooses for a network, or the caller's own masks, checked."""
+def select(network: Network, pattern: Pattern | Masks, layers: Callable[[str], bool]) -> Selection:
+    """The masks that a pattern chooses for the chosen layers of a network, or the caller's own masks, checked."""
     weights = {layer.name: network.model.get_parameter(layer.parameter) for layer in network.layers}
+    if not weights:
+        raise UsageError("nothing to prune: the model has no Conv2d or Linear layer.")
+    chosen = {name: weight for name, weight in weights.items() if layers(name)}
+    if not chosen:
+        raise UsageError(f"nothing to prune: no layer was selected of {', '.join(weights)}.")
     if isinstance(pattern, dict):
-        selection = given(pattern, weights)
+        selection = given(pattern, chosen)
     else:
-        selection = pattern.select(weights, sum(p.numel() for p in network.model.parameters()))
+        selection = pattern.select(chosen, sum(p.numel() for p in network.model.parameters()))
     if not selection.masks:
-        raise UsageError(f"nothing to prune: {selection.left_dense or 'the model has no Conv2d or Linear layer'}.")
+        raise UsageError(f"nothing to prune: {selection.left_dense}.")
+    selection.left_dense |= {name: "not selected" for name in weights if name not in chosen}
     return selection
 
 
@@ -231,7 +248,7 @@ def check(network: Network, images: Tensor) -> None:
         raise TraceError("the traced model computes something else than the model: its forward pass depends on data.")
 
 
-def describe(layer: Layer, sweep: int, solution: Solution, seconds: float) -> LayerRecord:
+def describe(layer: Layer, sweep: int, solution: Solution, seconds: float, peak_memory: int) -> LayerRecord:
     return LayerRecord(
         layer.name,
         sweep,
@@ -243,4 +260,5 @@ def describe(layer: Layer, sweep: int, solution: Solution, seconds: float) -> La
         solution.cg_iterations,
         solution.products,
         seconds,
+        peak_memory,
     )

@@ -10,9 +10,11 @@ import io
 import json
 import os
 import platform
-import resource
+import re
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -69,14 +71,6 @@ def machine(device: torch.device | str = "cpu") -> str:
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
-
-
-def peak_memory(device: torch.device | str) -> int:
-    """Peak bytes so far: of the GPU where there is one, else of this process."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -140,6 +134,7 @@ def layer_rows(records: list[LayerRecord]) -> list[dict]:
             row |= {f"{loss}_{sweep + 1}": values[loss] for loss in ("loss_before", "loss_after")}
             for effort in ("newton_steps", "cg_iterations", "products", "seconds"):
                 row[effort] += values[effort]
+            row["peak_memory_bytes"] = max(row["peak_memory_bytes"], record.peak_memory_bytes)
     return list(rows.values())
 
 
@@ -189,6 +184,12 @@ def percent(accuracy: float | None) -> str:
     return "not measured" if accuracy is None else f"{accuracy:.2f} %"
 
 
+def kinds(names: Iterable[str]) -> str:
+    """Layer names, those that differ in numbers alone put together: "blocks.*.mlp.fc1 (12), head"."""
+    counts = Counter(re.sub(r"\d+(?=.*\.)", "*", name) for name in names)
+    return ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in counts.items())
+
+
 def summary(metrics: dict) -> str:
     """The closing table: dense, masked only, pruned; time; what was left dense."""
     rows = [("dense", "dense_accuracy", "dense_sparsity"), ("masked only", "masked_accuracy", "sparsity")]
@@ -198,5 +199,8 @@ def summary(metrics: dict) -> str:
     lines += [f"  {name:<12} {percent(metrics[acc]):>12} {metrics[zeros]:9.2%}" for name, acc, zeros in rows]
     lines += ["", f"  {metrics['seconds']:.0f} s, {metrics['curvature_products']:.0f} curvature products"]
     if metrics["left_dense"]:
-        lines += ["  left dense:", *(f"    {name}: {reason}" for name, reason in metrics["left_dense"].items())]
+        reasons = {reason: [] for reason in metrics["left_dense"].values()}
+        for name, reason in metrics["left_dense"].items():
+            reasons[reason].append(name)
+        lines += ["  left dense:", *(f"    {kinds(names)}: {reason}" for reason, names in reasons.items())]
     return "\n".join(lines)

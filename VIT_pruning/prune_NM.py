@@ -1,0 +1,22 @@
+"""Prune a vision transformer to N:M sparsity: N of every M consecutive inputs of a linear map survive.
+
+With no flags: the small ViT that ships in checkpoints/, on scikit-learn's handwritten digits, to 2:4.
+
+    python prune_NM.py --arch vit_b_16 --dset imagenet --ngrads 256 --NM_N 2 --NM_M 4 --k_step 3
+"""
+
+import utils
+
+from snows import experiment
+
+
+def main():
+    flags = experiment.parser(__doc__, arch="vit_digits")
+    experiment.add_nm_flags(flags)
+    utils.add_layer_flag(flags)
+    args = flags.parse_args()
+    experiment.run(args, utils.KNOWN, experiment.nm(args), layers=utils.chosen(args.layers_to_prune))
+
+
+if __name__ == "__main__":
+    experiment.shell(main)

@@ -1,0 +1,51 @@
+"""How much memory a device has left, and the most that was in use."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+
+def is_gpu(device: torch.device | str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Free bytes on a device; 4 GiB where the system does not tell."""
+    if is_gpu(device):
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:  # what the kernel can hand out, its file cache included
+        return kibibytes(Path("/proc/meminfo"), "MemAvailable")
+    except (OSError, StopIteration):
+        return 4 * 2**30
+
+
+def peak_memory(device: torch.device | str) -> int:
+    """Most bytes in use since `forget_peak`: of the GPU where there is one, else of this process."""
+    if is_gpu(device):
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        return kibibytes(Path("/proc/self/status"), "VmHWM")
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def forget_peak(device: torch.device | str) -> None:
+    """Start `peak_memory` anew, where the system can."""
+    if is_gpu(device):
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # else it is the peak of the whole process
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def kibibytes(file: Path, field: str) -> int:
+    """The bytes that a line "field: n kB" of a /proc file states."""
+    line = next(line for line in file.read_text().splitlines() if line.startswith(field + ":"))
+    return 1024 * int(line.split()[1])
