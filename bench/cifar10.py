@@ -1,9 +1,11 @@
-"""The README's figures on CIFAR-10: one network, many settings, one results file per table.
+"""The README's figures on CIFAR-10: many settings, one results file per table.
 
     python bench/cifar10.py accuracy --checkpoint resnet20_cifar10.pt --dset cifar10.npz
+    python bench/cifar10.py vit --dset cifar10.npz
 
-The checkpoint is the ResNet-20 of the WoodFisher, CHITA and SNOWS papers (normalisation mean = std = 0.5). A row that
-the results file already holds is not measured again, so an interrupted table goes on where it stopped.
+The checkpoint is the ResNet-20 of the WoodFisher, CHITA and SNOWS papers (normalisation mean = std = 0.5); `vit` takes
+the ViT that ships in checkpoints/. A row that the results file already holds is not measured again, so an interrupted
+table goes on where it stopped.
 """
 
 import argparse
@@ -12,9 +14,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning")]
+sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning"), str(ROOT / "VIT_pruning")]
 
 from resnet_cifar import ResNet  # noqa: E402
+from vit_small import vit_cifar10  # noqa: E402
 
 import snows  # noqa: E402
 from snows import data, report  # noqa: E402
@@ -22,18 +25,23 @@ from snows.classifier import load_checkpoint  # noqa: E402
 from snows.evaluate import accuracy  # noqa: E402
 
 PATTERNS = {f"unstructured {share}": snows.Unstructured(share) for share in (0.5, 0.6, 0.7, 0.8, 0.9)}
-PATTERNS |= {"2:4": snows.NM(2, 4), "1:4": snows.NM(1, 4)}
+PATTERNS |= {"2:4": snows.NM(2, 4), "1:4": snows.NM(1, 4), "4:8": snows.NM(4, 8)}
 ALGORITHMS = ("MP", "SNOWS", "MP+")
 FEW = {"images": 256}  # so that a table takes minutes
 ABLATION = [{"k_step": k} for k in (8, 0, 2, 4, 16)]  # each row changes one choice of the first
 ABLATION += [{"targets": "same"}, {"curvature": "hessian"}, {"depth_weights": "mean"}, {"batching": True}]
 ABLATION += [{"preconditioner": "none"}, {"biases": False}, {"sweeps": 2}]
+VIT_PATTERNS = ("2:4", "1:4", "4:8", "unstructured 0.5", "unstructured 0.6", "unstructured 0.7")
+VIT_RUNS = [{"algo": "MP"}, {"algo": "MP+"}, *({"algo": "SNOWS", "k_step": k} for k in (0, 3, 8))]
 
 
 def rows_of(table: str) -> list[dict]:
     """What each row of a table runs."""
     if table == "accuracy":
-        return [{"pattern": pattern, "algo": algo, "images": 1024} for algo in ALGORITHMS for pattern in PATTERNS]
+        patterns = [pattern for pattern in PATTERNS if pattern != "4:8"]
+        return [{"pattern": pattern, "algo": algo, "images": 1024} for algo in ALGORITHMS for pattern in patterns]
+    if table == "vit":
+        return [{"pattern": pattern, **run, "images": 2048} for pattern in VIT_PATTERNS for run in VIT_RUNS]
     if table == "presets":
         return [{"pattern": "1:4", "algo": "SNOWS", "images": 128, "preset": p} for p in ("paper", "best")]
     return [{"pattern": "1:4", "algo": "SNOWS", **FEW, "sweeps": 1, **change} for change in ABLATION]
@@ -42,8 +50,9 @@ def rows_of(table: str) -> list[dict]:
 class Bench:
     """The dense network and its images; accuracies that several rows share are measured once."""
 
-    def __init__(self, checkpoint: Path, dset: Path, device: str):
-        self.model, self.device = ResNet(20, 10), device
+    def __init__(self, vit: bool, checkpoint: Path, dset: Path, device: str):
+        self.model, self.device = vit_cifar10() if vit else ResNet(20, 10), device
+        self.layers = (lambda name: name.startswith("blocks.")) if vit else (lambda name: True)
         load_checkpoint(self.model, checkpoint)
         self.data = data.npz(dset, data.normalised((0.5,) * 3, (0.5,) * 3))
         self.data = data.Data(*self.data)
@@ -53,7 +62,7 @@ class Bench:
 
     def masked_accuracy(self, pattern: str) -> float:
         if pattern not in self.masked_accuracies:
-            masked = snows.prune(self.model, None, PATTERNS[pattern], algo="MP", device=self.device)
+            masked = snows.prune(self.model, None, PATTERNS[pattern], algo="MP", layers=self.layers, device=self.device)
             self.masked_accuracies[pattern] = accuracy(masked.model, self.test, self.device)
         return self.masked_accuracies[pattern]
 
@@ -63,7 +72,9 @@ class Bench:
         pattern, algo, images = row.pop("pattern"), row.pop("algo"), row.pop("images")
         options = snows.Options.preset(row.pop("preset", "best"), **row, seed=seed)
         calibration, _ = self.data.calibration(images, seed)
-        pruned = snows.prune(self.model, calibration, PATTERNS[pattern], options, algo=algo, device=self.device)
+        pruned = snows.prune(
+            self.model, calibration, PATTERNS[pattern], options, algo=algo, layers=self.layers, device=self.device
+        )
         return {
             "dense_accuracy": self.dense_accuracy,
             "masked_accuracy": self.masked_accuracy(pattern),
@@ -93,8 +104,8 @@ def markdown(rows: list[dict]) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("accuracy", "presets", "ablation"))
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("table", choices=("accuracy", "presets", "ablation", "vit"))
+    parser.add_argument("--checkpoint", type=Path, help="weights of the ResNet-20 (required) or of the ViT")
     parser.add_argument("--dset", type=Path, required=True, help="an .npz of CIFAR-10")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -102,9 +113,13 @@ def main():
     parser.add_argument("--algo", nargs="+", choices=ALGORITHMS, help="only these rows")
     parser.add_argument("--out", type=Path, help="default: results/resnet20_cifar10_TABLE.json")
     args = parser.parse_args()
-    out = args.out or ROOT / "results" / f"resnet20_cifar10_{args.table}.json"
+    vit = args.table == "vit"
+    checkpoint = args.checkpoint or (ROOT / "checkpoints" / "vit_cifar10.safetensors" if vit else None)
+    if checkpoint is None:
+        parser.error("--checkpoint is required for the ResNet-20")
+    out = args.out or ROOT / "results" / ("vit_cifar10.json" if vit else f"resnet20_cifar10_{args.table}.json")
     rows = json.loads(out.read_text())["rows"] if out.exists() else []
-    bench = Bench(args.checkpoint, args.dset, args.device)
+    bench = Bench(vit, checkpoint, args.dset, args.device)
     for run in rows_of(args.table):
         wanted = run["pattern"] in (args.patterns or PATTERNS) and run["algo"] in (args.algo or ALGORITHMS)
         if wanted and run not in [row["run"] for row in rows]:

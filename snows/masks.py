@@ -29,7 +29,8 @@ class Unstructured:
     """Remove the weights of smallest magnitude.
 
     target_sparsity: share of *all* the model's parameters (biases and norms count, but are not pruned) to set to zero.
-    max_layer_sparsity: no layer loses a larger share of its weights; None: halfway between the target and 1.
+    max_layer_sparsity: no layer loses a larger share of its weights; None: halfway between the target and 1, or, if
+        too few layers may be pruned for that, halfway between the share that they must lose and 1.
     allocation: "global" compares magnitudes across layers, "uniform" gives every layer the same sparsity.
 
     Raises:
@@ -51,18 +52,22 @@ class Unstructured:
     def __str__(self) -> str:
         return f"{self.target_sparsity:.0%} unstructured"
 
-    @property
-    def cap(self) -> float:
-        return (1 + self.target_sparsity) / 2 if self.max_layer_sparsity is None else self.max_layer_sparsity
+    def cap(self, needed: float) -> float:
+        """The largest share that one layer may lose; needed: the share that all the layers together must lose."""
+        if self.max_layer_sparsity is not None:
+            return self.max_layer_sparsity
+        halfway = (1 + self.target_sparsity) / 2
+        return halfway if needed <= halfway else min(1.0, (1 + needed) / 2)
 
     def select(self, weights: dict[str, Tensor], total_parameters: int) -> Selection:
         """Masks of `weights` (layer name -> weight) in a model of `total_parameters`; exact to one weight."""
         removed = round(self.target_sparsity * total_parameters)
-        caps = {name: int(self.cap * weight.numel()) for name, weight in weights.items()}
+        cap = self.cap(removed / sum(weight.numel() for weight in weights.values()))
+        caps = {name: int(cap * weight.numel()) for name, weight in weights.items()}
         if removed > sum(caps.values()):
             reach = sum(caps.values()) / total_parameters
             raise UsageError(
-                f"target sparsity {self.target_sparsity:g} is out of reach: with at most {self.cap:g} of each of the "
+                f"target sparsity {self.target_sparsity:g} is out of reach: with at most {cap:g} of each of the "
                 f"{len(weights)} prunable layers, {reach:.4f} of all parameters can be zero. Lower the target or raise "
                 f"the cap (--max_layer_sparsity)."
             )

@@ -97,3 +97,14 @@ def test_shares_outside_their_range_are_refused(bad):
 def test_an_unreachable_target_says_what_can_be_reached():
     with pytest.raises(UsageError, match=r"out of reach.*0\.2500 of all parameters"):
         Unstructured(0.5, 0.5).select({"a": torch.ones(2, 2)}, 8)
+
+
+def test_the_default_cap_gives_way_where_few_layers_may_be_pruned():
+    weights = {name: torch.randn(10, 10) for name in "ab"}
+    masks = Unstructured(0.5).select(weights, 380).masks  # 190 of these 200 weights
+    assert sum((~mask).sum() for mask in masks.values()) == 190
+    assert all((~mask).sum() <= 97 for mask in masks.values())
+    with pytest.raises(UsageError, match=r"at most 0.9 of each of the 2 prunable layers, 0.4737"):
+        Unstructured(0.5, 0.9).select(weights, 380)
+    with pytest.raises(UsageError, match="out of reach"):
+        Unstructured(0.5).select(weights, 500)

@@ -24,12 +24,12 @@ def test_the_library_snippet_runs_as_it_stands(tmp_path):
 
 
 def test_the_scripts_know_every_flag_of_the_readmes_commands():
-    commands = re.findall(r"python ((?:unstr|prune_NM)\.py .*?)(?=\n    cd|\n\n)", README, re.DOTALL)
-    assert len(commands) == 2
-    for command in commands:
+    commands = re.findall(r"cd (\w+) && python (\w+\.py .*?)(?=\n    cd|\n\n)", README, re.DOTALL)
+    assert len(commands) == 3
+    for folder, command in commands:
         script, *words = shlex.split(command.replace("\\\n", " "))
         help_text = subprocess.run(
-            [sys.executable, ROOT / "CNN_pruning" / script, "--help"], capture_output=True, text=True, check=True
+            [sys.executable, ROOT / folder / script, "--help"], capture_output=True, text=True, check=True
         ).stdout
         assert all(word in help_text for word in words if word.startswith("--"))
 

@@ -119,16 +119,53 @@ def test_the_paper_preset_and_every_solver_flag_are_taken(script, small, tmp_pat
     assert (chosen["depth_weights"], chosen["cg_tolerance"], chosen["w_warm"]) == ("relative", 0.1, True)
 
 
-def test_an_image_folder_and_a_timm_network_with_its_own_transform(script, tmp_path):
+def test_the_default_transformer_is_pruned_and_its_layers_are_chosen_by_name(script, tmp_path):
+    out, _ = script("VIT_pruning/prune_NM.py", *FAST, "--ngrads", 64, "--out_dir", tmp_path / "run")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["dense_accuracy"] == pytest.approx(94.97, abs=0.4)
+    assert metrics["accuracy"] > metrics["masked_accuracy"]
+    assert "pruning 16 layers: blocks.*.attn.qkv (4), blocks.*.attn.proj (4), blocks.*.mlp.fc1 (4)" in out
+    assert "patch_embed.proj, head: not selected" in out
+
+    flags = ["--layers_to_prune", "out_proj", "head", "--target_sparsity", 0.1, "--out_dir", tmp_path / "part"]
+    out, _ = script("VIT_pruning/unstr.py", *FAST, *flags)
+    masks = safetensors.torch.load_file(tmp_path / "part" / "masks.safetensors")
+    assert set(masks) == {"head", *(f"blocks.{i}.attn.proj" for i in range(4))}
+    metrics = json.loads((tmp_path / "part" / "metrics.json").read_text())
+    assert metrics["sparsity"] == pytest.approx(0.1, abs=1e-4)
+
+    _, err = script("VIT_pruning/prune_NM.py", "--layers_to_prune", "in_prj", code=2)
+    assert "no layer was selected of patch_embed.proj, blocks.0.attn.qkv" in err
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    """A directory in ImageFolder layout with six images a part."""
     from PIL import Image
 
+    folder = tmp_path_factory.mktemp("folder")
     for part in ("train", "val"):
         for label in "ab":
-            (tmp_path / part / label).mkdir(parents=True)
+            (folder / part / label).mkdir(parents=True)
             for i in range(3):
                 pixels = np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / part / label / f"{i}.png")
-    flags = ["--arch", "timm/lcnet_035", "--random_weights", "--dset", tmp_path, "--max_CG_iterations", 1]
+                Image.fromarray(pixels).save(folder / part / label / f"{i}.png")
+    return folder
+
+
+def test_a_timm_transformer_with_its_own_transform(script, image_folder, tmp_path):
+    flags = ["--arch", "timm/test_vit", "--random_weights", "--dset", image_folder, "--max_CG_iterations", 1]
+    script("VIT_pruning/prune_NM.py", *FAST, *flags, "--out_dir", tmp_path / "run", "--skip_evaluation")
+    with open(tmp_path / "run" / "layers.csv") as file:
+        layers = list(csv.DictReader(file))
+    assert len(layers) == len(safetensors.torch.load_file(tmp_path / "run" / "masks.safetensors")) > 0
+    for layer in layers:
+        assert float(layer["loss_after"]) < float(layer["loss_before"])
+        assert int(layer["peak_memory_bytes"]) > 0
+
+
+def test_an_image_folder_and_a_timm_network_with_its_own_transform(script, image_folder, tmp_path):
+    flags = ["--arch", "timm/lcnet_035", "--random_weights", "--dset", image_folder, "--max_CG_iterations", 1]
     out, _ = script("CNN_pruning/prune_NM.py", *FAST, *flags, "--out_dir", tmp_path / "run", "--test_batch_size", 4)
     assert "depthwise" in out
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test_images"] == 6
