@@ -40,14 +40,13 @@ def accuracy() -> str:
     """One row per pattern: every algorithm's accuracy."""
     rows = load("resnet20_cifar10_accuracy.json")["rows"]
     found = {(row["run"]["pattern"], row["run"]["algo"]): row for row in rows}
-    patterns = list(dict.fromkeys(row["run"]["pattern"] for row in rows))
+    zeros = {row["run"]["pattern"]: row["sparsity"] for row in rows}
     cells = []
-    for pattern in patterns:
+    for pattern in sorted(zeros, key=lambda pattern: (":" in pattern, zeros[pattern])):  # unstructured first
         solved = found.get((pattern, "SNOWS"))
         others = [found[pattern, algo]["accuracy"] if (pattern, algo) in found else "" for algo in ("MP", "MP+")]
         effort = ["", ""] if solved is None else [round(solved["curvature_products"]), round(solved["seconds"])]
-        zeros = next(row for row in rows if row["run"]["pattern"] == pattern)["sparsity"]
-        cells.append([pattern, f"{zeros:.2%}", *others, solved["accuracy"] if solved else "", *effort])
+        cells.append([pattern, f"{zeros[pattern]:.2%}", *others, solved["accuracy"] if solved else "", *effort])
     return table(["pattern", "zeros", "MP (mask only)", "MP+", "**SNOWS**", "products", "seconds"], cells)
 
 
@@ -61,10 +60,29 @@ def settings(name: str) -> str:
     return table(["settings", "accuracy %", "products", "seconds"], cells)
 
 
+def networks() -> str:
+    """One row per network with random weights."""
+    cells = [
+        [
+            f"`{row['network']}`",
+            f"{row['layers_whose_loss_fell']} of {row['layers_solved']}",
+            f"{row['median_loss_ratio']:.3f}",
+            f"{row['sparsity']:.2%}",
+            round(row["seconds"]),
+            f"{row['peak_memory_bytes'] / 2**30:.1f}",
+        ]
+        for row in load("imagenet_random_weights.json")["rows"]
+    ]
+    header = ["network", "layers whose loss fell", "median of loss after / before", "zeros", "seconds", "peak GiB"]
+    return table(header, cells)
+
+
 TABLES = {
     "default": default,
     "accuracy": accuracy,
+    "presets": lambda: settings("resnet20_cifar10_presets.json"),
     "ablation": lambda: settings("resnet20_cifar10_ablation.json"),
+    "networks": networks,
 }
 
 
