@@ -219,5 +219,8 @@ class Stream:
             values = self[i]
             for step in steps:
                 values[step] = call(step, self.model, values, {})
+                for read in step.all_input_nodes:
+                    if self.network.last_use[read] <= self.network.position[step]:
+                        del values[read]
             self.values[i] = to({n: v for n, v in values.items() if self.network.last_use[n] >= end}, "cpu")
         self.cut = end

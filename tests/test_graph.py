@@ -1,6 +1,7 @@
 """Traces, windows and streams: they compute what the model computes, and count what the paper counts."""
 
 import copy
+import weakref
 
 import pytest
 import timm
@@ -196,3 +197,22 @@ def test_the_callers_model_is_left_alone(tiny, images):
     assert all(torch.equal(before[name], tensor) for name, tensor in tiny.state_dict().items())
     assert not any(module._forward_hooks for module in tiny.modules())
     assert isinstance(tiny, TinyCNN)
+
+
+def test_a_stream_never_holds_more_than_what_is_still_to_be_read():
+    """A whole pass of a deep network needs the memory of its widest place, not of all its features."""
+    model = randomise(nn.Sequential(*(nn.Linear(64, 64) for _ in range(30))))
+    network = Network(model)
+    alive, most = weakref.WeakSet(), []
+
+    def count(module, args, output):
+        alive.add(output)
+        most.append(len(alive))
+
+    handles = [module.register_forward_hook(count) for module in network.model]
+    stream = Stream(network, network.model, [torch.randn(2, 64, dtype=torch.float64)], "cpu")
+    stream.advance(network.nodes[-1])
+    for handle in handles:
+        handle.remove()
+    assert len(most) == 30
+    assert max(most) <= 2
