@@ -23,6 +23,7 @@ import snows  # noqa: E402
 from snows import data, report  # noqa: E402
 from snows.classifier import load_checkpoint  # noqa: E402
 from snows.evaluate import accuracy  # noqa: E402
+from snows.memory import keep_freed_memory  # noqa: E402
 
 PATTERNS = {f"unstructured {share}": snows.Unstructured(share) for share in (0.5, 0.6, 0.7, 0.8, 0.9)}
 PATTERNS |= {"2:4": snows.NM(2, 4), "1:4": snows.NM(1, 4), "4:8": snows.NM(4, 8)}
@@ -113,6 +114,7 @@ def main():
     parser.add_argument("--algo", nargs="+", choices=ALGORITHMS, help="only these rows")
     parser.add_argument("--out", type=Path, help="default: results/resnet20_cifar10_TABLE.json")
     args = parser.parse_args()
+    keep_freed_memory()
     vit = args.table == "vit"
     checkpoint = args.checkpoint or (ROOT / "checkpoints" / "vit_cifar10.safetensors" if vit else None)
     if checkpoint is None:

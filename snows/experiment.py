@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from snows import evaluate, options, report
+from snows import evaluate, memory, options, report
 from snows.data import DATASETS
 from snows.errors import Interrupted, SnowsError, UsageError
 from snows.masks import NM, Pattern, Unstructured
@@ -185,6 +185,7 @@ def warn_if_far(measured: float | None, stated: float | None) -> None:
 
 def shell(main: Callable[[], object]) -> None:
     """Run a script's main: an error that the user can mend ends in one line; 2 is wrong usage, 130 is Ctrl-C."""
+    memory.keep_freed_memory()
     try:
         main()
     except SnowsError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -43,6 +44,19 @@ def forget_peak(device: torch.device | str) -> None:
         return
     with contextlib.suppress(OSError):  # else it is the peak of the whole process
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def keep_freed_memory() -> None:
+    """Ask the C library not to hand freed blocks back to the system, for the whole process.
+
+    A product allocates the same large features again and again; returned to the system, each of their pages is zeroed
+    and mapped anew. On a CPU that is up to a third of the time. Does nothing where the C library is not glibc.
+    """
+    mmap_max, trim_threshold = -4, -1  # the parameters M_MMAP_MAX and M_TRIM_THRESHOLD of mallopt(3)
+    with contextlib.suppress(OSError, TypeError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def kibibytes(file: Path, field: str) -> int:

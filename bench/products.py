@@ -1,0 +1,124 @@
+"""What a curvature product costs, in forward passes of its window: bench/products.py [--networks ...] [--out FILE]
+
+The floor of a Gauss-Newton product is two forward-equivalents: one tangent pass and one backward pass. Forward passes
+and products are timed in turn, so that a busy machine slows both; the median of several rounds counts. Random weights:
+the cost does not depend on them. Writes {"machine": ..., "rows": [...]} and a plot beside it.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning"), str(ROOT / "VIT_pruning")]
+
+from resnet_cifar import ResNet  # noqa: E402
+from vit_small import vit_cifar10  # noqa: E402
+
+from snows import report  # noqa: E402
+from snows.graph import Layer, Network, Stream  # noqa: E402
+from snows.memory import keep_freed_memory  # noqa: E402
+from snows.objective import reconstruction  # noqa: E402
+
+NETWORKS = {  # name -> (builder, pixels, batch)
+    "resnet20_cifar10": (lambda: ResNet(20, 10), 32, 128),
+    "vit_cifar10": (vit_cifar10, 32, 128),
+    "resnet50": (torchvision.models.resnet50, 224, 8),
+    "vit_b_16": (torchvision.models.vit_b_16, 224, 8),
+}
+
+
+def seconds(work, device: str) -> float:
+    """Wall-clock seconds of one call."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(network: Network, layer: Layer, images: torch.Tensor, args: argparse.Namespace, curvature: str) -> dict:
+    """Median seconds of a forward pass and of a product of one layer's window."""
+    stream = Stream(network, network.model, [images], args.device)
+    stream.advance(layer.node)
+    objective = reconstruction(layer, stream, stream, args.k_step, "same", "relative", curvature, biases=True)
+    weight = objective.join(network.model.get_parameter(layer.parameter).clone())
+    here, vector = objective.linearise(weight), torch.randn_like(weight)
+    values, _ = objective.batch(0)
+
+    @torch.no_grad()
+    def forward():
+        objective.features(values, weight)
+
+    rounds = [
+        (seconds(forward, args.device), seconds(lambda: here.product(vector), args.device))
+        for _ in range(args.rounds + 1)
+    ]
+    forwards, products = (statistics.median(column) for column in zip(*rounds[1:]))  # the first one warms up
+    return {
+        "layer": layer.name,
+        "curvature": curvature,
+        "k_step": args.k_step,
+        "batch": len(images),
+        "forward_seconds": forwards,
+        "product_seconds": products,
+        "ratio": products / forwards,
+    }
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """The ratio of every measured layer, one column of points for each network and curvature."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    kinds = list(dict.fromkeys((row["network"], row["curvature"]) for row in rows))
+    for x, kind in enumerate(kinds):
+        ratios = [row["ratio"] for row in rows if (row["network"], row["curvature"]) == kind]
+        axes.plot([x] * len(ratios), ratios, "o", alpha=0.6)
+        axes.text(x, max(ratios) + 0.1, f"{statistics.median(ratios):.2f}", ha="center")
+    axes.axhline(2, color="grey", linewidth=1)
+    axes.set_xticks(range(len(kinds)), [f"{network}\n{curvature}" for network, curvature in kinds], fontsize=8)
+    axes.set_ylabel("forward passes per product (number: median)")
+    axes.set_ylim(bottom=0)
+    figure.savefig(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--curvatures", nargs="+", default=["ggn", "hessian"], choices=("ggn", "hessian"))
+    parser.add_argument("--layers", type=int, default=6, help="layers of each network, evenly spread (default: 6)")
+    parser.add_argument("--k_step", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "products.json")
+    args = parser.parse_args()
+    keep_freed_memory()
+    rows = []
+    for name in args.networks:
+        build, pixels, batch = NETWORKS[name]
+        torch.manual_seed(0)
+        network = Network(build(), args.device)
+        images = torch.randn(batch, 3, pixels, pixels)
+        step = max(1, len(network.layers) // args.layers)
+        for layer in network.layers[step // 2 :: step][: args.layers]:
+            for curvature in args.curvatures:
+                rows.append({"network": name, **measure(network, layer, images, args, curvature)})
+                print(f"{name:<18} {layer.name:<50} {curvature:<8} {rows[-1]['ratio']:.2f}", flush=True)
+    environment = report.environment(args.device)
+    report.write_json(args.out, {"machine": environment["machine"], "environment": environment, "rows": rows})
+    plot(rows, args.out.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()
