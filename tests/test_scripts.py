@@ -267,7 +267,11 @@ def test_a_folder_that_holds_a_run_is_not_written_to(script, small, tmp_path):
 def test_ctrl_c_saves_the_finished_layers_and_exits_with_130(tmp_path):
     command = [sys.executable, "-u", str(ROOT / "CNN_pruning" / "unstr.py"), "--ngrads", "256"]
     process = subprocess.Popen(
-        [*command, "--out_dir", str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--out_dir", str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit "ignore"
     )
     for line in process.stdout:
         if "layer1.0.conv2" in line:
