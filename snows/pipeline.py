@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from snows.errors import Interrupted, TraceError, UsageError
+from snows.errors import Interrupted, SnowsError, TraceError, UsageError
 from snows.graph import Layer, Network, Stream
 from snows.masks import Masks, Pattern, Selection, given
 from snows.memory import forget_peak, peak_memory
@@ -18,6 +19,8 @@ from snows.objective import reconstruction
 from snows.options import Options
 from snows.preconditioner import can_factor, row_inverses
 from snows.solver import Solution, solve
+
+log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
 
 ALGORITHMS = ("SNOWS", "MP", "MP+")
 # MP+ and --w_warm: each layer's least squares on its support, which is the objective with K = 0 solved to the end.
@@ -148,18 +151,40 @@ def layer_by_layer(
     """Solve the layers in execution order, each on the pruned network as it stands, in one or several sweeps."""
     dense_model = copy.deepcopy(network.model)
     for sweep in range(options.sweeps):
-        sparse = Stream(network, network.model, batches, device)
-        dense = Stream(network, dense_model, batches, device)
+        streams = [Stream(network, model, batches, device) for model in (network.model, dense_model)]
         for layer in network.layers:
             if layer.name not in masks:
                 continue
-            sparse.advance(layer.node)
-            dense.advance(layer.node)
-            mask = masks[layer.name]
-            start = network.model.get_parameter(layer.parameter) * mask
-            if options.w_warm and sweep == 0:
-                start = solve_layer(layer, start, mask, sparse, dense, options.but(**LEAST_SQUARES)).weight
-            yield sweep, layer, solve_layer(layer, start, mask, sparse, dense, options)
+            mask, warm = masks[layer.name], options.w_warm and sweep == 0
+            while True:
+                try:
+                    for stream in streams:
+                        stream.advance(layer.node)
+                    start = network.model.get_parameter(layer.parameter) * mask
+                    if warm:
+                        start = solve_layer(layer, start, mask, *streams, options.but(**LEAST_SQUARES)).weight
+                    solution = solve_layer(layer, start, mask, *streams, options)
+                    break
+                except (RuntimeError, MemoryError) as error:
+                    batches = halved(batches, layer, error)
+                    streams = [Stream(network, model, batches, device) for model in (network.model, dense_model)]
+            yield sweep, layer, solution
+
+
+def halved(batches: list[Tensor], layer: Layer, error: Exception) -> list[Tensor]:
+    """The micro-batches cut in two, where `error` says that they need too much memory; else it is raised.
+
+    Raises:
+        SnowsError: single images do not fit either.
+    """
+    # On a GPU torch raises its own error; on a CPU a RuntimeError of the allocator, or Python raises MemoryError.
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+        raise error
+    size = max(len(batch) for batch in batches)
+    if size == 1:
+        raise SnowsError(f"out of memory at layer {layer.name} with one image at a time: lower --k_step.") from error
+    log.warning("out of memory at layer %s: going on with micro-batches of %d images", layer.name, (size + 1) // 2)
+    return [half for batch in batches for half in batch.split((size + 1) // 2)]
 
 
 def solve_layer(layer: Layer, start: Tensor, mask: Tensor, sparse: Stream, dense: Stream, options: Options) -> Solution:

@@ -221,3 +221,44 @@ def test_presets():
     assert snows.Options.preset("best") == snows.Options()
     with pytest.raises(snows.UsageError, match="preset"):
         snows.Options.preset("fastest")
+
+
+@pytest.mark.parametrize(
+    "failure", [torch.OutOfMemoryError, "[enforce fail] DefaultCPUAllocator: can't allocate memory"]
+)
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(tiny, images, failure, monkeypatch, caplog):
+    options = snows.Options(batch_size=5, preconditioner="none")  # whose random probes depend on the micro-batches
+    expected = snows.prune(tiny, images, snows.NM(1, 2), options)
+    linearise, sizes = snows.objective.Objective.linearise, []
+
+    def small_memory(objective, weight):
+        largest = max(len(batch.targets[0]) for batch in objective.batches)
+        if objective.window.layer.name == "grouped" and largest > 2:
+            raise RuntimeError(failure) if isinstance(failure, str) else failure()
+        sizes.append(largest)
+        return linearise(objective, weight)
+
+    monkeypatch.setattr(snows.objective.Objective, "linearise", small_memory)
+    pruned = snows.prune(tiny, images, snows.NM(1, 2), options)
+    assert set(sizes[:1]) == {5}
+    assert set(sizes[1:]) == {2}
+    assert [record.getMessage() for record in caplog.records] == [
+        "out of memory at layer grouped: going on with micro-batches of 3 images",
+        "out of memory at layer grouped: going on with micro-batches of 2 images",
+    ]
+    for name, weight in pruned.model.named_parameters():
+        torch.testing.assert_close(weight, expected.model.get_parameter(name))
+
+
+def test_out_of_memory_with_one_image_ends_in_one_line_and_other_errors_are_not_hidden(tiny, images, monkeypatch):
+    def fail(error):
+        def linearise(objective, weight):
+            raise error
+
+        monkeypatch.setattr(snows.objective.Objective, "linearise", linearise)
+        snows.prune(tiny, images, snows.NM(1, 2), snows.Options(batch_size=5))
+
+    with pytest.raises(snows.SnowsError, match="out of memory at layer stem with one image at a time"):
+        fail(torch.OutOfMemoryError())
+    with pytest.raises(RuntimeError, match="something else"):
+        fail(RuntimeError("something else"))
