@@ -1,5 +1,6 @@
 """The README's Python runs as it stands, and its commands take only flags that exist."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -13,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_library_snippet_runs_as_it_stands(tmp_path):
     (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    environment = {"PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", snippet], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
