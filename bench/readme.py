@@ -60,6 +60,23 @@ def settings(name: str) -> str:
     return table(["settings", "accuracy %", "products", "seconds"], cells)
 
 
+def vit() -> str:
+    """One row per pattern: MP, MP+, SNOWS at each depth, and what share of the mask's loss of accuracy it recovers."""
+    rows = load("vit_cifar10.json")["rows"]
+    found = {(r["run"]["pattern"], r["run"]["algo"], r["run"].get("k_step")): r for r in rows}
+    columns = {"MP (mask only)": ("MP", None), "MP+": ("MP+", None)}
+    columns |= {f"SNOWS, K = {k}": ("SNOWS", k) for k in (0, 3, 8)}
+    cells = []
+    for pattern in dict.fromkeys(row["run"]["pattern"] for row in rows):
+        accuracies = [
+            found[pattern, *column]["accuracy"] if (pattern, *column) in found else "" for column in columns.values()
+        ]
+        mask = found[pattern, "MP", None]
+        lost, best = mask["dense_accuracy"] - mask["accuracy"], max(a for a in accuracies[2:] if a != "")
+        cells.append([pattern, f"{mask['sparsity']:.2%}", *accuracies, f"{(best - mask['accuracy']) / lost:.0%}"])
+    return table(["pattern", "zeros", *columns, "recovered"], cells)
+
+
 def networks() -> str:
     """One row per network with random weights."""
     cells = [

@@ -85,6 +85,7 @@ def prune(
     *,
     algo: str = "SNOWS",
     layers: Callable[[str], bool] = lambda name: True,
+    solver: Callable[..., Solution] = solve,
     device: torch.device | str = "cpu",
     on_layer: Callable[[LayerRecord, int], None] = lambda record, layers: None,
 ) -> Pruned:
@@ -96,6 +97,7 @@ def prune(
     pattern: Unstructured(...) or NM(...), or masks of your own: {layer name: boolean tensor, True where kept}.
     algo: "SNOWS"; "MP" (masks only); "MP+" (layer-wise least squares on the masks).
     layers: which layers to prune, by name; the others stay dense.
+    solver: minimises one layer's objective on its support; yours, with the arguments of snows.solver.solve.
     on_layer: called with each finished layer's record and the number of layers to prune.
 
     Raises:
@@ -116,7 +118,7 @@ def prune(
         steps = masked_only(network, selection.masks)
     else:
         batches = micro_batches(network, calibration, options.batch_size)
-        steps = layer_by_layer(network, selection.masks, batches, options, device)
+        steps = layer_by_layer(network, selection.masks, batches, options, solver, device)
     forget_peak(device)
     sweeps, layer_started = 1 if algo == "MP" else options.sweeps, time.perf_counter()
     try:
@@ -146,7 +148,12 @@ def masked_only(network: Network, masks: Masks) -> Iterator[Step]:
 
 
 def layer_by_layer(
-    network: Network, masks: Masks, batches: list[Tensor], options: Options, device: torch.device | str
+    network: Network,
+    masks: Masks,
+    batches: list[Tensor],
+    options: Options,
+    solver: Callable[..., Solution],
+    device: torch.device | str,
 ) -> Iterator[Step]:
     """Solve the layers in execution order, each on the pruned network as it stands, in one or several sweeps."""
     dense_model = copy.deepcopy(network.model)
@@ -162,8 +169,8 @@ def layer_by_layer(
                         stream.advance(layer.node)
                     start = network.model.get_parameter(layer.parameter) * mask
                     if warm:
-                        start = solve_layer(layer, start, mask, *streams, options.but(**LEAST_SQUARES)).weight
-                    solution = solve_layer(layer, start, mask, *streams, options)
+                        start = solve_layer(layer, start, mask, *streams, options.but(**LEAST_SQUARES), solve).weight
+                    solution = solve_layer(layer, start, mask, *streams, options, solver)
                     break
                 except (RuntimeError, MemoryError) as error:
                     batches = halved(batches, layer, error)
@@ -187,7 +194,15 @@ def halved(batches: list[Tensor], layer: Layer, error: Exception) -> list[Tensor
     return [half for batch in batches for half in batch.split((size + 1) // 2)]
 
 
-def solve_layer(layer: Layer, start: Tensor, mask: Tensor, sparse: Stream, dense: Stream, options: Options) -> Solution:
+def solve_layer(
+    layer: Layer,
+    start: Tensor,
+    mask: Tensor,
+    sparse: Stream,
+    dense: Stream,
+    options: Options,
+    solver: Callable[..., Solution],
+) -> Solution:
     """Solve one layer on its support from `start`, both streams standing at it; nothing is written back."""
     objective = reconstruction(
         layer, sparse, dense, options.k_step, options.targets, options.depth_weights, options.curvature, options.biases
@@ -196,7 +211,7 @@ def solve_layer(layer: Layer, start: Tensor, mask: Tensor, sparse: Stream, dense
     precondition = None
     if options.preconditioner == "rows" and can_factor(sparse.network, layer):
         precondition = row_inverses(objective, unknown, support, options.seed)
-    solution = solve(
+    solution = solver(
         objective,
         unknown,
         support,

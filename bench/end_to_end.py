@@ -1,0 +1,154 @@
+"""Accuracy and held-out loss against seconds and products: presets, MP+ and first-order solvers on one objective.
+
+    python bench/end_to_end.py resnet20_cifar10 --checkpoint resnet20_cifar10.pt --dset cifar10.npz
+    python bench/end_to_end.py vit_cifar10 --dset cifar10.npz
+
+Adam and L-BFGS (torch.optim) minimise the objective of the defaults, layer by layer, over the same images and sweeps;
+their "products" are gradients, which cost about as much. held_out_loss is the squared error of the logits on the test
+images, relative to the dense network's. Writes {"machine": ..., "rows": [...]} and a plot; rows that the file already
+holds are not measured again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from cifar10 import PATTERNS, ROOT, Bench
+
+import snows
+from snows import report
+from snows.evaluate import accuracy
+from snows.memory import keep_freed_memory
+from snows.objective import Objective
+from snows.solver import Solution
+
+EVALUATIONS = 20  # gradients of a first-order solver, per layer and sweep
+
+
+def first_order(build):
+    """A solver of one layer that drives a torch.optim optimiser with full gradients on the support."""
+
+    def solver(objective: Objective, weight: torch.Tensor, mask: torch.Tensor, precondition, **options) -> Solution:
+        variable = weight.clone().requires_grad_()
+        optimizer, losses, best = build([variable]), [], (float("inf"), weight)
+
+        def closure():
+            nonlocal best
+            loss, variable.grad = 0.0, torch.zeros_like(variable)
+            with torch.enable_grad():
+                for i in range(len(objective)):
+                    values, targets = objective.batch(i)
+                    part = objective.distance(objective.features(values, variable * mask), targets)
+                    variable.grad += torch.autograd.grad(part, variable)[0]
+                    loss = loss + part.detach()
+            losses.append(loss.item())
+            best = min(best, (losses[-1], variable.detach().clone()), key=lambda pair: pair[0])
+            return loss
+
+        while len(losses) < EVALUATIONS:
+            before = len(losses)
+            optimizer.step(closure)
+            if len(losses) == before:
+                break
+        loss, solution = best
+        return Solution(solution * mask, None, losses[0], loss, 1, 0, len(losses))
+
+    return solver
+
+
+METHODS = {  # name -> arguments of snows.prune
+    "MP": {"algo": "MP"},
+    "MP+": {"algo": "MP+"},
+    "best": {},
+    "paper": {"options": snows.Options.preset("paper")},
+    "Adam": {"solver": first_order(lambda p: torch.optim.Adam(p, lr=3e-3))},
+    "L-BFGS": {
+        "solver": first_order(
+            lambda p: torch.optim.LBFGS(p, max_eval=EVALUATIONS, max_iter=EVALUATIONS, line_search_fn="strong_wolfe")
+        )
+    },
+}
+
+
+@torch.no_grad()
+def held_out_loss(bench: Bench, model: torch.nn.Module) -> float:
+    """Relative squared error of the logits on the test images."""
+    error = total = 0.0
+    for images, _ in bench.test:
+        dense = bench.model(images.to(bench.device))
+        error += (model(images.to(bench.device)) - dense).square().sum()
+        total += dense.square().sum()
+    return (error / total).item()
+
+
+def measure(bench: Bench, name: str, pattern: str, seed: int, count: int) -> dict:
+    """One run."""
+    arguments = dict(METHODS[name])
+    options = arguments.pop("options", snows.Options()).but(seed=seed)
+    images, _ = bench.data.calibration(count, seed)
+    pruned = snows.prune(
+        bench.model, images, PATTERNS[pattern], options, layers=bench.layers, device=bench.device, **arguments
+    )
+    return {
+        "accuracy": accuracy(pruned.model, bench.test, bench.device),
+        "held_out_loss": held_out_loss(bench, pruned.model),
+        "seconds": pruned.seconds,
+        "products": pruned.curvature_products,
+        "peak_memory_bytes": pruned.peak_memory_bytes,
+        "sparsity": pruned.sparsity,
+    }
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Accuracy over seconds, one panel per pattern, one point per run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    patterns = list(dict.fromkeys(row["pattern"] for row in rows))
+    figure, panels = plt.subplots(1, len(patterns), figsize=(4.5 * len(patterns), 3.5), layout="constrained")
+    for pattern, axes in zip(patterns, [panels] if len(patterns) == 1 else panels):
+        for name in METHODS:
+            points = [row for row in rows if row["pattern"] == pattern and row["method"] == name]
+            axes.semilogx([p["seconds"] for p in points], [p["accuracy"] for p in points], "o", label=name)
+        axes.set_title(pattern)
+        axes.set_xlabel("seconds")
+        axes.set_ylabel("accuracy %")
+        axes.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", choices=("resnet20_cifar10", "vit_cifar10"))
+    parser.add_argument("--checkpoint", type=Path, help="default: what ships in checkpoints/")
+    parser.add_argument("--dset", type=Path, required=True, help="an .npz of CIFAR-10")
+    parser.add_argument("--patterns", nargs="+", default=["2:4", "1:4"], choices=PATTERNS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="default: results/end_to_end_NETWORK.json")
+    args = parser.parse_args()
+    keep_freed_memory()
+    out = args.out or ROOT / "results" / f"end_to_end_{args.network}.json"
+    rows = json.loads(out.read_text())["rows"] if out.exists() else []
+    checkpoint = args.checkpoint or ROOT / "checkpoints" / f"{args.network}.safetensors"
+    bench = Bench(args.network == "vit_cifar10", checkpoint, args.dset, args.device)
+    for pattern in args.patterns:
+        for name in args.methods:
+            for seed in args.seeds:
+                run = {"network": args.network, "method": name, "pattern": pattern, "seed": seed, "images": args.images}
+                if any(run.items() <= row.items() for row in rows):
+                    continue
+                rows.append({**run, **measure(bench, name, pattern, seed, args.images)})
+                environment = report.environment(args.device)
+                report.write_json(out, {"machine": environment["machine"], "environment": environment, "rows": rows})
+                print(rows[-1], flush=True)
+    plot(rows, out.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()
