@@ -68,10 +68,9 @@ def vit() -> str:
     columns |= {f"SNOWS, K = {k}": ("SNOWS", k) for k in (0, 3, 8)}
     cells = []
     for pattern in dict.fromkeys(row["run"]["pattern"] for row in rows):
-        accuracies = [
-            found[pattern, *column]["accuracy"] if (pattern, *column) in found else "" for column in columns.values()
-        ]
-        mask = found[pattern, "MP", None]
+        runs = [found.get((pattern, *column)) for column in columns.values()]
+        accuracies = ["" if run is None else run["accuracy"] for run in runs]
+        mask = runs[0]
         lost, best = mask["dense_accuracy"] - mask["accuracy"], max(a for a in accuracies[2:] if a != "")
         cells.append([pattern, f"{mask['sparsity']:.2%}", *accuracies, f"{(best - mask['accuracy']) / lost:.0%}"])
     return table(["pattern", "zeros", *columns, "recovered"], cells)
