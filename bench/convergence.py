@@ -34,6 +34,22 @@ NETWORKS = {  # name -> (builder, three layers)
 PRODUCTS = (1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 70, 100)
 
 
+class Replayed:
+    """A product that remembers its results: solving again from the start to a higher count repeats none."""
+
+    def __init__(self, product):
+        self.product, self.known, self.taken = product, [], 0
+
+    def start(self) -> None:
+        self.taken = 0
+
+    def __call__(self, vector: torch.Tensor) -> torch.Tensor:
+        if self.taken == len(self.known):
+            self.known.append(self.product(vector))
+        self.taken += 1
+        return self.known[self.taken - 1]
+
+
 def curves(network: Network, layer: Layer, images: torch.Tensor, args: argparse.Namespace) -> list[dict]:
     """One row for each preconditioner and number of products."""
     streams = [Stream(network, network.model, list(images.split(args.batch_size)), args.device) for _ in range(2)]
@@ -46,16 +62,9 @@ def curves(network: Network, layer: Layer, images: torch.Tensor, args: argparse.
     here = objective.linearise(unknown)
     gradient, rows = here.gradient * support, []
     for name, precondition in (("rows", row_inverses(objective, unknown, support, seed=0)), ("none", None)):
-        known = []  # the products so far: solving again to a higher count repeats them
-
-        def product(vector, known=known):
-            if len(known) == product.taken:
-                known.append(here.product(vector) * support)
-            product.taken += 1
-            return known[product.taken - 1]
-
+        product = Replayed(lambda vector: here.product(vector) * support)
         for count in PRODUCTS:
-            product.taken = 0
+            product.start()
             cg = conjugate_gradients(product, -gradient, precondition, 1e-3, 0.0, count)
             search = backtrack(objective.loss, unknown, cg.step, here.loss, dot(gradient, cg.step))
             rows.append(
