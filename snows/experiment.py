@@ -103,7 +103,7 @@ class Experiment:
     def __init__(self, args: argparse.Namespace, known: Known, pattern: Pattern, layers: Layers):
         check_device(args.device)
         classifier = load_classifier(args, known)
-        self.args, self.model, self.pattern = args, classifier.model, pattern
+        self.args, self.model, self.pattern, self.layers = args, classifier.model, pattern, layers
         self.data = load_data(args, classifier)
         dense_accuracy = self.accuracy(self.model)
         print(f"{args.arch} on {args.dset}: dense accuracy {report.percent(dense_accuracy)}, pattern {pattern}")
@@ -150,7 +150,14 @@ class Experiment:
         progress = report.Progress(f"{algo} {self.pattern}, seed {seed}")
         try:
             pruned = prune(
-                self.model, images, self.masked.masks, chosen, algo=algo, device=args.device, on_layer=progress
+                self.model,
+                images,
+                self.pattern,
+                chosen,
+                algo=algo,
+                layers=self.layers,
+                device=args.device,
+                on_layer=progress,
             )
         except Interrupted as stopped:
             report.save(folder, stopped.result, {**settings, "finished": False})

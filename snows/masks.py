@@ -6,7 +6,7 @@ leaves dense, and says why.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,11 @@ class Unstructured:
 
     def __str__(self) -> str:
         return f"{self.target_sparsity:.0%} unstructured"
+
+    def path(self, steps: int) -> list[Unstructured]:
+        """Rising sparsities on the way to the target, the share of what is left falling evenly; `steps` of them."""
+        left = 1 - self.target_sparsity
+        return [replace(self, target_sparsity=1 - left ** (i / (steps + 1))) for i in range(1, steps + 1)]
 
     def cap(self, needed: float) -> float:
         """The largest share that one layer may lose; needed: the share that all the layers together must lose."""
@@ -136,6 +141,11 @@ class NM:
             else:
                 selection.masks[name] = self.mask(weight)
         return selection
+
+    def path(self, steps: int) -> list[NM]:
+        """Patterns on the way from M:M to N:M, such as 3:4 and 2:4 before 1:4; at most `steps` of them."""
+        kept = [round(self.m * (self.n / self.m) ** (i / (steps + 1))) for i in range(1, steps + 1)]
+        return [NM(n, self.m) for n in dict.fromkeys(kept) if self.n < n < self.m]
 
     def mask(self, weight: Tensor) -> Tensor:
         """The mask of one weight (out, in, ...), `in` a multiple of M."""

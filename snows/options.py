@@ -58,6 +58,9 @@ class Options:
     sweeps: int = option(
         2, "passes over the layers; from the second on, all the other layers are sparse already", low=1
     )
+    schedule: int = option(
+        0, "sparsities on the way to the target, a sweep each; masks are chosen anew from the solved weights", low=0
+    )
     newton_steps: int = option(1, "Newton steps per layer (with --batching True: passes over the batches)", low=1)
     max_CG_iterations: int = option(5, "curvature products per Newton step, at most", low=1)
     cg_tolerance: float = option(1e-2, "relative residual at which CG stops", low=0)

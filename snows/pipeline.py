@@ -24,7 +24,9 @@ log = logging.getLogger("snows")  # without a handler of the caller's own, a war
 
 ALGORITHMS = ("SNOWS", "MP", "MP+")
 # MP+ and --w_warm: each layer's least squares on its support, which is the objective with K = 0 solved to the end.
-LEAST_SQUARES = dict(sweeps=1, k_step=0, targets="same", curvature="ggn", newton_steps=1, batching=False, w_warm=False)
+LEAST_SQUARES = dict(
+    sweeps=1, schedule=0, k_step=0, targets="same", curvature="ggn", newton_steps=1, batching=False, w_warm=False
+)
 LEAST_SQUARES |= dict(biases=False, preconditioner="rows", max_CG_iterations=100, cg_tolerance=1e-4, damping=0.0)
 
 
@@ -94,7 +96,8 @@ def prune(
     model: any nn.Module that torch.fx can trace and that maps images to one tensor; it is not changed.
     calibration: images (n, channels, height, width) as the model wants them, or an iterable (a DataLoader) of such
         batches, bare or as (images, anything).
-    pattern: Unstructured(...) or NM(...), or masks of your own: {layer name: boolean tensor, True where kept}.
+    pattern: Unstructured(...) or NM(...), or masks of your own: {layer name: boolean tensor, True where kept}, which
+        stay as they are (options.schedule does not apply).
     algo: "SNOWS"; "MP" (masks only); "MP+" (layer-wise least squares on the masks).
     layers: which layers to prune, by name; the others stay dense.
     solver: minimises one layer's objective on its support; yours, with the arguments of snows.solver.solve.
@@ -113,22 +116,25 @@ def prune(
         options = options.but(**LEAST_SQUARES)
     network = Network(model, device)
     selection = select(network, pattern, layers)
-    result = Pruned(copy.deepcopy(model), selection.masks, left_dense={**network.refused, **selection.left_dense})
+    result = Pruned(copy.deepcopy(model), {}, left_dense={**network.refused, **selection.left_dense})
+    stages = [pattern]
     if algo == "MP":
         steps = masked_only(network, selection.masks)
     else:
+        stages = sweeps(pattern, options)
         batches = micro_batches(network, calibration, options.batch_size)
-        steps = layer_by_layer(network, selection.masks, batches, options, solver, device)
+        steps = layer_by_layer(network, stages, layers, batches, options, solver, device)
     forget_peak(device)
-    sweeps, layer_started = 1 if algo == "MP" else options.sweeps, time.perf_counter()
+    layer_started = time.perf_counter()
     try:
-        for sweep, layer, solution in steps:
+        for sweep, layer, mask, solution in steps:
             for owner in (network.model, result.model):
                 write(owner, layer, solution)
+            result.masks[layer.name] = mask
             now = time.perf_counter()
             result.layers.append(describe(layer, sweep, solution, now - layer_started, peak_memory(device)))
             forget_peak(device)
-            on_layer(result.layers[-1], len(selection.masks) * sweeps)
+            on_layer(result.layers[-1], len(selection.masks) * len(stages))
             layer_started = now
     except KeyboardInterrupt:
         raise Interrupted(result) from None
@@ -137,27 +143,40 @@ def prune(
     return result
 
 
-Step = tuple[int, Layer, Solution]  # the sweep, the layer, and its new weight, which the caller writes back
+Step = tuple[int, Layer, Tensor, Solution]  # sweep, layer, mask, and the new weight, which the caller writes back
+
+
+def sweeps(pattern: Pattern | Masks, options: Options) -> list[Pattern | Masks]:
+    """The pattern of each sweep: those on the way to the target, then the target."""
+    on_the_way = [] if isinstance(pattern, dict) else pattern.path(options.schedule)
+    return [*on_the_way, *[pattern] * options.sweeps]
 
 
 def masked_only(network: Network, masks: Masks) -> Iterator[Step]:
     """Every layer with its mask applied and nothing solved."""
     for layer in network.layers:
         if layer.name in masks:
-            yield 0, layer, Solution(network.model.get_parameter(layer.parameter) * masks[layer.name])
+            mask = masks[layer.name]
+            yield 0, layer, mask, Solution(network.model.get_parameter(layer.parameter) * mask)
 
 
 def layer_by_layer(
     network: Network,
-    masks: Masks,
+    stages: list[Pattern | Masks],
+    layers: Callable[[str], bool],
     batches: list[Tensor],
     options: Options,
     solver: Callable[..., Solution],
     device: torch.device | str,
 ) -> Iterator[Step]:
-    """Solve the layers in execution order, each on the pruned network as it stands, in one or several sweeps."""
-    dense_model = copy.deepcopy(network.model)
-    for sweep in range(options.sweeps):
+    """Solve the layers in execution order, each on the pruned network as it stands, in a sweep for each stage.
+
+    A new stage's masks are chosen from the weights as the last one left them: its zeros, the smallest, stay zeros.
+    """
+    dense_model, masks = copy.deepcopy(network.model), {}
+    for sweep, stage in enumerate(stages):
+        if sweep == 0 or stage is not stages[sweep - 1]:
+            masks = select(network, stage, layers).masks
         streams = [Stream(network, model, batches, device) for model in (network.model, dense_model)]
         for layer in network.layers:
             if layer.name not in masks:
@@ -175,7 +194,7 @@ def layer_by_layer(
                 except (RuntimeError, MemoryError) as error:
                     batches = halved(batches, layer, error)
                     streams = [Stream(network, model, batches, device) for model in (network.model, dense_model)]
-            yield sweep, layer, solution
+            yield sweep, layer, mask, solution
 
 
 def halved(batches: list[Tensor], layer: Layer, error: Exception) -> list[Tensor]:

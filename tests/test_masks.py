@@ -108,3 +108,28 @@ def test_the_default_cap_gives_way_where_few_layers_may_be_pruned():
         Unstructured(0.5, 0.9).select(weights, 380)
     with pytest.raises(UsageError, match="out of reach"):
         Unstructured(0.5).select(weights, 500)
+
+
+@given(SHAPES, st.integers(0, 99), st.floats(0.05, 0.9), st.integers(0, 4), st.sampled_from(["global", "uniform"]))
+def test_a_path_of_sparsities_ends_below_the_target_and_its_masks_are_nested(shapes, seed, target, steps, allocation):
+    weights = random_weights(shapes, seed)
+    total = sum(weight.numel() for weight in weights.values())
+    pattern = Unstructured(target, max_layer_sparsity=1.0, allocation=allocation)
+    path = pattern.path(steps)
+    sparsities = [0.0, *(each.target_sparsity for each in path), target]
+    assert len(path) == steps
+    assert sparsities == sorted(set(sparsities))
+    removed = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    for each in [*path, pattern]:
+        masks = each.select(weights, total).masks
+        revived = max((masks[name] & removed[name]).sum() for name in weights)
+        assert revived <= (allocation == "uniform")  # whose counts are rounded layer by layer
+        removed = {name: ~mask for name, mask in masks.items()}
+        weights = {name: (weight + 0.1) * masks[name] for name, weight in weights.items()}  # solved anew
+
+
+def test_paths_of_n_m_patterns():
+    assert NM(1, 4).path(2) == [NM(3, 4), NM(2, 4)]
+    assert NM(2, 4).path(2) == [NM(3, 4)]
+    assert NM(2, 8).path(2) == [NM(5, 8), NM(3, 8)]
+    assert NM(1, 2).path(3) == NM(3, 4).path(1) == NM(1, 4).path(0) == []

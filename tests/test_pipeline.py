@@ -262,3 +262,21 @@ def test_out_of_memory_with_one_image_ends_in_one_line_and_other_errors_are_not_
         fail(torch.OutOfMemoryError())
     with pytest.raises(RuntimeError, match="something else"):
         fail(RuntimeError("something else"))
+
+
+def test_a_schedule_reaches_the_target_through_nested_masks(tiny, images):
+    seen = []
+    options = fast(schedule=2, sweeps=2)
+    pruned = snows.prune(tiny, images, snows.Unstructured(0.6), options, on_layer=lambda r, n: seen.append((r, n)))
+    assert {n for _, n in seen} == {len(pruned.masks) * 4}
+    for name, mask in pruned.masks.items():
+        sparsities = [record.sparsity for record, _ in seen if record.name == name]
+        assert sparsities == sorted(sparsities)
+        assert sparsities[2] == sparsities[3] == (~mask).double().mean().item()
+        assert torch.equal(pruned.model.get_submodule(name).weight != 0, mask)
+    zeros = sum((~mask).sum().item() for mask in pruned.masks.values())
+    assert zeros == round(0.6 * sum(p.numel() for p in tiny.parameters()))
+    own = {name: mask.clone() for name, mask in pruned.masks.items()}
+    again = snows.prune(tiny, images, own, options)  # masks of the caller's own stay as they are
+    assert all(torch.equal(again.masks[name], mask) for name, mask in own.items())
+    assert len(again.layers) == 2 * len(own)
