@@ -34,7 +34,9 @@ ACTIVATIONS = {"relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "
 ACTIVATIONS |= {"hardswish", "hardsigmoid", "hardtanh", "softmax", "log_softmax", "softplus", "softsign", "logsigmoid"}
 LINEAR_MAPS = {"conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "scaled_dot_product_attention"}
 NORMS = {"layer_norm", "group_norm", "batch_norm", "rms_norm", "instance_norm", "local_response_norm"}
-COUNTED_FUNCTIONS = ACTIVATIONS | LINEAR_MAPS | NORMS | {"multi_head_attention_forward", "attend"}
+# Functions that hide linear maps: torchvision's Swin hands both projections of an attention to one.
+HIDING = {"shifted_window_attention"}
+COUNTED_FUNCTIONS = ACTIVATIONS | LINEAR_MAPS | NORMS | HIDING | {"multi_head_attention_forward", "attend"}
 
 
 @dataclass(frozen=True)
@@ -148,10 +150,10 @@ class Network:
         return f"{owner.target}.bias" if self.module(owner).bias is not None else None
 
     def _functional_user(self, weight: fx.Node) -> fx.Node | None:
-        """The convolution or linear function that takes this weight as it is, or None."""
-        user = min(weight.users, key=self.position.get, default=None)
-        direct = user is not None and user.target in (F.conv2d, F.linear) and len(user.args) > 1
-        return user if direct and user.args[1] is weight else None
+        """The function that multiplies by this weight as it is, or None."""
+        user = min(weight.users, key=self.position.get)
+        direct = user.target in (F.conv2d, F.linear) and len(user.args) > 1 and user.args[1] is weight
+        return user if direct or getattr(user.target, "__name__", "") in HIDING else None
 
 
 def prunable_parameters(module: nn.Module) -> list[str]:

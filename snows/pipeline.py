@@ -177,20 +177,14 @@ def layer_by_layer(
     for sweep, stage in enumerate(stages):
         if sweep == 0 or stage is not stages[sweep - 1]:
             masks = select(network, stage, layers).masks
+        if sweep > 0:
+            options = options.but(w_warm=False)
         streams = [Stream(network, model, batches, device) for model in (network.model, dense_model)]
-        for layer in network.layers:
-            if layer.name not in masks:
-                continue
-            mask, warm = masks[layer.name], options.w_warm and sweep == 0
-            while True:
+        for layer in (each for each in network.layers if each.name in masks):
+            solution, mask = None, masks[layer.name]
+            while solution is None:
                 try:
-                    for stream in streams:
-                        stream.advance(layer.node)
-                    start = network.model.get_parameter(layer.parameter) * mask
-                    if warm:
-                        start = solve_layer(layer, start, mask, *streams, options.but(**LEAST_SQUARES), solve).weight
-                    solution = solve_layer(layer, start, mask, *streams, options, solver)
-                    break
+                    solution = solve_layer(layer, mask, *streams, options, solver)
                 except (RuntimeError, MemoryError) as error:
                     batches = halved(batches, layer, error)
                     streams = [Stream(network, model, batches, device) for model in (network.model, dense_model)]
@@ -214,15 +208,14 @@ def halved(batches: list[Tensor], layer: Layer, error: Exception) -> list[Tensor
 
 
 def solve_layer(
-    layer: Layer,
-    start: Tensor,
-    mask: Tensor,
-    sparse: Stream,
-    dense: Stream,
-    options: Options,
-    solver: Callable[..., Solution],
+    layer: Layer, mask: Tensor, sparse: Stream, dense: Stream, options: Options, solver: Callable[..., Solution]
 ) -> Solution:
-    """Solve one layer on its support from `start`, both streams standing at it; nothing is written back."""
+    """Advance both streams to a layer and solve it on its support, from its masked weight; nothing is written back."""
+    for stream in (sparse, dense):
+        stream.advance(layer.node)
+    start = sparse.model.get_parameter(layer.parameter) * mask
+    if options.w_warm:
+        start = solve_layer(layer, mask, sparse, dense, options.but(**LEAST_SQUARES), solve).weight
     objective = reconstruction(
         layer, sparse, dense, options.k_step, options.targets, options.depth_weights, options.curvature, options.biases
     )

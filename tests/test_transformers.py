@@ -10,12 +10,15 @@ from timm.models import beit, cait, eva, swin_transformer, vision_transformer, x
 from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
+from torchvision.models.swin_transformer import SwinTransformer as swin
 from torchvision.models.vision_transformer import VisionTransformer
 
 import snows
 from snows.graph import Network
 
 TINY = dict(img_size=8, patch_size=4, embed_dim=8, num_heads=2, num_classes=3)
+SWIN_V2 = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2}
 KINDS = {
     "torchvision": lambda: VisionTransformer(8, 4, 2, 2, 8, 12, num_classes=3),
     "class and register tokens, LayerScale": lambda: vision_transformer.VisionTransformer(
@@ -29,6 +32,8 @@ KINDS = {
     "swin": lambda: swin_transformer.SwinTransformer(
         img_size=8, patch_size=2, embed_dim=4, depths=(2,), num_heads=(2,), window_size=2, num_classes=3
     ),
+    "swin of torchvision": lambda: swin([2, 2], 4, [2], [2], [2, 2], num_classes=3),
+    "swin v2 of torchvision": lambda: swin([2, 2], 4, [2], [2], [2, 2], num_classes=3, **SWIN_V2),
     "class attention": lambda: cait.Cait(**TINY, depth=1, mlp_ratio=1.5, depth_token_only=1),
     "cross-covariance": lambda: xcit.Xcit(img_size=32, patch_size=16, embed_dim=8, depth=1, num_heads=2, num_classes=3),
 }
