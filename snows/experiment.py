@@ -15,6 +15,8 @@ from torch import nn
 from snows import evaluate, memory, options, report
 from snows.data import DATASETS
 from snows.errors import Interrupted, SnowsError, UsageError
+from snows.graph import Network
+from snows.mask_files import read_masks
 from snows.masks import NM, Pattern, Unstructured
 from snows.pipeline import ALGORITHMS, prune, sparsity
 from snows.registry import Known, load_classifier, load_data
@@ -39,6 +41,7 @@ def parser(description: str, arch: str) -> argparse.ArgumentParser:
     group.add_argument("--mirror", action="store_true", help="flip half of the calibration images left to right")
     group.add_argument("--test_batch_size", type=int, default=256, help="test images per batch (default: 256)")
     group.add_argument("--num_workers", type=int, default=0, help="processes that load images (default: 0)")
+    group.add_argument("--masks", type=Path, help="masks of your own, or a sparse checkpoint whose zeros are the mask")
     group = flags.add_argument_group("run")
     group.add_argument("--algo", nargs="+", default=["SNOWS"], choices=ALGORITHMS, help="how to set the survivors")
     group.add_argument("--seed", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
@@ -106,14 +109,18 @@ class Experiment:
         self.args, self.model, self.pattern, self.layers = args, classifier.model, pattern, layers
         self.data = load_data(args, classifier)
         dense_accuracy = self.accuracy(self.model)
-        print(f"{args.arch} on {args.dset}: dense accuracy {report.percent(dense_accuracy)}, pattern {pattern}")
+        self.name = str(pattern) if args.masks is None else f"masks {args.masks.stem}"
+        print(f"{args.arch} on {args.dset}: dense accuracy {report.percent(dense_accuracy)}, pattern {self.name}")
         warn_if_far(dense_accuracy, classifier.stated_accuracy)
-        self.masked = prune(self.model, None, pattern, algo="MP", layers=layers, device=args.device)
+        if args.masks is not None:
+            masks = read_masks(args.masks, Network(self.model).layers, pattern)
+            self.pattern = {name: mask for name, mask in masks.items() if layers(name)}
+        self.masked = prune(self.model, None, self.pattern, algo="MP", layers=layers, device=args.device)
         print(f"pruning {len(self.masked.masks)} layers: {report.kinds(self.masked.masks)}", flush=True)
         self.common = {
             "arch": args.arch,
             "dset": str(args.dset),
-            "pattern": str(pattern),
+            "pattern": self.name,
             "dense_accuracy": dense_accuracy,
             "dense_sparsity": sparsity(self.model),
             "masked_accuracy": self.accuracy(self.masked.model),
@@ -136,7 +143,7 @@ class Experiment:
         chosen = self.args.out_dir
         if chosen is not None and not alone:
             chosen = chosen / f"{algo}-seed{seed}"
-        pattern = re.sub(r"[^\w]+", "-", str(self.pattern))
+        pattern = re.sub(r"[^\w]+", "-", self.name)
         return report.new_folder(chosen, f"{Path(self.args.arch).name}-{pattern}-{algo}-seed{seed}")
 
     def once(self, algo: str, seed: int, folder: Path) -> dict:
@@ -147,7 +154,7 @@ class Experiment:
         report.write_json(folder / "environment.json", report.environment(args.device))
         report.write_json(folder / "calibration.json", {"indices": indices})
         settings = {**self.common, "algo": algo, "seed": seed, "options": vars(chosen)}
-        progress = report.Progress(f"{algo} {self.pattern}, seed {seed}")
+        progress = report.Progress(f"{algo} {self.name}, seed {seed}")
         try:
             pruned = prune(
                 self.model,

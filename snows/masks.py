@@ -142,6 +142,12 @@ class NM:
                 selection.masks[name] = self.mask(weight)
         return selection
 
+    def holds(self, mask: Tensor) -> bool:
+        """Whether no group of a mask (out, in, ...) keeps more than N."""
+        if mask.shape[1] % self.m:
+            return False
+        return bool((mask.movedim(1, -1).unflatten(-1, (-1, self.m)).sum(-1) <= self.n).all())
+
     def path(self, steps: int) -> list[NM]:
         """Patterns on the way from M:M to N:M, such as 3:4 and 2:4 before 1:4; at most `steps` of them."""
         kept = [round(self.m * (self.n / self.m) ** (i / (steps + 1))) for i in range(1, steps + 1)]

@@ -109,6 +109,20 @@ def test_nm_runs_every_algorithm_and_seed_from_the_scripts_own_folder(small, tmp
     assert not torch.equal(states["SNOWS-seed0"]["fc.weight"], states["MP-seed0"]["fc.weight"])
 
 
+def test_masks_of_another_tool_are_solved_through_the_script(script, small, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    model = ResNet(20, 10)
+    masks = {name: torch.rand(p.shape, generator=generator) < 0.4 for name, p in model.named_parameters() if p.ndim > 1}
+    torch.save(masks, tmp_path / "masks.pt")
+    flags = [*cifar_flags(small), "--masks", tmp_path / "masks.pt"]
+    out, _ = script("CNN_pruning/unstr.py", *flags, "--out_dir", tmp_path / "run")
+    assert "pattern masks masks" in out
+    state = safetensors.torch.load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(state[name] != 0, mask) for name, mask in masks.items())
+    _, err = script("CNN_pruning/prune_NM.py", *flags, code=2)
+    assert "does not keep to 2:4 in conv1" in err
+
+
 def test_the_paper_preset_and_every_solver_flag_are_taken(script, small, tmp_path):
     flags = ["--preset", "paper", "--depth_weights", "relative", "--cg_tolerance", "0.1", "--w_warm", "True"]
     script(
