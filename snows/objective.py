@@ -146,7 +146,9 @@ class Linearisation:
                 return hessian(objective.distance(features, targets), weight)
             residuals = [f.detach() - y for f, y in zip(features, targets)]
             loss = objective.distance([f.detach() for f in features], targets)
-            return loss, *gauss_newton(features, residuals, objective.coefficients, weight)
+            # A feature that takes no more than the shape of what is behind the layer has no derivative.
+            moved = [part for part in zip(features, residuals, objective.coefficients) if part[0].requires_grad]
+            return loss, *gauss_newton(*zip(*moved), weight)
 
     def product(self, vector: Tensor) -> Tensor:
         """B v over all the micro-batches; `vector` and the result are shaped as the weight."""

@@ -150,6 +150,7 @@ def pull_back_probe(
         torch.randint(0, 2, f.shape, generator=generator).to(f).mul_(2).sub_(1) * c**0.5
         for f, c in zip(features, coefficients)
     ]
+    features, signs = zip(*((f, sign) for f, sign in zip(features, signs) if f.requires_grad))
     return grad(features, output, signs)[0]
 
 

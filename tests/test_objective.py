@@ -13,6 +13,7 @@ import snows.objective
 from snows.errors import SnowsError
 from snows.graph import Network, Stream
 from snows.objective import reconstruction
+from snows.preconditioner import output_scale
 
 
 def build(model, images, index, k_step, curvature, depth_weights="relative", batch=2, targets="same", biases=False):
@@ -203,3 +204,28 @@ def test_a_linearisation_lets_go_of_everything(tiny, images):
     assert any(reference() is not None for reference in alive)
     del here
     assert all(reference() is None for reference in alive)
+
+
+class ReadsAShape(nn.Module):
+    """Behind the first layer, a position embedding that takes no more of its output than the shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.position, self.last = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x + self.position(torch.ones_like(x)))
+
+
+def test_a_feature_that_takes_only_the_shape_has_no_derivative_and_does_no_harm():
+    model, images = randomise(ReadsAShape()), torch.randn(5, 3, dtype=torch.float64)
+    for curvature in ("ggn", "hessian"):
+        objective, _, weight = build(model, images, 0, 5, curvature)
+        assert len(objective.batches[0].targets) == 3
+        _, gradient, hessian, gauss_newton = dense_reference(objective, weight)
+        here, vector = objective.linearise(weight), torch.ones_like(weight)
+        torch.testing.assert_close(here.gradient, gradient)
+        matrix = hessian if curvature == "hessian" else gauss_newton
+        torch.testing.assert_close(here.product(vector).flatten(), matrix @ vector.flatten())
+        assert (output_scale(objective, weight, seed=0) > 0).all()
