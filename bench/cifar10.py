@@ -31,7 +31,13 @@ ALGORITHMS = ("MP", "SNOWS", "MP+")
 FEW = {"images": 256}  # so that a table takes minutes
 ABLATION = [{"k_step": k} for k in (8, 0, 2, 4, 16)]  # each row changes one choice of the first
 ABLATION += [{"targets": "same"}, {"curvature": "hessian"}, {"depth_weights": "mean"}, {"batching": True}]
-ABLATION += [{"preconditioner": "none"}, {"biases": False}, {"sweeps": 2}]
+ABLATION += [
+    {"preconditioner": "none"},
+    {"biases": False},
+    {"sweeps": 2},
+    {"schedule": 2},
+    {"schedule": 2, "sweeps": 2},
+]
 VIT_PATTERNS = ("2:4", "1:4", "4:8", "unstructured 0.5", "unstructured 0.6", "unstructured 0.7")
 VIT_RUNS = [{"algo": "MP"}, {"algo": "MP+"}, *({"algo": "SNOWS", "k_step": k} for k in (0, 3, 8))]
 

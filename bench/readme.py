@@ -23,9 +23,9 @@ def table(header: list[str], rows: list[list]) -> str:
     )
 
 
-def default() -> str:
-    """The run without flags."""
-    m = load("resnet20_digits.json")
+def default(name: str) -> str:
+    """A run without flags."""
+    m = load(name)
     rows = [
         ["dense", m["dense_accuracy"], f"{m['dense_sparsity']:.0%}"],
         ["masked only", m["masked_accuracy"], f"{m['sparsity']:.0%}"],
@@ -94,7 +94,8 @@ def networks() -> str:
 
 
 TABLES = {
-    "default": default,
+    "default": lambda: default("resnet20_digits.json"),
+    "vit_default": lambda: default("vit_digits.json"),
     "accuracy": accuracy,
     "presets": lambda: settings("resnet20_cifar10_presets.json"),
     "ablation": lambda: settings("resnet20_cifar10_ablation.json"),
