@@ -190,6 +190,15 @@ def test_layers_to_prune_means_the_same_for_every_library(network, utils):
     assert list(filter(utils.chosen(["*rel_pos*", "head"]), OTHERS)) == [OTHERS[2], OTHERS[3], OTHERS[4]]
 
 
+@pytest.mark.parametrize("name", ["vit_digits", "vit_cifar10"])
+def test_the_weights_that_ship_fit(name, utils):
+    classifier = utils.KNOWN[name](True)
+    assert classifier.stated_accuracy > 80
+    untrained = utils.KNOWN[name](False)
+    assert untrained.stated_accuracy is None
+    assert not torch.equal(classifier.model.head.weight, untrained.model.head.weight)
+
+
 def test_no_layer_selected_is_an_error():
     with pytest.raises(snows.UsageError, match=r"no layer was selected of conv_proj, "):
         snows.prune(KINDS["torchvision"](), None, snows.NM(2, 4), algo="MP", layers=lambda name: False)
