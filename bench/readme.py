@@ -71,8 +71,9 @@ def vit() -> str:
         runs = [found.get((pattern, *column)) for column in columns.values()]
         accuracies = ["" if run is None else run["accuracy"] for run in runs]
         mask = runs[0]
-        lost, best = mask["dense_accuracy"] - mask["accuracy"], max(a for a in accuracies[2:] if a != "")
-        cells.append([pattern, f"{mask['sparsity']:.2%}", *accuracies, f"{(best - mask['accuracy']) / lost:.0%}"])
+        lost, solved = mask["dense_accuracy"] - mask["accuracy"], [a for a in accuracies[2:] if a != ""]
+        recovered = f"{(max(solved) - mask['accuracy']) / lost:.0%}" if solved else ""
+        cells.append([pattern, f"{mask['sparsity']:.2%}", *accuracies, recovered])
     return table(["pattern", "zeros", *columns, "recovered"], cells)
 
 
@@ -99,6 +100,7 @@ TABLES = {
     "accuracy": accuracy,
     "presets": lambda: settings("resnet20_cifar10_presets.json"),
     "ablation": lambda: settings("resnet20_cifar10_ablation.json"),
+    "vit": vit,
     "networks": networks,
 }
 
