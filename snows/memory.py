@@ -50,7 +50,7 @@ def keep_freed_memory() -> None:
     """Ask the C library not to hand freed blocks back to the system, for the whole process.
 
     A product allocates the same large features again and again; returned to the system, each of their pages is zeroed
-    and mapped anew. On a CPU that is up to a third of the time. Does nothing where the C library is not glibc.
+    and mapped anew. Does nothing where the C library is not glibc.
     """
     mmap_max, trim_threshold = -4, -1  # the parameters M_MMAP_MAX and M_TRIM_THRESHOLD of mallopt(3)
     with contextlib.suppress(OSError, TypeError, AttributeError):
