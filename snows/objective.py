@@ -20,6 +20,7 @@ from torch.autograd import grad
 from snows.errors import SnowsError
 from snows.graph import Layer, Stream, to
 from snows.memory import free_memory
+from snows.tangent import Tangents
 from snows.trace import Values
 from snows.window import Window
 
@@ -141,14 +142,9 @@ class Linearisation:
         values, targets = objective.batch(index)
         weight = self.weight.detach().requires_grad_()
         with torch.enable_grad():
-            features = objective.features(values, weight)
             if objective.curvature == "hessian":
-                return hessian(objective.distance(features, targets), weight)
-            residuals = [f.detach() - y for f, y in zip(features, targets)]
-            loss = objective.distance([f.detach() for f in features], targets)
-            # A feature that takes no more than the shape of what is behind the layer has no derivative.
-            moved = [part for part in zip(features, residuals, objective.coefficients) if part[0].requires_grad]
-            return loss, *gauss_newton(*zip(*moved), weight)
+                return hessian(objective.distance(objective.features(values, weight), targets), weight)
+            return gauss_newton(objective, values, targets, weight)
 
     def product(self, vector: Tensor) -> Tensor:
         """B v over all the micro-batches; `vector` and the result are shaped as the weight."""
@@ -173,23 +169,32 @@ def hessian(loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Product]:
 
 
 def gauss_newton(
-    features: list[Tensor], residuals: list[Tensor], coefficients: list[float], weight: Tensor
-) -> tuple[Tensor, Product]:
-    """(gradient, product) with the Gauss-Newton matrix: B v = 2 sum_k c_k J_k^T J_k v, positive semi-definite.
+    objective: Objective, values: Values, targets: list[Tensor], weight: Tensor
+) -> tuple[Tensor, Tensor, Product]:
+    """(loss, gradient, product) with the Gauss-Newton matrix: B v = 2 sum_k c_k J_k^T J_k v, positive semi-definite.
 
-    J^T u is linear in u, so its derivative along v with respect to u is J v: both maps live on one kept graph.
+    J v is one tangent pass, J^T u one backward pass through the kept graph of the features.
     """
-    seeds = [torch.zeros_like(f, requires_grad=True) for f in features]
-    (pulled_back,) = grad(features, weight, seeds, create_graph=True)
+    window = objective.window
+    parameters = window.parameters(*objective.split(weight))
+    values = window.run(window.nodes, values, parameters)
+    features = [values[node] for node in window.features]
+    tangents = Tangents(window, values, parameters)
+    del values
 
-    def transposed(cotangents: list[Tensor]) -> Tensor:
-        scaled = [2 * c * u for c, u in zip(coefficients, cotangents)]
-        return grad(features, weight, scaled, retain_graph=True)[0]
+    def transposed(cotangents: list[Tensor | None]) -> Tensor:
+        # A feature that takes no more than the shape of what is behind the layer has no derivative.
+        parts = [
+            (f, 2 * c * u)
+            for f, c, u in zip(features, objective.coefficients, cotangents)
+            if f.requires_grad and u is not None
+        ]
+        moved, scaled = zip(*parts)
+        return grad(moved, weight, scaled, retain_graph=True)[0]
 
-    def product(vector: Tensor) -> Tensor:
-        return transposed(grad(pulled_back, seeds, vector, retain_graph=True, materialize_grads=True))
-
-    return transposed(residuals), product
+    residuals = [f.detach() - y for f, y in zip(features, targets)]
+    loss = objective.distance([f.detach() for f in features], targets)
+    return loss, transposed(residuals), lambda vector: transposed(tangents(*objective.split(vector)))
 
 
 def reconstruction(
@@ -221,14 +226,15 @@ def reconstruction(
 
 @contextmanager
 def explained(layer: str):
-    """Turn torch's complaint about a missing second derivative into a line that names the layer and the operation."""
+    """Turn torch's complaint about a missing derivative into a line that names the layer and the operation."""
     try:
         yield
     except RuntimeError as error:
-        missing = re.search(r"derivative for (aten::)?(\w+) is not implemented", str(error))
+        missing = re.search(r"derivative for (?:aten::)?(\w+) is not impl|forward AD with (\w+) that", str(error))
         if missing is None:
             raise
+        operation = (missing[1] or missing[2]).removesuffix("_backward")
         raise SnowsError(
-            f"cannot solve layer {layer}: torch has no second derivative of {missing[2].removesuffix('_backward')}, "
-            f"which its window holds. Replace that operation, or use a smaller --k_step."
+            f"cannot solve layer {layer}: torch cannot differentiate {operation}, which its window holds, in the way "
+            f"that products need. Replace that operation, or use a smaller --k_step."
         ) from error

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -17,9 +20,20 @@ class TwiceDifferentiable(TorchFunctionMode):
     """Replaces functions whose derivative torch cannot differentiate again by equal ones whose derivative it can."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if func in (F.hardsigmoid, torch._C._nn.hardsigmoid):
             return F.relu6(args[0] + 3) / 6
-        return func(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention and len(args) == 3:
+            asked = [value for name, value in kwargs.items() if name != "scale"]  # masks, dropout, causality
+            if not any(isinstance(value, Tensor) or value for value in asked):
+                return attention(*args, kwargs.get("scale"))
+        return func(*args, **kwargs)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T) v; without a mask no row is empty, and torch's own check for that is saved."""
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
+    return scores.softmax(-1) @ v
 
 
 class Window:
@@ -55,14 +69,16 @@ class Window:
         self.aside = [n for n in needed if n not in behind and network.position[n] > start]
         self.inputs = {n for node in self.nodes for n in node.all_input_nodes if n not in behind}
         self.folded = {n: network.batch_norm_of[n] for n in self.nodes if n in network.batch_norm_of}
+        self.applied = set(self.folded.values())
         self.constants = self._fold_constants()
+        self.bias = f"{layer.node.target}.bias" if layer.node in self.folded else layer.bias
 
     def _fold_constants(self) -> dict[str, Tensor]:
         """Weights and biases of the window's convolutions, the BatchNorm behind each folded in."""
         constants = {}
         for conv, batch_norm in self.folded.items():
             module, (scale, shift) = self.module(conv), affine_of(self.module(batch_norm))
-            constants[f"{conv.target}.weight"] = module.weight * scale.view(-1, *[1] * (module.weight.ndim - 1))
+            constants[f"{conv.target}.weight"] = module.weight * per_output(scale, module.weight)
             constants[f"{conv.target}.bias"] = shift if module.bias is None else shift + scale * module.bias
         return constants
 
@@ -84,17 +100,26 @@ class Window:
 
         shift: (out,), added to the layer's own output (before any BatchNorm), besides its bias.
         """
-        parameters = {**self.constants, self.layer.parameter: weight}
+        values = self.run(self.nodes, values, self.parameters(weight, shift))
+        return [values[node] for node in self.features]
+
+    def direction(self, weight: Tensor, shift: Tensor | None = None) -> dict[str, Tensor]:
+        """What a weight and a shift of the layer's output are in the window's parameters; linear in both."""
         scale = self.output_scale()
-        if scale is not None:
-            parameters[self.layer.parameter] = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+        moved = {self.layer.parameter: weight if scale is None else weight * per_output(scale, weight)}
         if shift is not None:
-            folded = f"{self.layer.node.target}.bias"
-            if scale is None:
-                parameters[self.layer.bias] = self.model.get_parameter(self.layer.bias) + shift
-            else:
-                parameters[folded] = self.constants[folded] + scale * shift
-        return self._run(self.nodes, dict(values), parameters)
+            moved[self.bias] = shift if scale is None else scale * shift
+        return moved
+
+    def parameters(self, weight: Tensor, shift: Tensor | None = None) -> dict[str, Tensor]:
+        """The parameters that differ from the model's, by full name."""
+        moved = self.direction(weight, shift)
+        if shift is not None:
+            folded = self.layer.node in self.folded
+            moved[self.bias] = moved[self.bias] + (
+                self.constants[self.bias] if folded else self.model.get_parameter(self.bias)
+            )
+        return {**self.constants, **moved}
 
     def output_scale(self) -> Tensor | None:
         """The factor (out,) by which the BatchNorm behind the layer scales its output; None without one."""
@@ -113,20 +138,41 @@ class Window:
         if self.layer.node in self.folded:
             output = normalise(self.module(self.folded[self.layer.node]), output)
         later = [n for n in self.nodes if n is not self.layer.node]
-        return self._run(later, {**values, self.layer.node: output}, self.constants)
-
-    def _run(self, nodes: list[fx.Node], values: Values, parameters: dict[str, Tensor]) -> list[Tensor]:
-        already_applied = set(self.folded.values())
-        with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
-            for node in nodes:
-                module = self.module(node)
-                if is_fixed_batch_norm(module):
-                    x = values[node.args[0]]
-                    x = x if node in already_applied else normalise(module, x)
-                    values[node] = module.act(module.drop(x)) if hasattr(module, "act") else x
-                else:
-                    values[node] = call(node, self.model, values, parameters)
+        values = self.run(later, {**values, self.layer.node: output}, self.constants)
         return [values[node] for node in self.features]
+
+    def run(self, nodes: list[fx.Node], values: Values, parameters: dict[str, Tensor]) -> Values:
+        """`values` and what `nodes` compute from them."""
+        values = dict(values)
+        with differentiable():
+            for node in nodes:
+                values[node] = self.step(node, values, parameters)
+        return values
+
+    def step(self, node: fx.Node, values: Values, parameters: dict[str, Tensor]) -> Any:
+        """What one node computes from `values`, BatchNorms being folded or affine maps."""
+        module = self.module(node)
+        if not is_fixed_batch_norm(module):
+            return call(node, self.model, values, parameters)
+        x = values[node.args[0]]
+        x = x if node in self.applied else normalise(module, x)
+        return module.act(module.drop(x)) if hasattr(module, "act") else x
+
+    def is_identity(self, node: fx.Node) -> bool:
+        """Whether a node does nothing: a BatchNorm that is folded into the convolution in front of it."""
+        return node in self.applied and not hasattr(self.module(node), "act")
+
+
+@contextmanager
+def differentiable():
+    """Operations in the form that has the derivatives that products need."""
+    with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
+        yield
+
+
+def per_output(scale: Tensor, weight: Tensor) -> Tensor:
+    """(out,) shaped to multiply a weight (out, ...)."""
+    return scale.view(-1, *[1] * (weight.ndim - 1))
 
 
 def affine_of(batch_norm: _BatchNorm) -> tuple[Tensor, Tensor]:

@@ -182,14 +182,24 @@ def test_products_through_every_activation(activation, images):
     torch.testing.assert_close(here.product(vector).flatten(), gauss_newton @ vector.flatten())
 
 
-def test_an_operation_without_second_derivative_is_named(images):
-    class Plain(nn.Module):
-        def forward(self, x):
-            return torch.ops.aten.hardsigmoid(x)
+class HardSigmoid(nn.Module):
+    def forward(self, x):
+        return torch.ops.aten.hardsigmoid(x)
 
-    model = randomise(nn.Sequential(nn.Conv2d(2, 2, 1), Plain(), nn.Conv2d(2, 2, 1)))
-    objective, _, weight = build(model, images, 0, 1, "ggn")
-    with pytest.raises(SnowsError, match=r"cannot solve layer 0: torch has no second derivative of hardsigmoid"):
+
+class Resample(nn.Module):
+    def forward(self, x):
+        grid = torch.linspace(-1, 1, 8, dtype=x.dtype).view(1, 2, 2, 2).expand(x.shape[0], -1, -1, -1)
+        return nn.functional.grid_sample(x, grid, align_corners=False)
+
+
+@pytest.mark.parametrize(
+    ("curvature", "operation", "name"), [("hessian", HardSigmoid, "hardsigmoid"), ("ggn", Resample, "grid_sampler_2d")]
+)
+def test_an_operation_without_the_derivative_it_needs_is_named(images, curvature, operation, name):
+    model = randomise(nn.Sequential(nn.Conv2d(2, 2, 1), operation(), nn.Conv2d(2, 2, 1)))
+    objective, _, weight = build(model, images, 0, 1, curvature)
+    with pytest.raises(SnowsError, match=rf"cannot solve layer 0: torch cannot differentiate {name},"):
         objective.linearise(weight).product(weight)
 
 

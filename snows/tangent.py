@@ -1,0 +1,148 @@
+"""The tangent pass: the derivative of a window's features along a direction of its layer's weight.
+
+Once a window is linearised, every operation in it is a linear map of its inputs' tangents. A convolution or linear map
+is applied to the tangent as it is; an activation multiplies it by its slope, taken once; a sum adds. None of these
+computes anything of the forward pass again, so that the tangent pass costs about one forward pass, the least it can.
+The other operations (attention, LayerNorm, products, reshapes) go through torch's forward mode, which repeats them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_mode
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.autograd import grad
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from snows.graph import ACTIVATION_MODULES, ACTIVATIONS, is_fixed_batch_norm
+from snows.trace import Values, call
+from snows.window import Window, differentiable
+
+LINEAR_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+MIXING = (nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.GLU)  # activations that are not elementwise
+ELEMENTWISE = ACTIVATIONS - {"softmax", "log_softmax", "prelu"}
+
+Tangent = Any  # a tensor, a tuple of them, or None: no dependence on the weight
+Rule = Callable[[dict[fx.Node, Tangent]], Tangent]  # the tangents so far -> the tangent of one node
+
+
+class Tangents:
+    """(v, s) -> J (v, s): the tangents of f_0 .. f_K along a weight v and a shift s of the layer's output.
+
+    values: what all of the window's nodes computed for one micro-batch, and what they read.
+    parameters: of the window, at the weight where it is linearised.
+    """
+
+    def __init__(self, window: Window, values: Values, parameters: dict[str, Tensor]):
+        self.window = window
+        self.parameters = tree_map_only(Tensor, Tensor.detach, parameters)
+        values = tree_map_only(Tensor, Tensor.detach, values)
+        with differentiable():
+            self.rules = {node: self._rule(node, values) for node in window.nodes}
+
+    def __call__(self, weight: Tensor, shift: Tensor | None = None) -> list[Tensor | None]:
+        """One tangent (n, ...) for each feature; None where the feature does not depend on the weight's values."""
+        self.direction, tangents = self.window.direction(weight, shift), {}
+        with torch.no_grad(), differentiable(), forward_mode.dual_level():
+            for node, rule in self.rules.items():
+                tangent = rule(tangents)
+                if any(part is not None for part in tree_leaves(tangent)):
+                    tangents[node] = tangent
+        return [tangents.get(node) for node in self.window.features]
+
+    def _rule(self, node: fx.Node, values: Values) -> Rule:
+        """How the tangent of a node follows from those of its inputs; it keeps no more of `values` than it needs."""
+        module, name = self.window.module(node), getattr(node.target, "__name__", node.target)
+        if type(module) in LINEAR_MODULES:
+            return self._linear_module(node, values)
+        if node.target is F.linear:
+            return self._linear_function(node, values)
+        if self.window.is_identity(node):
+            return lambda tangents: tangents.get(node.args[0])
+        activation = isinstance(module, ACTIVATION_MODULES) and not isinstance(module, MIXING)
+        if activation or is_fixed_batch_norm(module) or (node.op != "call_module" and name in ELEMENTWISE):
+            return self._elementwise(node, values)
+        if node.target in (operator.add, torch.add) and not node.kwargs:
+            return self._sum(node, values)
+        return self._forward_mode(node, values)
+
+    def _linear_module(self, node: fx.Node, values: Values) -> Rule:
+        (source,), model = node.args, self.window.model
+        weight, bias = f"{node.target}.weight", f"{node.target}.bias"
+        module = self.window.module(node)
+        own = {weight: self.parameters.get(weight, module.weight)}
+        # The map itself, without its bias; a folded BatchNorm gives one to a convolution that has none.
+        no_bias = {bias: own[weight].new_zeros(len(own[weight]))}
+        if module.bias is None and bias not in self.parameters:
+            no_bias = {}
+        x = values[source] if weight == self.window.layer.parameter else None
+
+        def rule(tangents):
+            parts = []
+            if source in tangents:
+                parts.append(call(node, model, tangents, {**own, **no_bias}))
+            if x is not None:  # the layer itself, linear in its weight
+                parts.append(call(node, model, {source: x}, {**no_bias, **self.direction}))
+            return sum(parts[1:], parts[0]) if parts else None
+
+        return rule
+
+    def _linear_function(self, node: fx.Node, values: Values) -> Rule:
+        source, weight, *_ = node.args
+        fixed_weight = values[weight]
+        x = values[source] if weight in self.window.nodes else None
+
+        def rule(tangents):
+            parts = [F.linear(tangents[source], fixed_weight)] if source in tangents else []
+            if weight in tangents:
+                parts.append(F.linear(x, *(tangents.get(parameter) for parameter in node.args[1:])))
+            return sum(parts[1:], parts[0]) if parts else None
+
+        return rule
+
+    def _elementwise(self, node: fx.Node, values: Values) -> Rule:
+        source = node.args[0]
+        with torch.enable_grad():
+            x = values[source].requires_grad_()
+            (slope,) = grad(self.window.step(node, {**values, source: x}, self.parameters).sum(), x)
+        return lambda tangents: tangents[source] * slope if source in tangents else None
+
+    def _sum(self, node: fx.Node, values: Values) -> Rule:
+        shape = values[node].shape
+
+        def rule(tangents):
+            parts = [tangents[term] for term in node.args if isinstance(term, fx.Node) and term in tangents]
+            return sum(parts[1:], parts[0]).expand(shape) if parts else None
+
+        return rule
+
+    def _forward_mode(self, node: fx.Node, values: Values) -> Rule:
+        inputs = {read: values[read] for read in node.all_input_nodes}
+        own = [
+            name
+            for name in (self.window.layer.parameter, self.window.bias)
+            if name and self.window.network.reads(node, name)
+        ]
+
+        def rule(tangents):
+            if not own and not any(read in tangents for read in inputs):
+                return None
+            dual_inputs = {n: tree_map(dual, value, tangents[n]) for n, value in inputs.items() if n in tangents}
+            dual_parameters = {n: dual(self.parameters[n], self.direction[n]) for n in own if n in self.direction}
+            result = self.window.step(node, {**inputs, **dual_inputs}, {**self.parameters, **dual_parameters})
+            return tree_map(tangent_of, result)
+
+        return rule
+
+
+def dual(value: Any, tangent: Tensor | None) -> Any:
+    return value if tangent is None else forward_mode.make_dual(value, tangent)
+
+
+def tangent_of(value: Any) -> Tensor | None:
+    return forward_mode.unpack_dual(value).tangent if isinstance(value, Tensor) else None
