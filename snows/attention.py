@@ -9,19 +9,11 @@ from __future__ import annotations
 import operator
 
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
-
-
-def attend(projected: Tensor, heads: int, batch_first: bool) -> Tensor:
-    """softmax(q k^T / sqrt(d / heads)) v of each head: (batch, tokens, 3 d) -> (batch, tokens, d)."""
-    if not batch_first and projected.ndim == 3:
-        return attend(projected.transpose(0, 1), heads, True).transpose(0, 1)
-    q, k, v = (part.transpose(-2, -3) for part in projected.unflatten(-1, (3, heads, -1)).unbind(-3))
-    return F.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2)
+from torch import fx, nn
 
 
 def open_attention(graph: fx.Graph, model: nn.Module) -> None:
-    """Replace every self-attention module of the graph by  linear -> attend -> linear  on its own parameters."""
+    """Replace every self-attention module of the graph by  linear -> attention -> linear  on its own parameters."""
     for node in list(graph.nodes):
         module = model.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(module, nn.MultiheadAttention) and is_plain(node, module):
@@ -57,7 +49,17 @@ def insert(graph: fx.Graph, node: fx.Node, module: nn.MultiheadAttention) -> fx.
         parameters = [graph.get_attr(f"{node.target}.{name}") for name in (weight, bias)[: 1 + biased]]
         return graph.call_function(F.linear, (x, *parameters))
 
+    def transposed(x: fx.Node, first: int, second: int) -> fx.Node:
+        return graph.call_method("transpose", (x, first, second))
+
     tokens = node.args[0] if node.args else node.kwargs["query"]
+    if not module.batch_first:
+        tokens = transposed(tokens, 0, -2)
     projected = linear(tokens, "in_proj_weight", "in_proj_bias")
-    attended = graph.call_function(attend, (projected, module.num_heads, module.batch_first))
-    return linear(attended, "out_proj.weight", "out_proj.bias")
+    # (batch, tokens, 3 d) -> three times (batch, heads, tokens, d / heads)
+    parts = graph.call_method("unflatten", (projected, -1, (3, module.num_heads, -1)))
+    q, k, v = (transposed(graph.call_method("select", (parts, -3, i)), -2, -3) for i in range(3))
+    attended = graph.call_function(F.scaled_dot_product_attention, (q, k, v))
+    merged = graph.call_method("flatten", (transposed(attended, -2, -3), -2))
+    result = linear(merged, "out_proj.weight", "out_proj.bias")
+    return result if module.batch_first else transposed(result, 0, -2)

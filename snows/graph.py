@@ -37,7 +37,7 @@ LINEAR_MAPS = {"conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "scal
 NORMS = {"layer_norm", "group_norm", "batch_norm", "rms_norm", "instance_norm", "local_response_norm"}
 # Functions that hide linear maps: torchvision's Swin hands both projections of an attention to one.
 HIDING = {"shifted_window_attention"}
-COUNTED_FUNCTIONS = ACTIVATIONS | LINEAR_MAPS | NORMS | HIDING | {"multi_head_attention_forward", "attend"}
+COUNTED_FUNCTIONS = ACTIVATIONS | LINEAR_MAPS | NORMS | HIDING | {"multi_head_attention_forward"}
 
 
 @dataclass(frozen=True)

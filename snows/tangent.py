@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from snows.graph import ACTIVATION_MODULES, ACTIVATIONS, is_fixed_batch_norm
 from snows.trace import Values, call
-from snows.window import Window, differentiable
+from snows.window import Window, attention_scale, attention_weights, differentiable, is_plain_attention
 
 LINEAR_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 MIXING = (nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.GLU)  # activations that are not elementwise
@@ -69,6 +69,8 @@ class Tangents:
             return self._elementwise(node, values)
         if node.target in (operator.add, torch.add) and not node.kwargs:
             return self._sum(node, values)
+        if node.target is F.scaled_dot_product_attention and is_plain_attention(node.args, node.kwargs):
+            return self._attention(node, values)
         return self._forward_mode(node, values)
 
     def _linear_module(self, node: fx.Node, values: Values) -> Rule:
@@ -88,7 +90,7 @@ class Tangents:
                 parts.append(call(node, model, tangents, {**own, **no_bias}))
             if x is not None:  # the layer itself, linear in its weight
                 parts.append(call(node, model, {source: x}, {**no_bias, **self.direction}))
-            return sum(parts[1:], parts[0]) if parts else None
+            return total(parts)
 
         return rule
 
@@ -101,7 +103,7 @@ class Tangents:
             parts = [F.linear(tangents[source], fixed_weight)] if source in tangents else []
             if weight in tangents:
                 parts.append(F.linear(x, *(tangents.get(parameter) for parameter in node.args[1:])))
-            return sum(parts[1:], parts[0]) if parts else None
+            return total(parts)
 
         return rule
 
@@ -117,7 +119,26 @@ class Tangents:
 
         def rule(tangents):
             parts = [tangents[term] for term in node.args if isinstance(term, fx.Node) and term in tangents]
-            return sum(parts[1:], parts[0]).expand(shape) if parts else None
+            return total(parts).expand(shape) if parts else None
+
+        return rule
+
+    def _attention(self, node: fx.Node, values: Values) -> Rule:
+        """P v with P = softmax(S), S = scale q k^T: the tangent of P is P * (S' - <P, S'>), row by row."""
+        q, k, v = (values[each] for each in node.args)
+        scale = attention_scale(q, node.kwargs.get("scale"))
+        weights = attention_weights(q, k, node.kwargs.get("scale"))
+        q, k = q * scale, k * scale
+
+        def rule(tangents):
+            dq, dk, dv = (tangents.get(each) for each in node.args)
+            parts = [] if dv is None else [weights @ dv]
+            scores = [] if dq is None else [dq @ k.transpose(-2, -1)]
+            scores += [] if dk is None else [q @ dk.transpose(-2, -1)]
+            if scores:
+                moved = weights * total(scores)
+                parts.append((moved - weights * moved.sum(-1, keepdim=True)) @ v)
+            return total(parts)
 
         return rule
 
@@ -138,6 +159,11 @@ class Tangents:
             return tree_map(tangent_of, result)
 
         return rule
+
+
+def total(parts: list[Tensor]) -> Tensor | None:
+    """Their sum; None of no parts."""
+    return sum(parts[1:], parts[0]) if parts else None
 
 
 def dual(value: Any, tangent: Tensor | None) -> Any:

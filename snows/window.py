@@ -23,17 +23,25 @@ class TwiceDifferentiable(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (F.hardsigmoid, torch._C._nn.hardsigmoid):
             return F.relu6(args[0] + 3) / 6
-        if func is F.scaled_dot_product_attention and len(args) == 3:
-            asked = [value for name, value in kwargs.items() if name != "scale"]  # masks, dropout, causality
-            if not any(isinstance(value, Tensor) or value for value in asked):
-                return attention(*args, kwargs.get("scale"))
+        if func is F.scaled_dot_product_attention and is_plain_attention(args, kwargs):
+            q, k, v = args
+            return attention_weights(q, k, kwargs.get("scale")) @ v
         return func(*args, **kwargs)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(scale q k^T) v; without a mask no row is empty, and torch's own check for that is saved."""
-    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
-    return scores.softmax(-1) @ v
+def is_plain_attention(args: tuple, kwargs: dict) -> bool:
+    """Whether a call of F.scaled_dot_product_attention asks for no mask, dropout or causality."""
+    asked = [value for name, value in kwargs.items() if name != "scale"]
+    return len(args) == 3 and not any(isinstance(value, (Tensor, fx.Node)) or value for value in asked)
+
+
+def attention_weights(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+    """softmax(scale q k^T); without a mask no row is empty, and torch's own check for that is saved."""
+    return (q * attention_scale(q, scale) @ k.transpose(-2, -1)).softmax(-1)
+
+
+def attention_scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
 
 
 class Window:

@@ -99,7 +99,7 @@ def test_torchvisions_attention_is_three_operations_as_timms_is():
     first = next(layer for layer in network.layers if layer.name.endswith("in_proj"))
     block = network.nodes[network.position[first.node] :]
     counted = [getattr(node.target, "__name__", node.target) for node in block if network.is_counted(node)]
-    assert counted[:3] == ["linear", "attend", "linear"]
+    assert counted[:3] == ["linear", "scaled_dot_product_attention", "linear"]
     assert first.bias == "encoder.layers.encoder_layer_0.self_attention.in_proj_bias"
 
 
