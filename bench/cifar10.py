@@ -99,11 +99,12 @@ class Bench:
 
 def markdown(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| run | masked only | accuracy | zeros | curvature products | seconds |", "|---|---|---|---|---|---|"]
+    header = ["run", "seed", "masked only", "accuracy", "zeros", "curvature products", "seconds"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
         name = ", ".join(f"{k} {v}" if k not in ("pattern", "algo") else v for k, v in row["run"].items())
         lines.append(
-            f"| {name} | {row['masked_accuracy']:.2f} | {row['accuracy']:.2f} | {row['sparsity']:.2%} "
+            f"| {name} | {row['seed']} | {row['masked_accuracy']:.2f} | {row['accuracy']:.2f} | {row['sparsity']:.2%} "
             f"| {row['curvature_products']:.0f} | {row['seconds']:.0f} |"
         )
     return "\n".join(lines)
@@ -115,7 +116,7 @@ def main():
     parser.add_argument("--checkpoint", type=Path, help="weights of the ResNet-20 (required) or of the ViT")
     parser.add_argument("--dset", type=Path, required=True, help="an .npz of CIFAR-10")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, help="only these rows")
     parser.add_argument("--algo", nargs="+", choices=ALGORITHMS, help="only these rows")
     parser.add_argument("--out", type=Path, help="default: results/resnet20_cifar10_TABLE.json")
@@ -130,10 +131,11 @@ def main():
     bench = Bench(vit, checkpoint, args.dset, args.device)
     for run in rows_of(args.table):
         wanted = run["pattern"] in (args.patterns or PATTERNS) and run["algo"] in (args.algo or ALGORITHMS)
-        if wanted and run not in [row["run"] for row in rows]:
-            rows.append({"run": run, **bench.measure(run, args.seed)})
-            report.write_json(out, {"machine": report.machine(args.device), "rows": rows})
-            print(markdown(rows[-1:]).splitlines()[-1], flush=True)
+        for seed in args.seeds if wanted else []:
+            if (run, seed) not in [(row["run"], row["seed"]) for row in rows]:
+                rows.append({"run": run, **bench.measure(run, seed)})
+                report.write_json(out, {"machine": report.machine(args.device), "rows": rows})
+                print(markdown(rows[-1:]).splitlines()[-1], flush=True)
     print(markdown(rows))
 
 

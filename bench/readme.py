@@ -37,17 +37,32 @@ def default(name: str) -> str:
 
 
 def accuracy() -> str:
-    """One row per pattern: every algorithm's accuracy."""
+    """One row per pattern: every algorithm's accuracy, its mean over the seeds and how far they spread."""
     rows = load("resnet20_cifar10_accuracy.json")["rows"]
-    found = {(row["run"]["pattern"], row["run"]["algo"]): row for row in rows}
     zeros = {row["run"]["pattern"]: row["sparsity"] for row in rows}
     cells = []
     for pattern in sorted(zeros, key=lambda pattern: (":" in pattern, zeros[pattern])):  # unstructured first
-        solved = found.get((pattern, "SNOWS"))
-        others = [found[pattern, algo]["accuracy"] if (pattern, algo) in found else "" for algo in ("MP", "MP+")]
-        effort = ["", ""] if solved is None else [round(solved["curvature_products"]), round(solved["seconds"])]
-        cells.append([pattern, f"{zeros[pattern]:.2%}", *others, solved["accuracy"] if solved else "", *effort])
+        found = {
+            algo: [row for row in rows if (row["run"]["pattern"], row["run"]["algo"]) == (pattern, algo)]
+            for algo in ("MP", "MP+", "SNOWS")
+        }
+        effort = [mean(found["SNOWS"], figure) for figure in ("curvature_products", "seconds")]
+        cells.append(
+            [pattern, f"{zeros[pattern]:.2%}", *(spread(f) for f in found.values()), *(f and round(f) for f in effort)]
+        )
     return table(["pattern", "zeros", "MP (mask only)", "MP+", "**SNOWS**", "products", "seconds"], cells)
+
+
+def mean(rows: list[dict], figure: str) -> float | str:
+    return sum(row[figure] for row in rows) / len(rows) if rows else ""
+
+
+def spread(rows: list[dict]) -> str:
+    """The mean accuracy of some seeds, with the lowest and the highest."""
+    found = [row["accuracy"] for row in rows]
+    if len(found) < 2:
+        return "".join(f"{each:.2f}" for each in found)
+    return f"{sum(found) / len(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
 def settings(name: str) -> str:

@@ -38,19 +38,22 @@ def peak_memory(device: torch.device | str) -> int:
 
 
 def forget_peak(device: torch.device | str) -> None:
-    """Start `peak_memory` anew, where the system can."""
+    """Start `peak_memory` anew, where the system can, after handing back what has been freed."""
     if is_gpu(device):
         torch.cuda.reset_peak_memory_stats(device)
         return
+    with contextlib.suppress(OSError, TypeError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):  # else it is the peak of the whole process
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def keep_freed_memory() -> None:
-    """Ask the C library not to hand freed blocks back to the system, for the whole process.
+    """Ask the C library not to hand freed blocks back to the system by itself, for the whole process.
 
     A product allocates the same large features again and again; returned to the system, each of their pages is zeroed
-    and mapped anew. Does nothing where the C library is not glibc.
+    and mapped anew. `forget_peak` hands them back between layers, whose features differ in size: blocks of one would
+    lie unused beside those of the next. Does nothing where the C library is not glibc.
     """
     mmap_max, trim_threshold = -4, -1  # the parameters M_MMAP_MAX and M_TRIM_THRESHOLD of mallopt(3)
     with contextlib.suppress(OSError, TypeError, AttributeError):
