@@ -39,7 +39,8 @@ ABLATION += [
     {"schedule": 2, "sweeps": 2},
 ]
 VIT_PATTERNS = ("2:4", "1:4", "4:8", "unstructured 0.5", "unstructured 0.6", "unstructured 0.7")
-VIT_RUNS = [{"algo": "MP"}, {"algo": "MP+"}, *({"algo": "SNOWS", "k_step": k, "sweeps": 1} for k in (0, 3, 8))]
+VIT_SOLVER = {"sweeps": 1, "max_CG_iterations": 10}
+VIT_RUNS = [{"algo": "MP"}, {"algo": "MP+"}, *({"algo": "SNOWS", "k_step": k, **VIT_SOLVER} for k in (0, 3, 8))]
 
 
 def rows_of(table: str) -> list[dict]:
