@@ -48,6 +48,16 @@ class LayerRecord:
 
 
 @dataclass
+class Step:
+    """A finished layer: what is written into the network, and how it was found."""
+
+    record: LayerRecord
+    mask: Tensor
+    weight: Tensor
+    shift: Tensor | None = None  # (out,), added to the layer's bias, where biases are solved too
+
+
+@dataclass
 class Pruned:
     """A pruned network and how it came about."""
 
@@ -75,8 +85,12 @@ class Pruned:
 
 def sparsity(model: nn.Module) -> float:
     """Share of a model's parameters that are exactly zero."""
-    zeros = sum((p == 0).sum().item() for p in model.parameters())
-    return zeros / sum(p.numel() for p in model.parameters())
+    return sum((p == 0).sum().item() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
+
+
+def zeros(weight: Tensor) -> float:
+    """Share of a weight's entries that are exactly zero."""
+    return (weight == 0).double().mean().item()
 
 
 def prune(
@@ -116,34 +130,25 @@ def prune(
         options = options.but(**LEAST_SQUARES)
     network = Network(model, device)
     selection = select(network, pattern, layers)
-    result = Pruned(copy.deepcopy(model), {}, left_dense={**network.refused, **selection.left_dense})
-    stages = [pattern]
+    stages = [pattern] if algo == "MP" else sweeps(pattern, options)
     if algo == "MP":
         steps = masked_only(network, selection.masks)
     else:
-        stages = sweeps(pattern, options)
-        batches = micro_batches(network, calibration, options.batch_size)
-        steps = layer_by_layer(network, stages, layers, batches, options, solver, device)
-    forget_peak(device)
-    layer_started = time.perf_counter()
+        streams = Streams(network, micro_batches(network, calibration, options.batch_size), device)
+        steps = layer_by_layer(streams, stages, layers, options, solver)
+    result = Pruned(copy.deepcopy(model), {}, left_dense={**network.refused, **selection.left_dense})
     try:
-        for sweep, layer, mask, solution in steps:
+        for layer, step in steps:
             for owner in (network.model, result.model):
-                write(owner, layer, solution)
-            result.masks[layer.name] = mask
-            now = time.perf_counter()
-            result.layers.append(describe(layer, sweep, solution, now - layer_started, peak_memory(device)))
-            forget_peak(device)
-            on_layer(result.layers[-1], len(selection.masks) * len(stages))
-            layer_started = now
+                write(owner, layer, step)
+            result.masks[layer.name] = step.mask
+            result.layers.append(step.record)
+            on_layer(step.record, len(selection.masks) * len(stages))
     except KeyboardInterrupt:
         raise Interrupted(result) from None
     finally:
         result.seconds = time.perf_counter() - started
     return result
-
-
-Step = tuple[int, Layer, Tensor, Solution]  # sweep, layer, mask, and the new weight, which the caller writes back
 
 
 def sweeps(pattern: Pattern | Masks, options: Options) -> list[Pattern | Masks]:
@@ -152,47 +157,102 @@ def sweeps(pattern: Pattern | Masks, options: Options) -> list[Pattern | Masks]:
     return [*on_the_way, *[pattern] * options.sweeps]
 
 
-def masked_only(network: Network, masks: Masks) -> Iterator[Step]:
+def masked_only(network: Network, masks: Masks) -> Iterator[tuple[Layer, Step]]:
     """Every layer with its mask applied and nothing solved."""
     for layer in network.layers:
         if layer.name in masks:
             mask = masks[layer.name]
-            yield 0, layer, mask, Solution(network.model.get_parameter(layer.parameter) * mask)
+            weight = network.model.get_parameter(layer.parameter) * mask
+            yield layer, Step(LayerRecord(layer.name, 0, tuple(layer.shape), zeros(weight)), mask, weight)
+
+
+class Streams:
+    """The calibration images on their way through the pruned and the dense network, cut again when memory runs out."""
+
+    def __init__(self, network: Network, batches: list[Tensor], device: torch.device | str):
+        self.network, self.batches, self.device = network, batches, device
+        self.dense_model = copy.deepcopy(network.model)
+        self.restart()
+
+    def restart(self) -> None:
+        """Both streams at the start of the line, for a new sweep."""
+        models = (self.network.model, self.dense_model)
+        self.sparse, self.dense = (Stream(self.network, model, self.batches, self.device) for model in models)
+
+    def advance(self, layer: Layer) -> None:
+        """Both streams up to a layer."""
+        self.sparse.advance(layer.node)
+        self.dense.advance(layer.node)
+
+    @property
+    def batch_size(self) -> int:
+        """Images in the largest micro-batch."""
+        return max(len(batch) for batch in self.batches)
+
+    def halve(self) -> None:
+        """Cut every micro-batch in two and start again."""
+        half = (self.batch_size + 1) // 2
+        self.batches = [part for batch in self.batches for part in batch.split(half)]
+        self.restart()
 
 
 def layer_by_layer(
-    network: Network,
+    streams: Streams,
     stages: list[Pattern | Masks],
     layers: Callable[[str], bool],
-    batches: list[Tensor],
     options: Options,
     solver: Callable[..., Solution],
-    device: torch.device | str,
-) -> Iterator[Step]:
+) -> Iterator[tuple[Layer, Step]]:
     """Solve the layers in execution order, each on the pruned network as it stands, in a sweep for each stage.
 
     A new stage's masks are chosen from the weights as the last one left them: its zeros, the smallest, stay zeros.
+    The caller writes each new weight back before it asks for the next.
     """
-    dense_model, masks = copy.deepcopy(network.model), {}
+    masks = {}
     for sweep, stage in enumerate(stages):
         if sweep == 0 or stage is not stages[sweep - 1]:
-            masks = select(network, stage, layers).masks
+            masks = select(streams.network, stage, layers).masks
         if sweep > 0:
             options = options.but(w_warm=False)
-        streams = [Stream(network, model, batches, device) for model in (network.model, dense_model)]
-        for layer in (each for each in network.layers if each.name in masks):
-            solution, mask = None, masks[layer.name]
-            while solution is None:
-                try:
-                    solution = solve_layer(layer, mask, *streams, options, solver)
-                except (RuntimeError, MemoryError) as error:
-                    batches = halved(batches, layer, error)
-                    streams = [Stream(network, model, batches, device) for model in (network.model, dense_model)]
-            yield sweep, layer, mask, solution
+            streams.restart()
+        for layer in (each for each in streams.network.layers if each.name in masks):
+            yield layer, timed_step(layer, sweep, masks[layer.name], streams, options, solver)
 
 
-def halved(batches: list[Tensor], layer: Layer, error: Exception) -> list[Tensor]:
-    """The micro-batches cut in two, where `error` says that they need too much memory; else it is raised.
+def timed_step(
+    layer: Layer, sweep: int, mask: Tensor, streams: Streams, options: Options, solver: Callable[..., Solution]
+) -> Step:
+    """Solve a layer, in micro-batches that fit the memory, and record what it took."""
+    started = time.perf_counter()
+    forget_peak(streams.device)
+    solution = None
+    while solution is None:
+        try:
+            solution = solve_layer(layer, mask, streams, options, solver)
+        except (RuntimeError, MemoryError) as error:
+            check_out_of_memory(error, layer, streams.batch_size)
+            streams.halve()
+            log.warning(
+                "out of memory at layer %s: going on with micro-batches of %d images", layer.name, streams.batch_size
+            )
+    record = LayerRecord(
+        layer.name,
+        sweep,
+        tuple(layer.shape),
+        zeros(solution.weight),
+        solution.loss_before,
+        solution.loss_after,
+        solution.newton_steps,
+        solution.cg_iterations,
+        solution.products,
+        time.perf_counter() - started,
+        peak_memory(streams.device),
+    )
+    return Step(record, mask, solution.weight, solution.shift)
+
+
+def check_out_of_memory(error: Exception, layer: Layer, batch_size: int) -> None:
+    """Raise `error` again unless smaller micro-batches can mend it.
 
     Raises:
         SnowsError: single images do not fit either.
@@ -200,28 +260,25 @@ def halved(batches: list[Tensor], layer: Layer, error: Exception) -> list[Tensor
     # On a GPU torch raises its own error; on a CPU a RuntimeError of the allocator, or Python raises MemoryError.
     if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
         raise error
-    size = max(len(batch) for batch in batches)
-    if size == 1:
+    if batch_size == 1:
         raise SnowsError(f"out of memory at layer {layer.name} with one image at a time: lower --k_step.") from error
-    log.warning("out of memory at layer %s: going on with micro-batches of %d images", layer.name, (size + 1) // 2)
-    return [half for batch in batches for half in batch.split((size + 1) // 2)]
 
 
 def solve_layer(
-    layer: Layer, mask: Tensor, sparse: Stream, dense: Stream, options: Options, solver: Callable[..., Solution]
+    layer: Layer, mask: Tensor, streams: Streams, options: Options, solver: Callable[..., Solution]
 ) -> Solution:
     """Advance both streams to a layer and solve it on its support, from its masked weight; nothing is written back."""
-    for stream in (sparse, dense):
-        stream.advance(layer.node)
-    start = sparse.model.get_parameter(layer.parameter) * mask
+    streams.advance(layer)
+    network, sparse, dense = streams.network, streams.sparse, streams.dense
+    start = network.model.get_parameter(layer.parameter) * mask
     if options.w_warm:
-        start = solve_layer(layer, mask, sparse, dense, options.but(**LEAST_SQUARES), solve).weight
+        start = solve_layer(layer, mask, streams, options.but(**LEAST_SQUARES), solve).weight
     objective = reconstruction(
         layer, sparse, dense, options.k_step, options.targets, options.depth_weights, options.curvature, options.biases
     )
     unknown, support = objective.join(start), objective.join(mask, True)
     precondition = None
-    if options.preconditioner == "rows" and can_factor(sparse.network, layer):
+    if options.preconditioner == "rows" and can_factor(network, layer):
         precondition = row_inverses(objective, unknown, support, options.seed)
     solution = solver(
         objective,
@@ -242,12 +299,12 @@ def solve_layer(
 
 
 @torch.no_grad()
-def write(model: nn.Module, layer: Layer, solution: Solution) -> None:
-    """Write a solved layer into a model."""
-    model.get_parameter(layer.parameter).copy_(solution.weight)
-    if solution.shift is not None:
+def write(model: nn.Module, layer: Layer, step: Step) -> None:
+    """Write a finished layer into a model."""
+    model.get_parameter(layer.parameter).copy_(step.weight)
+    if step.shift is not None:
         bias = model.get_parameter(layer.bias)
-        bias.add_(solution.shift.to(bias.device))
+        bias.add_(step.shift.to(bias.device))
 
 
 def select(network: Network, pattern: Pattern | Masks, layers: Callable[[str], bool]) -> Selection:
@@ -298,19 +355,3 @@ def check(network: Network, images: Tensor) -> None:
     ours, own = line[0][network.output], network.model(images)
     if not torch.allclose(ours, own, rtol=1e-3, atol=1e-3 * own.abs().max().item()):
         raise TraceError("the traced model computes something else than the model: its forward pass depends on data.")
-
-
-def describe(layer: Layer, sweep: int, solution: Solution, seconds: float, peak_memory: int) -> LayerRecord:
-    return LayerRecord(
-        layer.name,
-        sweep,
-        tuple(layer.shape),
-        (solution.weight == 0).double().mean().item(),
-        solution.loss_before,
-        solution.loss_after,
-        solution.newton_steps,
-        solution.cg_iterations,
-        solution.products,
-        seconds,
-        peak_memory,
-    )
