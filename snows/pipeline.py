@@ -18,7 +18,7 @@ from snows.memory import forget_peak, peak_memory
 from snows.objective import reconstruction
 from snows.options import Options
 from snows.preconditioner import can_factor, row_inverses
-from snows.solver import Solution, solve
+from snows.solver import Solution, check_finite, solve
 
 log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
 
@@ -45,11 +45,15 @@ class LayerRecord:
     products: float = 0.0  # curvature products, in units of the whole calibration set
     seconds: float = 0.0
     peak_memory_bytes: int = 0  # of the device, while this layer was solved
+    batch_size: int = 0  # images in the largest micro-batch, once it fitted the memory
+    residuals: list[list[float]] = field(default_factory=list)  # relative, one list per CG solve
+    problem: str = ""  # why the layer kept its masked (or warm-started) weights, if it did
+    accuracy: float | None = None  # percent, of the network as it stood behind this layer, where it was measured
 
 
 @dataclass
 class Step:
-    """A finished layer: what is written into the network, and how it was found."""
+    """A finished layer: what is written into the network, and how it was found. A job can go on from these alone."""
 
     record: LayerRecord
     mask: Tensor
@@ -78,6 +82,11 @@ class Pruned:
         return sum(layer.products for layer in self.layers)
 
     @property
+    def problems(self) -> dict[str, str]:
+        """The layers that kept their masked (or warm-started) weights, and why."""
+        return {layer.name: layer.problem for layer in self.layers if layer.problem}
+
+    @property
     def peak_memory_bytes(self) -> int:
         """The most that any layer needed."""
         return max((layer.peak_memory_bytes for layer in self.layers), default=0)
@@ -104,6 +113,8 @@ def prune(
     solver: Callable[..., Solution] = solve,
     device: torch.device | str = "cpu",
     on_layer: Callable[[LayerRecord, int], None] = lambda record, layers: None,
+    on_step: Callable[[Step, nn.Module], None] = lambda step, model: None,
+    finished: Iterable[Step] = (),
 ) -> Pruned:
     """Prune a classifier in one shot and re-solve its surviving weights (the paper's SNOWS).
 
@@ -116,14 +127,20 @@ def prune(
     layers: which layers to prune, by name; the others stay dense.
     solver: minimises one layer's objective on its support; yours, with the arguments of snows.solver.solve.
     on_layer: called with each finished layer's record and the number of layers to prune.
+    on_step: called with each layer just solved, to be kept, and the pruned model as it stands.
+    finished: the steps that `on_step` was given by an earlier call with the same arguments, in order; they are written
+        back instead of solved again, and the job goes on behind the last one, to the same result.
+
+    A layer whose loss, gradient, products or solution are not finite keeps its masked (or warm-started) weights; its
+    record says so, and the job goes on.
 
     Raises:
         TraceError: the model cannot be traced.
-        UsageError: the pattern, the masks or the calibration images do not fit the model.
+        UsageError: the pattern, the masks or the calibration images do not fit the model, or `finished` is another's.
         Interrupted: Ctrl-C; its `result` holds the finished layers, the others still dense.
     """
     started = time.perf_counter()
-    options = options or Options()
+    options, earlier = options or Options(), 0.0
     if algo not in ALGORITHMS:
         raise UsageError(f"algorithm '{algo}' is not one of {', '.join(ALGORITHMS)}.")
     if algo == "MP+":
@@ -135,19 +152,23 @@ def prune(
         steps = masked_only(network, selection.masks)
     else:
         streams = Streams(network, micro_batches(network, calibration, options.batch_size), device)
-        steps = layer_by_layer(streams, stages, layers, options, solver)
+        steps = layer_by_layer(streams, stages, layers, options, solver, iter(finished))
     result = Pruned(copy.deepcopy(model), {}, left_dense={**network.refused, **selection.left_dense})
     try:
-        for layer, step in steps:
+        for layer, step, solved in steps:
             for owner in (network.model, result.model):
                 write(owner, layer, step)
             result.masks[layer.name] = step.mask
             result.layers.append(step.record)
+            if solved:
+                on_step(step, result.model)
+            else:
+                earlier += step.record.seconds
             on_layer(step.record, len(selection.masks) * len(stages))
-    except KeyboardInterrupt:
-        raise Interrupted(result) from None
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"interrupted after {len(result.layers)} layers", stop, result) from None
     finally:
-        result.seconds = time.perf_counter() - started
+        result.seconds = earlier + time.perf_counter() - started
     return result
 
 
@@ -157,13 +178,18 @@ def sweeps(pattern: Pattern | Masks, options: Options) -> list[Pattern | Masks]:
     return [*on_the_way, *[pattern] * options.sweeps]
 
 
-def masked_only(network: Network, masks: Masks) -> Iterator[tuple[Layer, Step]]:
+def masked_only(network: Network, masks: Masks) -> Iterator[tuple[Layer, Step, bool]]:
     """Every layer with its mask applied and nothing solved."""
     for layer in network.layers:
         if layer.name in masks:
             mask = masks[layer.name]
-            weight = network.model.get_parameter(layer.parameter) * mask
-            yield layer, Step(LayerRecord(layer.name, 0, tuple(layer.shape), zeros(weight)), mask, weight)
+            weight = masked(network, layer, mask)
+            yield layer, Step(LayerRecord(layer.name, 0, tuple(layer.shape), zeros(weight)), mask, weight), False
+
+
+def masked(network: Network, layer: Layer, mask: Tensor) -> Tensor:
+    """A layer's weight where its mask keeps it, else zero, even where it was NaN."""
+    return network.model.get_parameter(layer.parameter).where(mask, 0)
 
 
 class Streams:
@@ -195,6 +221,11 @@ class Streams:
         self.batches = [part for batch in self.batches for part in batch.split(half)]
         self.restart()
 
+    def shrink(self, batch_size: int) -> None:
+        """Cut the micro-batches as running out of memory once cut them."""
+        while self.batch_size > batch_size:
+            self.halve()
+
 
 def layer_by_layer(
     streams: Streams,
@@ -202,11 +233,13 @@ def layer_by_layer(
     layers: Callable[[str], bool],
     options: Options,
     solver: Callable[..., Solution],
-) -> Iterator[tuple[Layer, Step]]:
+    finished: Iterator[Step],
+) -> Iterator[tuple[Layer, Step, bool]]:
     """Solve the layers in execution order, each on the pruned network as it stands, in a sweep for each stage.
 
     A new stage's masks are chosen from the weights as the last one left them: its zeros, the smallest, stay zeros.
-    The caller writes each new weight back before it asks for the next.
+    Yields each layer, its step, and whether it was solved now or taken from `finished`. The caller writes each new
+    weight back before it asks for the next.
     """
     masks = {}
     for sweep, stage in enumerate(stages):
@@ -216,7 +249,28 @@ def layer_by_layer(
             options = options.but(w_warm=False)
             streams.restart()
         for layer in (each for each in streams.network.layers if each.name in masks):
-            yield layer, timed_step(layer, sweep, masks[layer.name], streams, options, solver)
+            step, mask = next(finished, None), masks[layer.name]
+            if step is None:
+                yield layer, timed_step(layer, sweep, mask, streams, options, solver), True
+            else:
+                check_finished(step, layer, sweep, mask)
+                streams.shrink(step.record.batch_size)
+                yield layer, step, False
+
+
+def check_finished(step: Step, layer: Layer, sweep: int, mask: Tensor) -> None:
+    """Refuse a finished layer of another job.
+
+    Raises:
+        UsageError: it is another layer, or has another mask than this job would give it.
+    """
+    record = step.record
+    if (record.name, record.sweep) != (layer.name, sweep) or not step.mask.to(mask.device).equal(mask):
+        raise UsageError(
+            f"cannot go on: layer {layer.name} (sweep {sweep + 1}) is due, with its mask, and layer {record.name} "
+            f"(sweep {record.sweep + 1}) is what was finished, or its mask differs. The network, its weights or the "
+            f"masks are not those that the run began with."
+        )
 
 
 def timed_step(
@@ -247,6 +301,9 @@ def timed_step(
         solution.products,
         time.perf_counter() - started,
         peak_memory(streams.device),
+        streams.batch_size,
+        solution.residuals,
+        solution.problem,
     )
     return Step(record, mask, solution.weight, solution.shift)
 
@@ -270,7 +327,7 @@ def solve_layer(
     """Advance both streams to a layer and solve it on its support, from its masked weight; nothing is written back."""
     streams.advance(layer)
     network, sparse, dense = streams.network, streams.sparse, streams.dense
-    start = network.model.get_parameter(layer.parameter) * mask
+    start = masked(network, layer, mask)
     if options.w_warm:
         start = solve_layer(layer, mask, streams, options.but(**LEAST_SQUARES), solve).weight
     objective = reconstruction(
@@ -280,17 +337,22 @@ def solve_layer(
     precondition = None
     if options.preconditioner == "rows" and can_factor(network, layer):
         precondition = row_inverses(objective, unknown, support, options.seed)
-    solution = solver(
-        objective,
-        unknown,
-        support,
-        precondition,
-        newton_steps=options.newton_steps,
-        max_CG_iterations=options.max_CG_iterations,
-        cg_tolerance=options.cg_tolerance,
-        damping=options.damping,
-        batching=options.batching,
-    )
+    try:
+        solution = solver(
+            objective,
+            unknown,
+            support,
+            precondition,
+            newton_steps=options.newton_steps,
+            max_CG_iterations=options.max_CG_iterations,
+            cg_tolerance=options.cg_tolerance,
+            damping=options.damping,
+            batching=options.batching,
+        )
+        check_finite(solution.weight, "the solution")
+    except FloatingPointError as error:
+        log.warning("layer %s keeps its masked weights: %s", layer.name, error)
+        solution = Solution(unknown, problem=str(error))
     solution.weight, shift = objective.split(solution.weight)
     if shift is not None:  # the bias behind a BatchNorm sees it scaled
         scale = objective.window.output_scale()
@@ -353,5 +415,6 @@ def check(network: Network, images: Tensor) -> None:
     line = Stream(network, network.model, [images], images.device)
     line.advance(network.nodes[-1])
     ours, own = line[0][network.output], network.model(images)
-    if not torch.allclose(ours, own, rtol=1e-3, atol=1e-3 * own.abs().max().item()):
+    tolerance = 1e-3 * own.nan_to_num(0, 0, 0).abs().max().item()
+    if not torch.allclose(ours, own, rtol=1e-3, atol=tolerance, equal_nan=True):
         raise TraceError("the traced model computes something else than the model: its forward pass depends on data.")
