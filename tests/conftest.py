@@ -1,4 +1,5 @@
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -54,3 +55,24 @@ def tiny():
 @pytest.fixture
 def images():
     return torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Runs a script of either folder as the shell would, but in this process: (stdout, stderr)."""
+
+    def run(path, *flags, code=0):
+        monkeypatch.setattr(sys, "argv", [str(ROOT / path), *map(str, flags)])
+        monkeypatch.setattr(sys, "path", [str((ROOT / path).parent), *sys.path])
+        for module in {path.stem for path in ROOT.glob("*_pruning/*.py")} & set(sys.modules):
+            monkeypatch.delitem(sys.modules, module)  # both folders have a utils.py
+        try:
+            runpy.run_path(str(ROOT / path), run_name="__main__")
+            ended = 0
+        except SystemExit as exit:
+            ended = exit.code
+        captured = capsys.readouterr()
+        assert ended == code, captured.err
+        return captured
+
+    return run

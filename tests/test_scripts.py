@@ -2,7 +2,6 @@
 
 import csv
 import json
-import runpy
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from conftest import ROOT
 from resnet_cifar import ResNet
 from torch import nn
 
-from snows import report
+from snows import run_folder
 from snows.data import Data, normalised, npz
 
 FAST = ["--k_step", "1", "--newton_steps", "1", "--max_CG_iterations", "2", "--ngrads", "6", "--batch_size", "4"]
@@ -27,27 +26,6 @@ def shell(script, *flags, cwd=ROOT):
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-@pytest.fixture
-def script(monkeypatch, capsys):
-    """Runs a script of either folder as the shell would, but in this process: (stdout, stderr)."""
-
-    def run(path, *flags, code=0):
-        monkeypatch.setattr(sys, "argv", [path, *map(str, flags)])
-        monkeypatch.setattr(sys, "path", [str((ROOT / path).parent), *sys.path])
-        for module in {path.stem for path in ROOT.glob("*_pruning/*.py")} & set(sys.modules):
-            monkeypatch.delitem(sys.modules, module)  # both folders have a utils.py
-        try:
-            runpy.run_path(str(ROOT / path), run_name="__main__")
-            ended = 0
-        except SystemExit as exit:
-            ended = exit.code
-        captured = capsys.readouterr()
-        assert ended == code, captured.err
-        return captured
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +63,7 @@ def test_the_default_prunes_the_network_that_ships_and_its_folder_loads_back(tmp
         assert float(layer["loss_after_2"]) <= float(layer["loss_before_2"])
         assert int(layer["cg_iterations"]) == 4  # two in each sweep
 
-    model, masks = report.load(tmp_path / "run", ResNet(20, 10, channels=1))
+    model, masks = run_folder.load(tmp_path / "run", ResNet(20, 10, channels=1))
     zeros = sum((p == 0).sum().item() for p in model.parameters())
     assert zeros / sum(p.numel() for p in model.parameters()) == metrics["sparsity"]
     for name, mask in masks.items():
@@ -294,10 +272,11 @@ def test_ctrl_c_saves_the_finished_layers_and_exits_with_130(tmp_path):
     _, err = process.communicate()
     assert process.returncode == 130
     assert "layers: those are saved in" in err
+    assert f"--resume {tmp_path / 'run'}" in err
     assert "Traceback" not in err
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["finished"] is False
-    model, masks = report.load(tmp_path / "run", ResNet(20, 10, channels=1))
+    model, masks = run_folder.load(tmp_path / "run", ResNet(20, 10, channels=1))
     assert (model.conv1.weight[~masks["conv1"]] == 0).all()
     assert (model.fc.weight != 0).all()
 
@@ -321,9 +300,9 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(tmp_path, monkeypa
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "fsync", no_space)
-    with pytest.raises(report.SnowsError, match=r"cannot write .*metrics\.json: .*No space left"):
-        report.write_json(tmp_path / "metrics.json", {})
+    monkeypatch.setattr(run_folder.os, "fsync", no_space)
+    with pytest.raises(run_folder.WriteError, match=r"cannot write .*metrics\.json: .*No space left"):
+        run_folder.write_json(tmp_path / "metrics.json", {})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,20 +1,21 @@
-"""What a run leaves: the table on the screen and a folder that loads back.
+"""What a run leaves: a folder that loads back, each of its files written whole or not at all.
 
-args.json  environment.json  metrics.json  layers.csv  calibration.json  model.safetensors  masks.safetensors
+args.json  environment.json  calibration.json  metrics.json, and, of what is finished, model.safetensors
+masks.safetensors  layers.csv  layers.json  report.html. While the run lasts, steps/ (snows/journal.py) besides.
 """
 
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
 import os
 import platform
-import re
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,9 +24,8 @@ import timm
 import torch
 import torchvision
 from torch import nn
-from tqdm import tqdm
 
-from snows.errors import SnowsError, UsageError
+from snows.errors import SnowsError, UsageError, WriteError
 from snows.masks import Masks
 from snows.pipeline import LayerRecord, Pruned
 
@@ -44,6 +44,25 @@ def new_folder(path: Path | None, name: str) -> Path:
     except OSError as error:
         raise SnowsError(f"cannot create {path}: {error}") from error
     return path
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a run folder to this process; the system gives it back even if the process is killed.
+
+    Raises:
+        UsageError: another process is writing to it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{folder} belongs to a run that is still going.") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def environment(device: torch.device | str) -> dict:
@@ -77,7 +96,7 @@ def write(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all: under another name first, then renamed.
 
     Raises:
-        SnowsError: the disk is full, or the folder cannot be written.
+        WriteError: the disk is full, or the folder cannot be written.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -87,27 +106,51 @@ def write(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
+        raise WriteError(f"cannot write {path}: {error.strerror or error}.") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise SnowsError(
-            f"cannot write {path}: {error}. Make room and run again, or choose another --out_dir."
-        ) from error
 
 
-def write_json(path: Path, record: dict) -> None:
+def write_json(path: Path, record: dict | list) -> None:
     write(path, json.dumps(record, indent=2, default=str) + "\n")
 
 
+def read_json(path: Path, *names: str) -> dict | list:
+    """A JSON file of a run; with names, an object that has them.
+
+    Raises:
+        UsageError: the file is missing, damaged or none of a run's.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path.parent} holds no run that can be read: {path.name}: {error}") from error
+    missing = [name for name in names if not isinstance(record, dict) or name not in record]
+    if missing:
+        raise UsageError(f"{path.parent} holds no run that can be read: {path.name} lacks {', '.join(missing)}")
+    return record
+
+
 def save(folder: Path, pruned: Pruned, metrics: dict) -> dict:
-    """Write weights, masks, per-layer records and metrics; returns the metrics with the saved weights' sparsity."""
+    """Write weights, masks, per-layer records and metrics; returns the metrics with what was counted and spent."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in pruned.model.state_dict().items()}
     masks = {name: mask.cpu().contiguous() for name, mask in pruned.masks.items()}
     write(folder / "model.safetensors", safetensors.torch.save(unshared(state)))
     write(folder / "masks.safetensors", safetensors.torch.save(masks))
     write(folder / "layers.csv", csv_text(layer_rows(pruned.layers)))
+    write_json(folder / "layers.json", [asdict(layer) for layer in pruned.layers])
     saved = safetensors.torch.load_file(folder / "model.safetensors")
     names = [name for name, _ in pruned.model.named_parameters()]
     zeros = sum((saved[name] == 0).sum().item() for name in names)
-    metrics = {**metrics, "sparsity": zeros / sum(saved[name].numel() for name in names)}
+    metrics = {
+        **metrics,
+        "sparsity": zeros / sum(saved[name].numel() for name in names),  # of the saved weights
+        "seconds": pruned.seconds,
+        "curvature_products": pruned.curvature_products,
+        "cg_iterations": sum(layer.cg_iterations for layer in pruned.layers),
+        "peak_memory_bytes": pruned.peak_memory_bytes,
+        "problems": pruned.problems,
+    }
     write_json(folder / "metrics.json", metrics)
     return metrics
 
@@ -127,10 +170,11 @@ def layer_rows(records: list[LayerRecord]) -> list[dict]:
     rows = {}
     for record in records:
         values = asdict(record)
-        sweep = values.pop("sweep")
+        sweep, _ = values.pop("sweep"), values.pop("residuals")
         row = rows.setdefault(record.name, {**values, "shape": "x".join(map(str, record.shape))})
         if sweep > 0:
-            row["sparsity"] = record.sparsity
+            row |= {"sparsity": record.sparsity, "accuracy": record.accuracy, "batch_size": record.batch_size}
+            row["problem"] = record.problem or row["problem"]
             row |= {f"{loss}_{sweep + 1}": values[loss] for loss in ("loss_before", "loss_after")}
             for effort in ("newton_steps", "cg_iterations", "products", "seconds"):
                 row[effort] += values[effort]
@@ -159,48 +203,3 @@ def load(folder: str | Path, model: nn.Module) -> tuple[nn.Module, Masks]:
         return model, safetensors.torch.load_file(folder / "masks.safetensors")
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
         raise SnowsError(f"cannot load {folder}: {error}") from error
-
-
-class Progress:
-    """A bar over the layers, and a line for each that is finished."""
-
-    def __init__(self, name: str):
-        self.bar = tqdm(desc=name, unit="layer", dynamic_ncols=True, file=sys.stdout, disable=not sys.stdout.isatty())
-
-    def __call__(self, layer: LayerRecord, layers: int) -> None:
-        line = f"  {layer.name:<28} {layer.sparsity:6.1%} zero"
-        if layer.products:
-            line += f"   loss {layer.loss_before:9.3g} -> {layer.loss_after:9.3g}"
-            line += f"   {layer.newton_steps} steps, {layer.cg_iterations:3d} CG iterations, {layer.seconds:6.1f} s"
-        tqdm.write(line, file=sys.stdout)
-        self.bar.total = layers
-        self.bar.update()
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def percent(accuracy: float | None) -> str:
-    return "not measured" if accuracy is None else f"{accuracy:.2f} %"
-
-
-def kinds(names: Iterable[str]) -> str:
-    """Layer names, those that differ in numbers alone put together: "blocks.*.mlp.fc1 (12), head"."""
-    counts = Counter(re.sub(r"\d+(?=.*\.)", "*", name) for name in names)
-    return ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in counts.items())
-
-
-def summary(metrics: dict) -> str:
-    """The closing table: dense, masked only, pruned; time; what was left dense."""
-    rows = [("dense", "dense_accuracy", "dense_sparsity"), ("masked only", "masked_accuracy", "sparsity")]
-    if metrics["algo"] != "MP":
-        rows.append((metrics["algo"], "accuracy", "sparsity"))
-    lines = ["", f"  {'':<12} {'accuracy':>12} {'zeros':>9}"]
-    lines += [f"  {name:<12} {percent(metrics[acc]):>12} {metrics[zeros]:9.2%}" for name, acc, zeros in rows]
-    lines += ["", f"  {metrics['seconds']:.0f} s, {metrics['curvature_products']:.0f} curvature products"]
-    if metrics["left_dense"]:
-        reasons = {reason: [] for reason in metrics["left_dense"].values()}
-        for name, reason in metrics["left_dense"].items():
-            reasons[reason].append(name)
-        lines += ["  left dense:", *(f"    {kinds(names)}: {reason}" for reason, names in reasons.items())]
-    return "\n".join(lines)
