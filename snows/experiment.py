@@ -27,6 +27,7 @@ from snows.mask_files import read_masks
 from snows.masks import NM, Pattern, Unstructured
 from snows.pipeline import ALGORITHMS, Pruned, Step, prune, sparsity
 from snows.registry import Known, load_classifier, load_data
+from snows.report import write_report
 
 FAR_FROM_STATED = 1.0  # percent points between measured and stated dense accuracy that call for a warning
 # Flags that have no bearing on a run's result, which may differ when it goes on.
@@ -164,7 +165,9 @@ def run(args: argparse.Namespace, known: Known, pattern: Pattern, layers: Layers
     if args.resume is not None:
         metrics = run_folder.read_json(args.resume / "metrics.json", "finished")
         if metrics["finished"]:
-            print(f"{args.resume} is finished already: nothing to do.")
+            with run_folder.locked(args.resume):
+                conclude(args.resume)
+            print(f"{args.resume} is finished already.")
             return [metrics]
     return Experiment(args, known, pattern, layers).run()
 
@@ -236,16 +239,17 @@ class Experiment:
                 pruned = self.prune(algo, seed, folder, images)
                 metrics |= {"accuracy": self.accuracy(pruned.model), "finished": True}
                 metrics = run_folder.save(folder, pruned, metrics)
+                print(screen.summary(metrics, folder), flush=True)
+                conclude(folder)
             except Interrupted as stopped:
                 run_folder.save(folder, stopped.result, metrics)
+                write_report([folder], folder / "report.html")
                 saved = f"{stopped}: those are saved in {folder}, the other layers are still dense."
                 raise Interrupted(f"{saved} Go on: {resume_command(folder)}", stopped.stop) from None
             except KeyboardInterrupt as stop:
                 raise Interrupted(f"interrupted. Go on: {resume_command(folder)}", stop) from None
             except WriteError as full:
                 raise SnowsError(f"{full} Make room, then go on: {resume_command(folder)}") from full
-            Journal(folder).clear()
-        print(screen.summary(metrics, folder), flush=True)
         return metrics
 
     def begin(self, algo: str, seed: int, folder: Path) -> tuple[dict, torch.Tensor | None]:
@@ -299,6 +303,12 @@ class Experiment:
             )
         finally:
             progress.close()
+
+
+def conclude(folder: Path) -> None:
+    """What is left to do once a run's results are saved: its steps are no longer needed, and its report is drawn."""
+    Journal(folder).clear()
+    write_report([folder], folder / "report.html")
 
 
 def read_metrics(folder: Path) -> dict:

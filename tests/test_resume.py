@@ -5,9 +5,11 @@ import os
 import random
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +60,7 @@ def same_bits(folder, other):
     assert json.loads((folder / "metrics.json").read_text())["finished"]
     assert not (folder / "steps").exists()
     assert not list(folder.glob("*.tmp"))
+    assert (folder / "report.html").exists()
     names = ("model.safetensors", "masks.safetensors")
     return all((folder / name).read_bytes() == (other / name).read_bytes() for name in names)
 
@@ -102,7 +105,7 @@ def test_runs_survive_twenty_kills_at_random_moments(whole, tmp_path):
         while True:
             try:
                 _, err = process.communicate(timeout=moments.uniform(0.2, 1) * lasts)
-                assert process.returncode == 0, err
+                assert (process.returncode, err) == (0, "")
                 break
             except subprocess.TimeoutExpired:
                 process.kill()
@@ -156,9 +159,9 @@ def test_a_full_tmpfs_ends_in_one_line_and_the_run_goes_on_when_there_is_room(wh
 
 
 @pytest.fixture
-def stopped(script, tmp_path, monkeypatch):
-    """The folder of a run that was stopped behind its fifth layer."""
-    append, count = Journal.append, []
+def stopped(script, tmp_path, monkeypatch, whole):
+    """A copy of the folder of a run that was stopped behind its fifth layer."""
+    original, append, count = whole.parent / "stopped", Journal.append, []
 
     def stop(journal, step):
         append(journal, step)
@@ -166,11 +169,12 @@ def stopped(script, tmp_path, monkeypatch):
         if len(count) == 5:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr(Journal, "append", stop)
-        _, err = script("CNN_pruning/unstr.py", *SMALL, "--skip_evaluation", "--out_dir", tmp_path / "run", code=130)
-    assert "interrupted after 5 layers" in err
-    return tmp_path / "run"
+    if not original.exists():
+        with monkeypatch.context() as patched:
+            patched.setattr(Journal, "append", stop)
+            _, err = script("CNN_pruning/unstr.py", *SMALL, "--skip_evaluation", "--out_dir", original, code=130)
+        assert "interrupted after 5 layers" in err
+    return Path(shutil.copytree(original, tmp_path / "run"))
 
 
 def test_other_settings_are_refused_with_what_was_and_what_is_asked(script, stopped):
@@ -235,3 +239,14 @@ def test_a_step_comes_back_as_it_was_and_a_flipped_bit_is_noticed(tmp_path):
         list(journal)
     journal.clear()
     assert len(journal) == 0
+
+
+def test_a_run_killed_between_its_last_write_and_its_report_is_concluded(script, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "clear", lambda journal: sys.exit(9))
+        script("CNN_pruning/unstr.py", *SMALL, "--skip_evaluation", "--sweeps", 1, "--out_dir", folder, code=9)
+    assert (folder / "steps").exists()
+    script("CNN_pruning/unstr.py", "--resume", folder)
+    assert not (folder / "steps").exists()
+    assert (folder / "report.html").read_text().startswith("<!doctype html>")
