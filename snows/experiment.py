@@ -35,6 +35,18 @@ NO_SETTINGS = {"argv", "run", "resume", "out_dir", "data_dir", "num_workers", "t
 NO_SETTINGS |= {"evaluate_layers"}
 
 
+def whole(least: int) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number, `least` or more and small enough for torch."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and 2^63")
+        return value
+
+    return number
+
+
 def parser(description: str, arch: str) -> argparse.ArgumentParser:
     """The flags that every script shares; `arch` is the network that ships with the repository."""
     flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -42,7 +54,9 @@ def parser(description: str, arch: str) -> argparse.ArgumentParser:
     group.add_argument("--arch", default=arch, help=f"the network (default: {arch}, which ships with SNOWS)")
     group.add_argument("--checkpoint", type=Path, help="local weights for --arch (.safetensors, .pt, .pth, .bin)")
     group.add_argument("--random_weights", action="store_true", help="no trained weights: to try speed and memory")
-    group.add_argument("--num_classes", type=int, help="classes of a torchvision or timm network, if not its usual")
+    group.add_argument(
+        "--num_classes", type=whole(1), help="classes of a torchvision or timm network, if not its usual"
+    )
     group.add_argument("--mean", type=float, nargs="+", help="normalisation the network was trained with, per channel")
     group.add_argument("--std", type=float, nargs="+", help="normalisation the network was trained with, per channel")
     names = ", ".join(DATASETS)
@@ -50,12 +64,12 @@ def parser(description: str, arch: str) -> argparse.ArgumentParser:
     group.add_argument("--data_dir", type=Path, default=Path("data"), help="where datasets lie (default: data)")
     group.add_argument("--ngrads", type=int, default=1000, help="number of calibration images (default: 1000)")
     group.add_argument("--mirror", action="store_true", help="flip half of the calibration images left to right")
-    group.add_argument("--test_batch_size", type=int, default=256, help="test images per batch (default: 256)")
-    group.add_argument("--num_workers", type=int, default=0, help="processes that load images (default: 0)")
+    group.add_argument("--test_batch_size", type=whole(1), default=256, help="test images per batch (default: 256)")
+    group.add_argument("--num_workers", type=whole(0), default=0, help="processes that load images (default: 0)")
     group.add_argument("--masks", type=Path, help="masks of your own, or a sparse checkpoint whose zeros are the mask")
     group = flags.add_argument_group("run")
     group.add_argument("--algo", nargs="+", default=["SNOWS"], choices=ALGORITHMS, help="how to set the survivors")
-    group.add_argument("--seed", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
+    group.add_argument("--seed", type=whole(0), nargs="+", default=[0], help="one run for each (default: 0)")
     group.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
     )
@@ -145,7 +159,7 @@ def check_device(name: str) -> None:
         UsageError: torch does not know it or cannot use it.
     """
     try:
-        torch.empty(1, device=name)
+        torch.ones(1, device=name).item()  # the meta device makes tensors that hold nothing
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from error
 
@@ -220,8 +234,9 @@ class Experiment:
         """Every --algo with every --seed, each into a folder of its own; or the one run that goes on."""
         if self.args.resume is not None:
             return [self.once(*self.args.run, self.args.resume)]
-        runs = list(itertools.product(self.args.algo, self.args.seed))
-        return [self.once(algo, seed, self.folder(algo, seed, alone=len(runs) == 1)) for algo, seed in runs]
+        runs = list(itertools.product(dict.fromkeys(self.args.algo), dict.fromkeys(self.args.seed)))
+        folders = [self.folder(algo, seed, alone=len(runs) == 1) for algo, seed in runs]
+        return [self.once(algo, seed, folder) for (algo, seed), folder in zip(runs, folders)]
 
     def folder(self, algo: str, seed: int, alone: bool) -> Path:
         """A new folder for one run: --out_dir itself, or below it where there are several."""
@@ -301,6 +316,10 @@ class Experiment:
                 on_step=keep,
                 finished=journal,
             )
+        except RuntimeError as error:
+            if "deterministic" not in str(error):
+                raise
+            raise SnowsError(f"{first_line(error)} Run without --deterministic.") from error
         finally:
             progress.close()
 
@@ -357,7 +376,11 @@ def shell(main: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else flushing it fails once more at the exit
         fail("nobody reads the output any more", 1)
     except OSError as error:
-        fail(str(error), 1)
+        fail(str(error).strip().splitlines()[-1], 1)  # a loading process puts its traceback above it
+    except MemoryError as error:
+        fail(f"out of memory. {error}", 1)
+    except OverflowError as error:
+        fail(f"a number is too large: {error}", 2)
     except Exception as error:
         if "--verbose" in sys.argv:
             traceback.print_exc()
@@ -365,7 +388,7 @@ def shell(main: Callable[[], object]) -> None:
 
 
 def fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 
 

@@ -389,7 +389,8 @@ def select(network: Network, pattern: Pattern | Masks, layers: Callable[[str], b
 
 def micro_batches(network: Network, calibration: Tensor | Iterable, batch_size: int) -> list[Tensor]:
     """The calibration images in micro-batches, the last one short, once they are known to run through the line."""
-    batches = list(gather(calibration).split(batch_size))
+    images = gather(calibration)
+    batches = list(images.split(min(batch_size, len(images))))
     check(network, batches[0].to(next(network.model.parameters()).device))
     return batches
 

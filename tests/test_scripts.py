@@ -177,6 +177,11 @@ BAD = {
     "not a boolean": (["--batching", "maybe"], "neither True nor False"),
     "an unknown flag": (["--no_such_flag"], "unrecognized arguments"),
     "an unknown device": (["--device", "abacus"], "abacus"),
+    "a device without numbers": (["--device", "meta"], "cannot use --device meta"),
+    "a name of two lines": (["--arch", "one\ntwo"], "unknown architecture 'one two'"),
+    "no test images at a time": (["--test_batch_size", "0"], "0 is not between 1"),
+    "a seed beyond 64 bits": (["--seed", str(10**30)], "is not between 0"),
+    "a negative seed": (["--seed", "-1"], "-1 is not between 0"),
 }
 
 
@@ -208,6 +213,12 @@ def damaged(folder, kind):
         torch.save(ResNet(32, 100).state_dict(), path)
     elif kind == "code":
         torch.save({"state_dict": nn.ReLU()}, path)
+    elif kind == "numbers for names":
+        torch.save(dict(enumerate(state.values())), path)
+    elif kind == "sparse":
+        torch.save({**state, "fc.weight": state["fc.weight"].to_sparse()}, path)
+    elif kind == "scrambled":  # a pickle of letters that are none
+        path.write_bytes(b"\x80\x02X\x04\x00\x00\x00\xff\xfe\xfd\xfcq\x01.")
     else:
         torch.save([1, 2], path)
     return path
@@ -221,6 +232,9 @@ def damaged(folder, kind):
         ("other network", "unexpected layer1.3.conv1.weight"),
         ("code", "damaged or no checkpoint"),
         ("no names", "no state dict"),
+        ("numbers for names", "no state dict"),
+        ("sparse", "no state dict"),
+        ("scrambled", "damaged or no checkpoint"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_says_why(script, small, tmp_path, kind, message):
@@ -231,7 +245,7 @@ def test_a_checkpoint_that_does_not_fit_says_why(script, small, tmp_path, kind, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kind", ["lacks", "float", "labels", "text"])
+@pytest.mark.parametrize("kind", ["lacks", "float", "labels", "text", "two colours", "no class"])
 def test_an_npz_of_the_wrong_form_says_why(script, small, tmp_path, kind):
     arrays = dict(np.load(small / "images.npz"))
     if kind == "lacks":
@@ -240,11 +254,16 @@ def test_an_npz_of_the_wrong_form_says_why(script, small, tmp_path, kind):
         arrays["x_train"] = arrays["x_train"].astype(float)
     elif kind == "labels":
         arrays["y_train"] = arrays["y_train"][:3]
+    elif kind == "two colours":
+        arrays["x_test"] = arrays["x_test"][..., :2]
+    elif kind == "no class":
+        arrays["y_test"] = np.full(8, -1)
     np.savez(tmp_path / "bad.npz", **arrays)
     if kind == "text":
         (tmp_path / "bad.npz").write_text("not an archive")
     _, err = script("CNN_pruning/unstr.py", *cifar_flags(small), "--dset", tmp_path / "bad.npz", code=2)
     expected = {"lacks": "lacks y_test", "float": "must be uint8", "labels": "must be uint8", "text": "cannot be read"}
+    expected |= {"two colours": "three colours", "no class": "class numbers"}
     assert expected[kind] in err
 
 
@@ -314,3 +333,32 @@ def test_a_dense_accuracy_far_from_the_stated_one_is_warned_about(capsys):
     warn_if_far(91.0, 91.4)
     warn_if_far(10.0, None)
     assert capsys.readouterr().err == ""
+
+
+def test_the_same_run_asked_for_twice_is_run_once_and_a_full_folder_is_refused_before_the_first(
+    script, small, tmp_path
+):
+    flags = [*cifar_flags(small), "--skip_evaluation", "--algo", "MP", "MP", "--seed", 0, 1, 1]
+    script("CNN_pruning/unstr.py", *flags, "--out_dir", tmp_path / "runs")
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"MP-seed0", "MP-seed1"}
+    (tmp_path / "runs" / "MP-seed0").rename(tmp_path / "aside")
+    _, err = script("CNN_pruning/unstr.py", *flags, "--out_dir", tmp_path / "runs", code=2)
+    assert "not empty" in err
+    assert not list((tmp_path / "runs" / "MP-seed0").iterdir())
+
+
+def test_the_same_command_gives_the_same_bits(script, small, tmp_path):
+    asked = torch.are_deterministic_algorithms_enabled
+    try:
+        for name, flags in (("one", []), ("two", ["--deterministic"])):
+            script("CNN_pruning/unstr.py", *cifar_flags(small), *flags, "--out_dir", tmp_path / name)
+            assert asked() == (name == "two")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_images_that_the_network_cannot_take_are_refused(script, small, tmp_path):
+    _, err = script("CNN_pruning/unstr.py", "--dset", small / "images.npz", "--out_dir", tmp_path / "run", code=2)
+    assert "images.npz do not fit resnet20_digits" in err
