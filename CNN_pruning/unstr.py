@@ -13,7 +13,7 @@ from snows import experiment
 def main():
     flags = experiment.parser(__doc__, arch="resnet20_digits")
     experiment.add_unstructured_flags(flags, default=0.8)
-    args = flags.parse_args()
+    args = experiment.parse(flags)
     experiment.run(args, utils.KNOWN, experiment.unstructured(args))
 
 

@@ -14,7 +14,7 @@ def main():
     flags = experiment.parser(__doc__, arch="vit_digits")
     experiment.add_unstructured_flags(flags, default=0.5)
     utils.add_layer_flag(flags)
-    args = flags.parse_args()
+    args = experiment.parse(flags)
     experiment.run(args, utils.KNOWN, experiment.unstructured(args), layers=utils.chosen(args.layers_to_prune))
 
 

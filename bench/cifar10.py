@@ -20,7 +20,7 @@ from resnet_cifar import ResNet  # noqa: E402
 from vit_small import vit_cifar10  # noqa: E402
 
 import snows  # noqa: E402
-from snows import data, report  # noqa: E402
+from snows import data, run_folder  # noqa: E402
 from snows.classifier import load_checkpoint  # noqa: E402
 from snows.evaluate import accuracy  # noqa: E402
 from snows.memory import keep_freed_memory  # noqa: E402
@@ -94,7 +94,7 @@ class Bench:
             "test_images": len(self.data.test),
             "seed": seed,
             "options": vars(options),
-            "environment": report.environment(self.device),
+            "environment": run_folder.environment(self.device),
         }
 
 
@@ -135,7 +135,7 @@ def main():
         for seed in args.seeds if wanted else []:
             if (run, seed) not in [(row["run"], row["seed"]) for row in rows]:
                 rows.append({"run": run, **bench.measure(run, seed)})
-                report.write_json(out, {"machine": report.machine(args.device), "rows": rows})
+                run_folder.write_json(out, {"machine": run_folder.machine(args.device), "rows": rows})
                 print(markdown(rows[-1:]).splitlines()[-1], flush=True)
     print(markdown(rows))
 

@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning"), str(ROOT / "VIT_pruning")]
 from resnet_cifar import ResNet  # noqa: E402
 from vit_small import vit_cifar10  # noqa: E402
 
-from snows import NM, data, report  # noqa: E402
+from snows import NM, data, run_folder  # noqa: E402
 from snows.classifier import load_checkpoint  # noqa: E402
 from snows.graph import Layer, Network, Stream  # noqa: E402
 from snows.memory import keep_freed_memory  # noqa: E402
@@ -131,9 +131,9 @@ def main():
     network = Network(model, args.device)
     rows = [row for layer in network.layers if layer.name in names for row in curves(network, layer, images, args)]
     out = args.out or ROOT / "results" / f"convergence_{args.network}.json"
-    environment = report.environment(args.device)
+    environment = run_folder.environment(args.device)
     summary = {"machine": environment["machine"], "environment": environment, "needed": needed(rows)}
-    report.write_json(out, {**summary, "rows": rows})
+    run_folder.write_json(out, {**summary, "rows": rows})
     plot(rows, out.with_suffix(".svg"))
     print(summary["needed"])
 

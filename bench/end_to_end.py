@@ -17,7 +17,7 @@ import torch
 from cifar10 import PATTERNS, ROOT, Bench
 
 import snows
-from snows import report
+from snows import run_folder
 from snows.evaluate import accuracy
 from snows.memory import keep_freed_memory
 from snows.objective import Objective
@@ -144,8 +144,10 @@ def main():
                 if any(run.items() <= row.items() for row in rows):
                     continue
                 rows.append({**run, **measure(bench, name, pattern, seed, args.images)})
-                environment = report.environment(args.device)
-                report.write_json(out, {"machine": environment["machine"], "environment": environment, "rows": rows})
+                environment = run_folder.environment(args.device)
+                run_folder.write_json(
+                    out, {"machine": environment["machine"], "environment": environment, "rows": rows}
+                )
                 print(rows[-1], flush=True)
     plot(rows, out.with_suffix(".svg"))
 

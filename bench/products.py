@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning"), str(ROOT / "VIT_pruning")]
 from resnet_cifar import ResNet  # noqa: E402
 from vit_small import vit_cifar10  # noqa: E402
 
-from snows import report  # noqa: E402
+from snows import run_folder  # noqa: E402
 from snows.graph import Layer, Network, Stream  # noqa: E402
 from snows.memory import keep_freed_memory  # noqa: E402
 from snows.objective import reconstruction  # noqa: E402
@@ -115,8 +115,8 @@ def main():
             for curvature in args.curvatures:
                 rows.append({"network": name, **measure(network, layer, images, args, curvature)})
                 print(f"{name:<18} {layer.name:<50} {curvature:<8} {rows[-1]['ratio']:.2f}", flush=True)
-    environment = report.environment(args.device)
-    report.write_json(args.out, {"machine": environment["machine"], "environment": environment, "rows": rows})
+    environment = run_folder.environment(args.device)
+    run_folder.write_json(args.out, {"machine": environment["machine"], "environment": environment, "rows": rows})
     plot(rows, args.out.with_suffix(".svg"))
 
 

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning")]
 from resnet_cifar import ResNet  # noqa: E402
 
 import snows  # noqa: E402
-from snows import report  # noqa: E402
+from snows import run_folder  # noqa: E402
 from snows.memory import keep_freed_memory  # noqa: E402
 
 START = {"images": 128, "k_step": 4, "depth": 20}
@@ -91,9 +91,9 @@ def main():
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             rows.append({"varied": name, **point, **json.loads(done.stdout)})
             print(rows[-1], flush=True)
-    environment = report.environment(args.device)
+    environment = run_folder.environment(args.device)
     record = {"machine": environment["machine"], "environment": environment, "slopes": slopes(rows), "rows": rows}
-    report.write_json(args.out, record)
+    run_folder.write_json(args.out, record)
     plot(rows, args.out.with_suffix(".svg"))
     print(record["slopes"])
 

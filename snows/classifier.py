@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import safetensors.torch
 import timm
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from snows.data import normalised
-from snows.errors import SnowsError, UsageError
+from snows.errors import SnowsError, UsageError, first_line
 
 
 @dataclass
@@ -50,7 +48,7 @@ def from_library(arch: str, pretrained: bool, num_classes: int | None = None) ->
             config = timm.data.resolve_model_data_config(model)
             return Classifier(model, timm.data.create_transform(**config, is_training=False))
     except Exception as error:  # each library, hub and protocol raises its own
-        raise SnowsError(f"cannot get {arch}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        raise SnowsError(f"cannot get {arch}: {type(error).__name__}: {first_line(error)}") from error
     raise UsageError(f"unknown architecture '{arch}': neither torchvision nor timm has it (see timm.list_models()).")
 
 
@@ -111,16 +109,22 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, RuntimeError, UnpicklingError, zipfile.BadZipFile, EOFError, OSError) as error:
-        raise UsageError(
-            f"{path} is damaged or no checkpoint of plain tensors: {str(error).splitlines()[0]}"
-        ) from error
+    except Exception as error:  # what damaged bytes raise in either format has no end
+        raise UsageError(f"{path} is damaged or no checkpoint of plain tensors: {first_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
-        raise UsageError(f"{path} holds no state dict (names and tensors).")
+    if not isinstance(state, dict) or not state or not all(map(is_named_tensor, state.items())):
+        raise UsageError(f"{path} holds no state dict (names and dense tensors).")
     return state
+
+
+def is_named_tensor(entry: tuple) -> bool:
+    """A name and a tensor with a number at every place: not sparse, nested, quantised, or without data."""
+    name, tensor = entry
+    if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        return False
+    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
 
 
 def cifar_transform(classes: int) -> Callable:

@@ -144,5 +144,11 @@ def npz(path: Path, transform: Callable) -> tuple[Arrays, Arrays]:
                 f"{path}: x_{part} must be uint8 (n, h, w, c) or (n, h, w) and y_{part} (n,), "
                 f"not {images.dtype} {images.shape} and {arrays[f'y_{part}'].shape}."
             )
-        arrays[f"y_{part}"] = labels
+        if images.ndim == 4 and images.shape[-1] == 1:
+            images = images[..., 0]
+        if 0 in images.shape or (images.ndim == 4 and images.shape[-1] != 3):
+            raise UsageError(f"{path}: x_{part} must hold grey images or images of three colours, not {images.shape}.")
+        if labels.dtype.kind not in "iu" or labels.min() < 0:
+            raise UsageError(f"{path}: y_{part} must hold class numbers from 0 on, as integers.")
+        arrays[f"x_{part}"], arrays[f"y_{part}"] = images, labels
     return tuple(Arrays(arrays[f"x_{part}"], arrays[f"y_{part}"], transform) for part in ("train", "test"))

@@ -1,21 +1,45 @@
-"""Errors that end a run with one clear line."""
+"""Errors that end a run with one clear line, and with an exit code of their own."""
+
+from __future__ import annotations
 
 
 class SnowsError(Exception):
     """Something that the user can mend; the message says what is wrong and what to do."""
 
+    exit_code = 1
+
 
 class UsageError(SnowsError):
-    """A request that makes no sense as it stands (exit code 2)."""
+    """A request that makes no sense as it stands."""
+
+    exit_code = 2
 
 
 class TraceError(SnowsError):
     """A model that cannot be written as a line of operations; the message names the module."""
 
 
-class Interrupted(SnowsError):
-    """Ctrl-C in the middle of a job; `result` holds the layers that are finished."""
+class WriteError(SnowsError):
+    """A file that cannot be written: a full disk, mostly. What was finished before it is safe."""
 
-    def __init__(self, result):
-        super().__init__(f"interrupted after {len(result.layers)} layers")
-        self.result = result
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does."""
+
+
+class Interrupted(SnowsError):
+    """Ctrl-C or SIGTERM (`stop`) in the middle of a job; `result` holds the layers that are finished."""
+
+    def __init__(self, message: str, stop: KeyboardInterrupt, result=None):
+        super().__init__(message)
+        self.stop, self.result, self.exit_code = stop, result, exit_code(stop)
+
+
+def exit_code(stop: KeyboardInterrupt) -> int:
+    """What a shell expects of a process that a signal ended: 128 and the signal's number."""
+    return 143 if isinstance(stop, Terminated) else 130
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first: the rest is for those who can mend the library that raised it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,13 +15,16 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device:
     """Percent of the images that `model` classifies correctly, in evaluation mode.
 
     Raises:
-        SnowsError: no images, or a label that the model has no class for.
+        SnowsError: no images, a label that the model has no class for, or too little memory.
     """
     training = model.training
     model.eval().to(device)
     correct = total = 0
     for images, labels in batches:
-        logits = model(images.to(device))
+        try:
+            logits = model(images.to(device))
+        except torch.OutOfMemoryError as error:
+            raise SnowsError(f"out of memory with {len(images)} test images: lower --test_batch_size.") from error
         if labels.max() >= logits.shape[1]:
             raise SnowsError(f"the data has a label {labels.max()} but the model only {logits.shape[1]} classes.")
         correct += (logits.argmax(1) == labels.to(device)).sum()

@@ -3,25 +3,48 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
+import json
+import os
 import re
+import shlex
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from snows import evaluate, memory, options, report
+from snows import evaluate, memory, options, run_folder, screen
 from snows.data import DATASETS
-from snows.errors import Interrupted, SnowsError, UsageError
+from snows.errors import Interrupted, SnowsError, Terminated, UsageError, WriteError, exit_code, first_line
 from snows.graph import Network
+from snows.journal import Journal, checksum
 from snows.mask_files import read_masks
 from snows.masks import NM, Pattern, Unstructured
-from snows.pipeline import ALGORITHMS, prune, sparsity
+from snows.pipeline import ALGORITHMS, Pruned, Step, prune, sparsity
 from snows.registry import Known, load_classifier, load_data
+from snows.report import write_report
 
 FAR_FROM_STATED = 1.0  # percent points between measured and stated dense accuracy that call for a warning
+# Flags that have no bearing on a run's result, which may differ when it goes on.
+NO_SETTINGS = {"argv", "run", "resume", "out_dir", "data_dir", "num_workers", "test_batch_size", "verbose", "quiet"}
+NO_SETTINGS |= {"evaluate_layers"}
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number, `least` or more and small enough for torch."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and 2^63")
+        return value
+
+    return number
 
 
 def parser(description: str, arch: str) -> argparse.ArgumentParser:
@@ -31,7 +54,9 @@ def parser(description: str, arch: str) -> argparse.ArgumentParser:
     group.add_argument("--arch", default=arch, help=f"the network (default: {arch}, which ships with SNOWS)")
     group.add_argument("--checkpoint", type=Path, help="local weights for --arch (.safetensors, .pt, .pth, .bin)")
     group.add_argument("--random_weights", action="store_true", help="no trained weights: to try speed and memory")
-    group.add_argument("--num_classes", type=int, help="classes of a torchvision or timm network, if not its usual")
+    group.add_argument(
+        "--num_classes", type=whole(1), help="classes of a torchvision or timm network, if not its usual"
+    )
     group.add_argument("--mean", type=float, nargs="+", help="normalisation the network was trained with, per channel")
     group.add_argument("--std", type=float, nargs="+", help="normalisation the network was trained with, per channel")
     names = ", ".join(DATASETS)
@@ -39,19 +64,66 @@ def parser(description: str, arch: str) -> argparse.ArgumentParser:
     group.add_argument("--data_dir", type=Path, default=Path("data"), help="where datasets lie (default: data)")
     group.add_argument("--ngrads", type=int, default=1000, help="number of calibration images (default: 1000)")
     group.add_argument("--mirror", action="store_true", help="flip half of the calibration images left to right")
-    group.add_argument("--test_batch_size", type=int, default=256, help="test images per batch (default: 256)")
-    group.add_argument("--num_workers", type=int, default=0, help="processes that load images (default: 0)")
+    group.add_argument("--test_batch_size", type=whole(1), default=256, help="test images per batch (default: 256)")
+    group.add_argument("--num_workers", type=whole(0), default=0, help="processes that load images (default: 0)")
     group.add_argument("--masks", type=Path, help="masks of your own, or a sparse checkpoint whose zeros are the mask")
     group = flags.add_argument_group("run")
     group.add_argument("--algo", nargs="+", default=["SNOWS"], choices=ALGORITHMS, help="how to set the survivors")
-    group.add_argument("--seed", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
+    group.add_argument("--seed", type=whole(0), nargs="+", default=[0], help="one run for each (default: 0)")
     group.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
     )
+    group.add_argument("--deterministic", action="store_true", help="the same bits every time on a GPU too; slower")
     group.add_argument("--skip_evaluation", action="store_true", help="measure no accuracies (random weights)")
+    group.add_argument("--evaluate_layers", action="store_true", help="measure the accuracy after each layer")
     group.add_argument("--out_dir", type=Path, help="folder of the run (default: a new one under runs/)")
+    group.add_argument(
+        "--resume", type=Path, metavar="RUN_DIR", help="go on with the run of this folder, all its flags"
+    )
+    loudness = group.add_mutually_exclusive_group()
+    loudness.add_argument("--verbose", action="store_true", help="a line per layer on a terminal too; full tracebacks")
+    loudness.add_argument("--quiet", action="store_true", help="nothing per layer, only what the run ends with")
     options.add_flags(flags)
     return flags
+
+
+def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:
+    """The flags of the command; with --resume, those that the run began with.
+
+    Raises:
+        UsageError: --resume names no run of this script, or other flags contradict it.
+    """
+    argv = sys.argv[1:]
+    args = flags.parse_args(argv)
+    if args.resume is None:
+        args.argv = argv
+        return args
+    saved = run_folder.read_json(args.resume / "args.json", "script", "argv", "algo", "seed")
+    if saved["script"] != script():
+        raise UsageError(f"{args.resume} was begun by {saved['script']}: resume it with that.")
+    began = flags.parse_args(saved["argv"])
+    args = flags.parse_args(argv, copy.copy(began))
+    args.argv, args.run = saved["argv"], (saved["algo"], saved["seed"])
+    before, now = {**saved, "algo": began.algo, "seed": began.seed}, settings(args)
+    changed = [f"--{name} was {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]
+    if changed:
+        raise UsageError(f"{args.resume} has other settings: {'; '.join(changed)}. Leave those flags out.")
+    return args
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """What decides the results of a command's runs, by flag, as JSON holds it."""
+    chosen = {**vars(options.from_flags(args, args.seed[0])), **vars(args)}
+    return json.loads(json.dumps({k: v for k, v in chosen.items() if k not in NO_SETTINGS}, default=str))
+
+
+def script() -> str:
+    """The script that runs, with its folder."""
+    return "/".join(Path(sys.argv[0]).resolve().parts[-2:])
+
+
+def resume_command(folder: Path) -> str:
+    return shlex.join(["python", sys.argv[0], "--resume", str(folder)])
 
 
 def add_unstructured_flags(flags: argparse.ArgumentParser, default: float) -> None:
@@ -87,9 +159,16 @@ def check_device(name: str) -> None:
         UsageError: torch does not know it or cannot use it.
     """
     try:
-        torch.empty(1, device=name)
+        torch.ones(1, device=name).item()  # the meta device makes tensors that hold nothing
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from error
+
+
+def make_deterministic() -> None:
+    """Let torch choose algorithms that give the same bits every time, or refuse where it has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
 
 
 Layers = Callable[[str], bool]  # whether to prune a layer, by its name
@@ -97,6 +176,13 @@ Layers = Callable[[str], bool]  # whether to prune a layer, by its name
 
 def run(args: argparse.Namespace, known: Known, pattern: Pattern, layers: Layers = lambda name: True) -> list[dict]:
     """Prune one network with one pattern, once for each --algo and --seed; returns the metrics of each run."""
+    if args.resume is not None:
+        metrics = run_folder.read_json(args.resume / "metrics.json", "finished")
+        if metrics["finished"]:
+            with run_folder.locked(args.resume):
+                conclude(args.resume)
+            print(f"{args.resume} is finished already.")
+            return [metrics]
     return Experiment(args, known, pattern, layers).run()
 
 
@@ -105,26 +191,37 @@ class Experiment:
 
     def __init__(self, args: argparse.Namespace, known: Known, pattern: Pattern, layers: Layers):
         check_device(args.device)
+        if args.deterministic:
+            make_deterministic()
+        self.args, self.layers, self.settings = args, layers, settings(args)
         classifier = load_classifier(args, known)
-        self.args, self.model, self.pattern, self.layers = args, classifier.model, pattern, layers
+        self.model = classifier.model
         self.data = load_data(args, classifier)
-        dense_accuracy = self.accuracy(self.model)
         self.name = str(pattern) if args.masks is None else f"masks {args.masks.stem}"
-        print(f"{args.arch} on {args.dset}: dense accuracy {report.percent(dense_accuracy)}, pattern {self.name}")
-        warn_if_far(dense_accuracy, classifier.stated_accuracy)
+        self.pattern = pattern
         if args.masks is not None:
             masks = read_masks(args.masks, Network(self.model).layers, pattern)
             self.pattern = {name: mask for name, mask in masks.items() if layers(name)}
-        self.masked = prune(self.model, None, self.pattern, algo="MP", layers=layers, device=args.device)
-        print(f"pruning {len(self.masked.masks)} layers: {report.kinds(self.masked.masks)}", flush=True)
-        self.common = {
+        measured = {} if args.resume is None else read_metrics(args.resume)
+        self.common = self.measure(measured, classifier.stated_accuracy)
+
+    def measure(self, measured: dict, stated_accuracy: float | None) -> dict:
+        """Accuracies of the dense and of the masked network, unless `measured` holds them, and what is pruned."""
+        args = self.args
+        dense = measured["dense_accuracy"] if measured else self.accuracy(self.model)
+        print(f"{args.arch} on {args.dset}: dense accuracy {screen.percent(dense)}, pattern {self.name}")
+        warn_if_far(dense, stated_accuracy)
+        masked = prune(self.model, None, self.pattern, algo="MP", layers=self.layers, device=args.device)
+        print(f"pruning {len(masked.masks)} layers: {screen.kinds(masked.masks)}", flush=True)
+        return {
             "arch": args.arch,
             "dset": str(args.dset),
             "pattern": self.name,
-            "dense_accuracy": dense_accuracy,
+            "weights_checksum": checksum(self.model.state_dict().values()),
+            "dense_accuracy": dense,
             "dense_sparsity": sparsity(self.model),
-            "masked_accuracy": self.accuracy(self.masked.model),
-            "left_dense": self.masked.left_dense,
+            "masked_accuracy": measured["masked_accuracy"] if measured else self.accuracy(masked.model),
+            "left_dense": masked.left_dense,
         }
 
     def accuracy(self, model: nn.Module) -> float | None:
@@ -134,9 +231,12 @@ class Experiment:
         return evaluate.accuracy(model, self.data.test_batches(self.args.test_batch_size), self.args.device)
 
     def run(self) -> list[dict]:
-        """Every --algo with every --seed, each into a folder of its own."""
-        runs = list(itertools.product(self.args.algo, self.args.seed))
-        return [self.once(algo, seed, self.folder(algo, seed, alone=len(runs) == 1)) for algo, seed in runs]
+        """Every --algo with every --seed, each into a folder of its own; or the one run that goes on."""
+        if self.args.resume is not None:
+            return [self.once(*self.args.run, self.args.resume)]
+        runs = list(itertools.product(dict.fromkeys(self.args.algo), dict.fromkeys(self.args.seed)))
+        folders = [self.folder(algo, seed, alone=len(runs) == 1) for algo, seed in runs]
+        return [self.once(algo, seed, folder) for (algo, seed), folder in zip(runs, folders)]
 
     def folder(self, algo: str, seed: int, alone: bool) -> Path:
         """A new folder for one run: --out_dir itself, or below it where there are several."""
@@ -144,47 +244,112 @@ class Experiment:
         if chosen is not None and not alone:
             chosen = chosen / f"{algo}-seed{seed}"
         pattern = re.sub(r"[^\w]+", "-", self.name)
-        return report.new_folder(chosen, f"{Path(self.args.arch).name}-{pattern}-{algo}-seed{seed}")
+        return run_folder.new_folder(chosen, f"{Path(self.args.arch).name}-{pattern}-{algo}-seed{seed}")
 
     def once(self, algo: str, seed: int, folder: Path) -> dict:
         """One run: prune, evaluate, save, print; returns its metrics."""
-        args, chosen = self.args, options.from_flags(self.args, seed)
+        with run_folder.locked(folder):
+            metrics, images = self.begin(algo, seed, folder)
+            try:
+                pruned = self.prune(algo, seed, folder, images)
+                metrics |= {"accuracy": self.accuracy(pruned.model), "finished": True}
+                metrics = run_folder.save(folder, pruned, metrics)
+                print(screen.summary(metrics, folder), flush=True)
+                conclude(folder)
+            except Interrupted as stopped:
+                run_folder.save(folder, stopped.result, metrics)
+                write_report([folder], folder / "report.html")
+                saved = f"{stopped}: those are saved in {folder}, the other layers are still dense."
+                raise Interrupted(f"{saved} Go on: {resume_command(folder)}", stopped.stop) from None
+            except KeyboardInterrupt as stop:
+                raise Interrupted(f"interrupted. Go on: {resume_command(folder)}", stop) from None
+            except WriteError as full:
+                raise SnowsError(f"{full} Make room, then go on: {resume_command(folder)}") from full
+        return metrics
+
+    def begin(self, algo: str, seed: int, folder: Path) -> tuple[dict, torch.Tensor | None]:
+        """What is known before the first layer, written into the folder or compared with it, and the images."""
+        args = self.args
         images, indices = (None, []) if algo == "MP" else self.data.calibration(args.ngrads, seed, args.mirror)
-        report.write_json(folder / "args.json", {**vars(args), "algo": algo, "seed": seed, "options": vars(chosen)})
-        report.write_json(folder / "environment.json", report.environment(args.device))
-        report.write_json(folder / "calibration.json", {"indices": indices})
-        settings = {**self.common, "algo": algo, "seed": seed, "options": vars(chosen)}
-        progress = report.Progress(f"{algo} {self.name}, seed {seed}")
+        environment = run_folder.environment(args.device)
+        metrics = {
+            **self.common,
+            "algo": algo,
+            "seed": seed,
+            "options": vars(options.from_flags(args, seed)),
+            "calibration_images": len(indices),
+            "calibration_checksum": checksum([] if images is None else [images]),
+            "test_images": len(self.data.test),
+            "finished": False,
+        }
+        if args.resume is not None:
+            check_unchanged(folder, metrics, environment)
+            return metrics, images
+        run_folder.write_json(folder / "environment.json", environment)
+        run_folder.write_json(folder / "calibration.json", {"indices": indices})
+        run_folder.write_json(folder / "metrics.json", metrics)
+        command = {"script": script(), "argv": args.argv, "algo": algo, "seed": seed}
+        run_folder.write_json(folder / "args.json", {**self.settings, **command})  # the last: it makes a run of it
+        return metrics, images
+
+    def prune(self, algo: str, seed: int, folder: Path, images: torch.Tensor | None) -> Pruned:
+        """Prune, keeping every finished layer in the folder and going on behind those that it holds."""
+        args, journal = self.args, Journal(folder)
+        style = "quiet" if args.quiet else "verbose" if args.verbose else ""
+        progress = screen.Progress(f"{algo} {self.name}, seed {seed}", style, earlier=len(journal))
+
+        def keep(step: Step, model: nn.Module) -> None:
+            if args.evaluate_layers:
+                step.record.accuracy = self.accuracy(model)
+            journal.append(step)
+
         try:
-            pruned = prune(
+            return prune(
                 self.model,
                 images,
                 self.pattern,
-                chosen,
+                options.from_flags(args, seed),
                 algo=algo,
                 layers=self.layers,
                 device=args.device,
                 on_layer=progress,
+                on_step=keep,
+                finished=journal,
             )
-        except Interrupted as stopped:
-            report.save(folder, stopped.result, {**settings, "finished": False})
-            raise SnowsError(f"{stopped}: those are saved in {folder}, the other layers are still dense.") from None
+        except RuntimeError as error:
+            if "deterministic" not in str(error):
+                raise
+            raise SnowsError(f"{first_line(error)} Run without --deterministic.") from error
         finally:
             progress.close()
-        metrics = {
-            **settings,
-            "accuracy": self.accuracy(pruned.model),
-            "seconds": pruned.seconds,
-            "curvature_products": pruned.curvature_products,
-            "cg_iterations": sum(layer.cg_iterations for layer in pruned.layers),
-            "peak_memory_bytes": pruned.peak_memory_bytes,
-            "calibration_images": len(indices),
-            "test_images": len(self.data.test),
-            "finished": True,
-        }
-        metrics = report.save(folder, pruned, metrics)
-        print(report.summary(metrics) + f"\n  saved in {folder}", flush=True)
-        return metrics
+
+
+def conclude(folder: Path) -> None:
+    """What is left to do once a run's results are saved: its steps are no longer needed, and its report is drawn."""
+    Journal(folder).clear()
+    write_report([folder], folder / "report.html")
+
+
+def read_metrics(folder: Path) -> dict:
+    """The metrics of a run that was begun."""
+    names = ("dense_accuracy", "masked_accuracy", "weights_checksum", "calibration_checksum")
+    return run_folder.read_json(folder / "metrics.json", *names)
+
+
+def check_unchanged(folder: Path, metrics: dict, environment: dict) -> None:
+    """Refuse to go on with other weights or images than a run began with; warn of another machine or library.
+
+    Raises:
+        UsageError: the checkpoint or the dataset has changed.
+    """
+    before = read_metrics(folder)
+    for what in ("weights", "calibration"):
+        if before[f"{what}_checksum"] != metrics[f"{what}_checksum"]:
+            raise UsageError(f"cannot go on with {folder}: its {what} are not what they were when the run began.")
+    began = run_folder.read_json(folder / "environment.json", *environment)
+    changed = [f"{k} was {began[k]}, now {v}" for k, v in environment.items() if k != "command" and began[k] != v]
+    if changed:
+        print(f"warning: {'; '.join(changed)}: the last bits of the result may differ.", file=sys.stderr)
 
 
 def warn_if_far(measured: float | None, stated: float | None) -> None:
@@ -198,14 +363,35 @@ def warn_if_far(measured: float | None, stated: float | None) -> None:
 
 
 def shell(main: Callable[[], object]) -> None:
-    """Run a script's main: an error that the user can mend ends in one line; 2 is wrong usage, 130 is Ctrl-C."""
+    """Run a script's main: every error ends in one line. 2 is wrong usage, 130 Ctrl-C, 143 SIGTERM, 1 the rest."""
     memory.keep_freed_memory()
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main()
     except SnowsError as error:
-        stopped = isinstance(error.__context__, Interrupted)
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(130 if stopped else 2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was solved yet", file=sys.stderr)
-        sys.exit(130)
+        fail(str(error), error.exit_code)
+    except KeyboardInterrupt as stop:
+        fail("interrupted", exit_code(stop))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else flushing it fails once more at the exit
+        fail("nobody reads the output any more", 1)
+    except OSError as error:
+        fail(str(error).strip().splitlines()[-1], 1)  # a loading process puts its traceback above it
+    except MemoryError as error:
+        fail(f"out of memory. {error}", 1)
+    except OverflowError as error:
+        fail(f"a number is too large: {error}", 2)
+    except Exception as error:
+        if "--verbose" in sys.argv:
+            traceback.print_exc()
+        fail(f"unexpected {type(error).__name__}: {first_line(error)} (a defect; --verbose shows where)", 1)
+
+
+def fail(message: str, code: int) -> None:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def terminate(*_) -> None:
+    """The handler of SIGTERM."""
+    raise Terminated

@@ -18,7 +18,7 @@ from snows.memory import forget_peak, peak_memory
 from snows.objective import reconstruction
 from snows.options import Options
 from snows.preconditioner import can_factor, row_inverses
-from snows.solver import Solution, solve
+from snows.solver import Solution, check_finite, solve
 
 log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
 
@@ -45,6 +45,20 @@ class LayerRecord:
     products: float = 0.0  # curvature products, in units of the whole calibration set
     seconds: float = 0.0
     peak_memory_bytes: int = 0  # of the device, while this layer was solved
+    batch_size: int = 0  # images in the largest micro-batch, once it fitted the memory
+    residuals: list[list[float]] = field(default_factory=list)  # relative, one list per CG solve
+    problem: str = ""  # why the layer kept its masked (or warm-started) weights, if it did
+    accuracy: float | None = None  # percent, of the network as it stood behind this layer, where it was measured
+
+
+@dataclass
+class Step:
+    """A finished layer: what is written into the network, and how it was found. A job can go on from these alone."""
+
+    record: LayerRecord
+    mask: Tensor
+    weight: Tensor
+    shift: Tensor | None = None  # (out,), added to the layer's bias, where biases are solved too
 
 
 @dataclass
@@ -68,6 +82,11 @@ class Pruned:
         return sum(layer.products for layer in self.layers)
 
     @property
+    def problems(self) -> dict[str, str]:
+        """The layers that kept their masked (or warm-started) weights, and why."""
+        return {layer.name: layer.problem for layer in self.layers if layer.problem}
+
+    @property
     def peak_memory_bytes(self) -> int:
         """The most that any layer needed."""
         return max((layer.peak_memory_bytes for layer in self.layers), default=0)
@@ -75,8 +94,12 @@ class Pruned:
 
 def sparsity(model: nn.Module) -> float:
     """Share of a model's parameters that are exactly zero."""
-    zeros = sum((p == 0).sum().item() for p in model.parameters())
-    return zeros / sum(p.numel() for p in model.parameters())
+    return sum((p == 0).sum().item() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
+
+
+def zeros(weight: Tensor) -> float:
+    """Share of a weight's entries that are exactly zero."""
+    return (weight == 0).double().mean().item()
 
 
 def prune(
@@ -90,6 +113,8 @@ def prune(
     solver: Callable[..., Solution] = solve,
     device: torch.device | str = "cpu",
     on_layer: Callable[[LayerRecord, int], None] = lambda record, layers: None,
+    on_step: Callable[[Step, nn.Module], None] = lambda step, model: None,
+    finished: Iterable[Step] = (),
 ) -> Pruned:
     """Prune a classifier in one shot and re-solve its surviving weights (the paper's SNOWS).
 
@@ -102,48 +127,49 @@ def prune(
     layers: which layers to prune, by name; the others stay dense.
     solver: minimises one layer's objective on its support; yours, with the arguments of snows.solver.solve.
     on_layer: called with each finished layer's record and the number of layers to prune.
+    on_step: called with each layer just solved, to be kept, and the pruned model as it stands.
+    finished: the steps that `on_step` was given by an earlier call with the same arguments, in order; they are written
+        back instead of solved again, and the job goes on behind the last one, to the same result.
+
+    A layer whose loss, gradient, products or solution are not finite keeps its masked (or warm-started) weights; its
+    record says so, and the job goes on.
 
     Raises:
         TraceError: the model cannot be traced.
-        UsageError: the pattern, the masks or the calibration images do not fit the model.
+        UsageError: the pattern, the masks or the calibration images do not fit the model, or `finished` is another's.
         Interrupted: Ctrl-C; its `result` holds the finished layers, the others still dense.
     """
     started = time.perf_counter()
-    options = options or Options()
+    options, earlier = options or Options(), 0.0
     if algo not in ALGORITHMS:
         raise UsageError(f"algorithm '{algo}' is not one of {', '.join(ALGORITHMS)}.")
     if algo == "MP+":
         options = options.but(**LEAST_SQUARES)
     network = Network(model, device)
     selection = select(network, pattern, layers)
-    result = Pruned(copy.deepcopy(model), {}, left_dense={**network.refused, **selection.left_dense})
-    stages = [pattern]
+    stages = [pattern] if algo == "MP" else sweeps(pattern, options)
     if algo == "MP":
         steps = masked_only(network, selection.masks)
     else:
-        stages = sweeps(pattern, options)
-        batches = micro_batches(network, calibration, options.batch_size)
-        steps = layer_by_layer(network, stages, layers, batches, options, solver, device)
-    forget_peak(device)
-    layer_started = time.perf_counter()
+        streams = Streams(network, micro_batches(network, calibration, options.batch_size), device)
+        steps = layer_by_layer(streams, stages, layers, options, solver, iter(finished))
+    result = Pruned(copy.deepcopy(model), {}, left_dense={**network.refused, **selection.left_dense})
     try:
-        for sweep, layer, mask, solution in steps:
+        for layer, step, solved in steps:
             for owner in (network.model, result.model):
-                write(owner, layer, solution)
-            result.masks[layer.name] = mask
-            now = time.perf_counter()
-            result.layers.append(describe(layer, sweep, solution, now - layer_started, peak_memory(device)))
-            forget_peak(device)
-            on_layer(result.layers[-1], len(selection.masks) * len(stages))
-            layer_started = now
-    except KeyboardInterrupt:
-        raise Interrupted(result) from None
+                write(owner, layer, step)
+            result.masks[layer.name] = step.mask
+            result.layers.append(step.record)
+            if solved:
+                on_step(step, result.model)
+            else:
+                earlier += step.record.seconds
+            on_layer(step.record, len(selection.masks) * len(stages))
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"interrupted after {len(result.layers)} layers", stop, result) from None
     finally:
-        result.seconds = time.perf_counter() - started
+        result.seconds = earlier + time.perf_counter() - started
     return result
-
-
-Step = tuple[int, Layer, Tensor, Solution]  # sweep, layer, mask, and the new weight, which the caller writes back
 
 
 def sweeps(pattern: Pattern | Masks, options: Options) -> list[Pattern | Masks]:
@@ -152,47 +178,138 @@ def sweeps(pattern: Pattern | Masks, options: Options) -> list[Pattern | Masks]:
     return [*on_the_way, *[pattern] * options.sweeps]
 
 
-def masked_only(network: Network, masks: Masks) -> Iterator[Step]:
+def masked_only(network: Network, masks: Masks) -> Iterator[tuple[Layer, Step, bool]]:
     """Every layer with its mask applied and nothing solved."""
     for layer in network.layers:
         if layer.name in masks:
             mask = masks[layer.name]
-            yield 0, layer, mask, Solution(network.model.get_parameter(layer.parameter) * mask)
+            weight = masked(network, layer, mask)
+            yield layer, Step(LayerRecord(layer.name, 0, tuple(layer.shape), zeros(weight)), mask, weight), False
+
+
+def masked(network: Network, layer: Layer, mask: Tensor) -> Tensor:
+    """A layer's weight where its mask keeps it, else zero, even where it was NaN."""
+    return network.model.get_parameter(layer.parameter).where(mask, 0)
+
+
+class Streams:
+    """The calibration images on their way through the pruned and the dense network, cut again when memory runs out."""
+
+    def __init__(self, network: Network, batches: list[Tensor], device: torch.device | str):
+        self.network, self.batches, self.device = network, batches, device
+        self.dense_model = copy.deepcopy(network.model)
+        self.restart()
+
+    def restart(self) -> None:
+        """Both streams at the start of the line, for a new sweep."""
+        models = (self.network.model, self.dense_model)
+        self.sparse, self.dense = (Stream(self.network, model, self.batches, self.device) for model in models)
+
+    def advance(self, layer: Layer) -> None:
+        """Both streams up to a layer."""
+        self.sparse.advance(layer.node)
+        self.dense.advance(layer.node)
+
+    @property
+    def batch_size(self) -> int:
+        """Images in the largest micro-batch."""
+        return max(len(batch) for batch in self.batches)
+
+    def halve(self) -> None:
+        """Cut every micro-batch in two and start again."""
+        half = (self.batch_size + 1) // 2
+        self.batches = [part for batch in self.batches for part in batch.split(half)]
+        self.restart()
+
+    def shrink(self, batch_size: int) -> None:
+        """Cut the micro-batches as running out of memory once cut them."""
+        while self.batch_size > batch_size:
+            self.halve()
 
 
 def layer_by_layer(
-    network: Network,
+    streams: Streams,
     stages: list[Pattern | Masks],
     layers: Callable[[str], bool],
-    batches: list[Tensor],
     options: Options,
     solver: Callable[..., Solution],
-    device: torch.device | str,
-) -> Iterator[Step]:
+    finished: Iterator[Step],
+) -> Iterator[tuple[Layer, Step, bool]]:
     """Solve the layers in execution order, each on the pruned network as it stands, in a sweep for each stage.
 
     A new stage's masks are chosen from the weights as the last one left them: its zeros, the smallest, stay zeros.
+    Yields each layer, its step, and whether it was solved now or taken from `finished`. The caller writes each new
+    weight back before it asks for the next.
     """
-    dense_model, masks = copy.deepcopy(network.model), {}
+    masks = {}
     for sweep, stage in enumerate(stages):
         if sweep == 0 or stage is not stages[sweep - 1]:
-            masks = select(network, stage, layers).masks
+            masks = select(streams.network, stage, layers).masks
         if sweep > 0:
             options = options.but(w_warm=False)
-        streams = [Stream(network, model, batches, device) for model in (network.model, dense_model)]
-        for layer in (each for each in network.layers if each.name in masks):
-            solution, mask = None, masks[layer.name]
-            while solution is None:
-                try:
-                    solution = solve_layer(layer, mask, *streams, options, solver)
-                except (RuntimeError, MemoryError) as error:
-                    batches = halved(batches, layer, error)
-                    streams = [Stream(network, model, batches, device) for model in (network.model, dense_model)]
-            yield sweep, layer, mask, solution
+            streams.restart()
+        for layer in (each for each in streams.network.layers if each.name in masks):
+            step, mask = next(finished, None), masks[layer.name]
+            if step is None:
+                yield layer, timed_step(layer, sweep, mask, streams, options, solver), True
+            else:
+                check_finished(step, layer, sweep, mask)
+                streams.shrink(step.record.batch_size)
+                yield layer, step, False
 
 
-def halved(batches: list[Tensor], layer: Layer, error: Exception) -> list[Tensor]:
-    """The micro-batches cut in two, where `error` says that they need too much memory; else it is raised.
+def check_finished(step: Step, layer: Layer, sweep: int, mask: Tensor) -> None:
+    """Refuse a finished layer of another job.
+
+    Raises:
+        UsageError: it is another layer, or has another mask than this job would give it.
+    """
+    record = step.record
+    if (record.name, record.sweep) != (layer.name, sweep) or not step.mask.to(mask.device).equal(mask):
+        raise UsageError(
+            f"cannot go on: layer {layer.name} (sweep {sweep + 1}) is due, with its mask, and layer {record.name} "
+            f"(sweep {record.sweep + 1}) is what was finished, or its mask differs. The network, its weights or the "
+            f"masks are not those that the run began with."
+        )
+
+
+def timed_step(
+    layer: Layer, sweep: int, mask: Tensor, streams: Streams, options: Options, solver: Callable[..., Solution]
+) -> Step:
+    """Solve a layer, in micro-batches that fit the memory, and record what it took."""
+    started = time.perf_counter()
+    forget_peak(streams.device)
+    solution = None
+    while solution is None:
+        try:
+            solution = solve_layer(layer, mask, streams, options, solver)
+        except (RuntimeError, MemoryError) as error:
+            check_out_of_memory(error, layer, streams.batch_size)
+            streams.halve()
+            log.warning(
+                "out of memory at layer %s: going on with micro-batches of %d images", layer.name, streams.batch_size
+            )
+    record = LayerRecord(
+        layer.name,
+        sweep,
+        tuple(layer.shape),
+        zeros(solution.weight),
+        solution.loss_before,
+        solution.loss_after,
+        solution.newton_steps,
+        solution.cg_iterations,
+        solution.products,
+        time.perf_counter() - started,
+        peak_memory(streams.device),
+        streams.batch_size,
+        solution.residuals,
+        solution.problem,
+    )
+    return Step(record, mask, solution.weight, solution.shift)
+
+
+def check_out_of_memory(error: Exception, layer: Layer, batch_size: int) -> None:
+    """Raise `error` again unless smaller micro-batches can mend it.
 
     Raises:
         SnowsError: single images do not fit either.
@@ -200,40 +317,42 @@ def halved(batches: list[Tensor], layer: Layer, error: Exception) -> list[Tensor
     # On a GPU torch raises its own error; on a CPU a RuntimeError of the allocator, or Python raises MemoryError.
     if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
         raise error
-    size = max(len(batch) for batch in batches)
-    if size == 1:
+    if batch_size == 1:
         raise SnowsError(f"out of memory at layer {layer.name} with one image at a time: lower --k_step.") from error
-    log.warning("out of memory at layer %s: going on with micro-batches of %d images", layer.name, (size + 1) // 2)
-    return [half for batch in batches for half in batch.split((size + 1) // 2)]
 
 
 def solve_layer(
-    layer: Layer, mask: Tensor, sparse: Stream, dense: Stream, options: Options, solver: Callable[..., Solution]
+    layer: Layer, mask: Tensor, streams: Streams, options: Options, solver: Callable[..., Solution]
 ) -> Solution:
     """Advance both streams to a layer and solve it on its support, from its masked weight; nothing is written back."""
-    for stream in (sparse, dense):
-        stream.advance(layer.node)
-    start = sparse.model.get_parameter(layer.parameter) * mask
+    streams.advance(layer)
+    network, sparse, dense = streams.network, streams.sparse, streams.dense
+    start = masked(network, layer, mask)
     if options.w_warm:
-        start = solve_layer(layer, mask, sparse, dense, options.but(**LEAST_SQUARES), solve).weight
+        start = solve_layer(layer, mask, streams, options.but(**LEAST_SQUARES), solve).weight
     objective = reconstruction(
         layer, sparse, dense, options.k_step, options.targets, options.depth_weights, options.curvature, options.biases
     )
     unknown, support = objective.join(start), objective.join(mask, True)
     precondition = None
-    if options.preconditioner == "rows" and can_factor(sparse.network, layer):
+    if options.preconditioner == "rows" and can_factor(network, layer):
         precondition = row_inverses(objective, unknown, support, options.seed)
-    solution = solver(
-        objective,
-        unknown,
-        support,
-        precondition,
-        newton_steps=options.newton_steps,
-        max_CG_iterations=options.max_CG_iterations,
-        cg_tolerance=options.cg_tolerance,
-        damping=options.damping,
-        batching=options.batching,
-    )
+    try:
+        solution = solver(
+            objective,
+            unknown,
+            support,
+            precondition,
+            newton_steps=options.newton_steps,
+            max_CG_iterations=options.max_CG_iterations,
+            cg_tolerance=options.cg_tolerance,
+            damping=options.damping,
+            batching=options.batching,
+        )
+        check_finite(solution.weight, "the solution")
+    except FloatingPointError as error:
+        log.warning("layer %s keeps its masked weights: %s", layer.name, error)
+        solution = Solution(unknown, problem=str(error))
     solution.weight, shift = objective.split(solution.weight)
     if shift is not None:  # the bias behind a BatchNorm sees it scaled
         scale = objective.window.output_scale()
@@ -242,12 +361,12 @@ def solve_layer(
 
 
 @torch.no_grad()
-def write(model: nn.Module, layer: Layer, solution: Solution) -> None:
-    """Write a solved layer into a model."""
-    model.get_parameter(layer.parameter).copy_(solution.weight)
-    if solution.shift is not None:
+def write(model: nn.Module, layer: Layer, step: Step) -> None:
+    """Write a finished layer into a model."""
+    model.get_parameter(layer.parameter).copy_(step.weight)
+    if step.shift is not None:
         bias = model.get_parameter(layer.bias)
-        bias.add_(solution.shift.to(bias.device))
+        bias.add_(step.shift.to(bias.device))
 
 
 def select(network: Network, pattern: Pattern | Masks, layers: Callable[[str], bool]) -> Selection:
@@ -270,7 +389,8 @@ def select(network: Network, pattern: Pattern | Masks, layers: Callable[[str], b
 
 def micro_batches(network: Network, calibration: Tensor | Iterable, batch_size: int) -> list[Tensor]:
     """The calibration images in micro-batches, the last one short, once they are known to run through the line."""
-    batches = list(gather(calibration).split(batch_size))
+    images = gather(calibration)
+    batches = list(images.split(min(batch_size, len(images))))
     check(network, batches[0].to(next(network.model.parameters()).device))
     return batches
 
@@ -296,21 +416,6 @@ def check(network: Network, images: Tensor) -> None:
     line = Stream(network, network.model, [images], images.device)
     line.advance(network.nodes[-1])
     ours, own = line[0][network.output], network.model(images)
-    if not torch.allclose(ours, own, rtol=1e-3, atol=1e-3 * own.abs().max().item()):
+    tolerance = 1e-3 * own.nan_to_num(0, 0, 0).abs().max().item()
+    if not torch.allclose(ours, own, rtol=1e-3, atol=tolerance, equal_nan=True):
         raise TraceError("the traced model computes something else than the model: its forward pass depends on data.")
-
-
-def describe(layer: Layer, sweep: int, solution: Solution, seconds: float, peak_memory: int) -> LayerRecord:
-    return LayerRecord(
-        layer.name,
-        sweep,
-        tuple(layer.shape),
-        (solution.weight == 0).double().mean().item(),
-        solution.loss_before,
-        solution.loss_after,
-        solution.newton_steps,
-        solution.cg_iterations,
-        solution.products,
-        seconds,
-        peak_memory,
-    )

@@ -11,7 +11,7 @@ from torch import nn
 
 from snows.classifier import Classifier, from_library, load_checkpoint, with_statistics
 from snows.data import DATASETS, Data, load
-from snows.errors import SnowsError, UsageError
+from snows.errors import SnowsError, UsageError, first_line
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 Known = dict[str, Callable[[bool], Classifier]]  # name -> builder, told whether the weights are wanted
@@ -69,4 +69,19 @@ def load_data(args: argparse.Namespace, classifier: Classifier) -> Data:
         args.dset = dataset if dataset in DATASETS else "imagenet"
     if args.dset == "digits" and not args.arch.endswith("_digits"):
         raise UsageError("the digits are 8 x 8 grey images, which only the networks named ..._digits take.")
-    return load(args.dset, classifier.transform, args.data_dir, args.num_workers)
+    data = load(args.dset, classifier.transform, args.data_dir, args.num_workers)
+    check_fits(classifier.model, data, f"the images of {args.dset} do not fit {args.arch}")
+    return data
+
+
+@torch.no_grad()
+def check_fits(model: nn.Module, data: Data, complaint: str) -> None:
+    """Run one image through the network.
+
+    Raises:
+        UsageError: it cannot take it: another number of channels or pixels.
+    """
+    try:
+        model.eval()(data.train[0][0][None])
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UsageError(f"{complaint}: {first_line(error)}") from error

@@ -1,206 +1,200 @@
-"""What a run leaves: the table on the screen and a folder that loads back.
+"""A page that shows how a run went, or how several compare: one file that needs nothing besides itself.
 
-args.json  environment.json  metrics.json  layers.csv  calibration.json  model.safetensors  masks.safetensors
+    python -m snows.report RUN_DIR [RUN_DIR ...] [--out FILE]
+
+With one run folder it writes report.html into it, as every run does at its end; with several, comparison.html.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
-import platform
-import re
-import sys
-import time
-from collections import Counter
+import argparse
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
-import safetensors.torch
-import timm
-import torch
-import torchvision
-from torch import nn
-from tqdm import tqdm
+from snows import charts
+from snows.errors import UsageError
+from snows.journal import Journal
+from snows.pipeline import LayerRecord
+from snows.run_folder import read_json, write
+from snows.screen import percent
 
-from snows.errors import SnowsError, UsageError
-from snows.masks import Masks
-from snows.pipeline import LayerRecord, Pruned
+STYLE = """
+:root { color: #1c2733; background: #fff; font: 16px/1.5 system-ui, sans-serif; }
+body { margin: 0 auto; padding: 1rem; max-width: 68rem; }
+h1 { font-size: 1.5rem; margin: .5rem 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-top: 1px solid #d5dbe1; padding-top: 1rem; }
+h2.run { font-size: 1.35rem; overflow-wrap: anywhere; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: 1.5rem; }
+figure { margin: 0; } figcaption { font-weight: 600; } svg { width: 100%; height: auto; display: block; }
+.wide { overflow-x: auto; margin: .5rem 0 1.5rem; }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #e6eaee; vertical-align: top; }
+td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.wide td, .wide th { white-space: nowrap; }
+details { margin: .5rem 0; } summary { cursor: pointer; font-weight: 600; }
+.problem { color: #a3341f; }
+"""
 
 
-def new_folder(path: Path | None, name: str) -> Path:
-    """Create the run's folder: `path`, or runs/<name>-<time>.
+@dataclass
+class Run:
+    """What a run folder says of its run, finished or not."""
+
+    name: str
+    metrics: dict
+    arguments: dict
+    environment: dict
+    layers: list[LayerRecord]
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Raises: UsageError: the folder holds no run, or a damaged one."""
+        metrics = read_json(folder / "metrics.json", "arch", "dset", "pattern", "algo", "seed", "finished")
+        arguments, environment = (
+            read_json(folder / "args.json", "argv"),
+            read_json(folder / "environment.json", "torch"),
+        )
+        if metrics["finished"]:
+            layers = [layer_record(folder, values) for values in read_json(folder / "layers.json")]
+        else:
+            layers = [step.record for step in Journal(folder)]
+        return cls(folder.resolve().name, metrics, arguments, environment, layers)
+
+
+def layer_record(folder: Path, values: dict) -> LayerRecord:
+    try:
+        return LayerRecord(**{**values, "shape": tuple(values["shape"])})
+    except (TypeError, KeyError) as error:
+        raise UsageError(f"{folder} holds no run that can be read: layers.json: {error}") from error
+
+
+def page(runs: list[Run]) -> str:
+    """The report of one run, or the comparison of several, as HTML."""
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    body = comparison(runs) if len(runs) > 1 else ""
+    for run in runs:
+        body += (f'<h2 class="run">{escape(run.name)}</h2>' if len(runs) > 1 else "") + report(run)
+    head = f"<title>SNOWS: {escape(title)}</title><style>{STYLE}</style>"
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{head}'
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><h1>{escape(title)}</h1>\n{body}</body></html>\n'
+    )
+
+
+def report(run: Run) -> str:
+    """All there is to see of one run."""
+    metrics, layers = run.metrics, run.layers
+    parts = [f"<p>{escape(sentence(run))}</p>", problems(layers), '<div class="charts">']
+    if metrics.get("dense_accuracy") is not None:
+        parts += [figure("Accuracy", charts.accuracy({run.name: metrics}))]
+    if any(layer.accuracy is not None for layer in layers):
+        parts += [figure("Accuracy after each layer", charts.accuracy_by_layer(layers, metrics))]
+    if any(layer.residuals for layer in layers):
+        parts += [figure("Conjugate gradients", charts.residuals(layers))]
+    parts += ["</div>", "<h2>Layers</h2>", '<div class="charts">']
+    if layers:
+        parts += [figure("Sparsity", charts.sparsity(layers))]
+    if any(layer.products for layer in layers):
+        parts += [
+            figure("Loss", charts.losses(layers)),
+            figure("Products", charts.totals(layers, "products", "curvature products, all sweeps")),
+            figure("Time", charts.totals(layers, "seconds", "seconds, all sweeps")),
+        ]
+    parts += ["</div>", details("Left dense", metrics.get("left_dense", {}))]
+    parts += [details("Settings", {k: v for k, v in run.arguments.items() if k != "argv"})]
+    parts += [details("Environment", run.environment)]
+    return "\n".join(parts)
+
+
+def sentence(run: Run) -> str:
+    """What was run, and how far it came."""
+    m = run.metrics
+    text = f"{m['arch']} on {m['dset']}, {m['pattern']}, {m['algo']}, seed {m['seed']}. "
+    if not m["finished"]:
+        return text + f"Not finished: {len(run.layers)} layers so far."
+    return text + (
+        f"Accuracy {percent(m['accuracy'])}, dense {percent(m['dense_accuracy'])}; {m['sparsity']:.2%} of all "
+        f"parameters are zero. {m['curvature_products']:.0f} curvature products, {m['seconds']:.0f} s."
+    )
+
+
+def problems(layers: list[LayerRecord]) -> str:
+    """The layers that were not solved."""
+    lines = [f"<li>{escape(layer.name)}: {escape(layer.problem)}</li>" for layer in layers if layer.problem]
+    return f'<div class="problem">Kept their masked weights:<ul>{"".join(lines)}</ul></div>' if lines else ""
+
+
+def comparison(runs: list[Run]) -> str:
+    """What several runs reached, side by side, and the settings in which they differ."""
+    names = ("pattern", "algo", "seed", "dense_accuracy", "masked_accuracy", "accuracy", "sparsity")
+    names = (*names, "curvature_products", "seconds")
+    rows = [[run.name, *(show(run.metrics.get(name)) for name in names)] for run in runs]
+    keys = dict.fromkeys(key for run in runs for key in run.arguments if key not in ("argv", "seed", "algo"))
+    differing = [key for key in keys if len({str(run.arguments.get(key)) for run in runs}) > 1]
+    settings = [[key, *(show(run.arguments.get(key)) for run in runs)] for key in differing]
+    labels = unique([run.name for run in runs])
+    parts = [table(["run", *(name.replace("_", " ") for name in names)], rows), '<div class="charts">']
+    if any(run.metrics.get("dense_accuracy") is not None for run in runs):
+        parts += [figure("Accuracy", charts.accuracy(dict(zip(labels, (run.metrics for run in runs)))))]
+    if any(layer.products for run in runs for layer in run.layers):
+        parts += [figure("Loss", charts.losses_of(dict(zip(labels, (run.layers for run in runs)))))]
+    parts += ["</div>"]
+    if settings:
+        parts += ["<h2>Settings that differ</h2>", table(["setting", *labels], settings)]
+    return "\n".join(parts)
+
+
+def unique(names: list[str]) -> list[str]:
+    """The names, numbered where two folders share one."""
+    return [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def figure(caption: str, svg: str) -> str:
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>"
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in header)]
+    lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    return f'<div class="wide"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
+
+
+def details(title: str, values: dict) -> str:
+    """Names and values, folded away."""
+    rows = "".join(f"<tr><th>{escape(key)}</th><td>{escape(show(value))}</td></tr>" for key, value in values.items())
+    return f"<details><summary>{escape(title)}</summary><table>{rows}</table></details>" if rows else ""
+
+
+def show(value: object) -> str:
+    """A value as a reader wants it."""
+    if value is None:
+        return "-"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def write_report(folders: list[Path], out: Path) -> None:
+    """Write the page of these run folders.
 
     Raises:
-        UsageError: the folder holds a run already. SnowsError: it cannot be created.
+        UsageError: one of them holds no run. WriteError: the page cannot be written.
     """
-    path = path or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UsageError(f"{path} exists and is not empty: choose another --out_dir.")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SnowsError(f"cannot create {path}: {error}") from error
-    return path
+    write(out, page([Run.read(folder) for folder in folders]))
 
 
-def environment(device: torch.device | str) -> dict:
-    """Versions and machine, as far as they bear on the figures."""
-    cuda = torch.device(device).type == "cuda"
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "machine": machine(device),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda if cuda else None,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--out", type=Path, help="file to write (default: RUN_DIR/report.html, or comparison.html)")
+    args = parser.parse_args()
+    alone = args.folders[0] / "report.html" if len(args.folders) == 1 else Path("comparison.html")
+    out = args.out or alone
+    write_report(args.folders, out)
+    print(out)
 
 
-def machine(device: torch.device | str = "cpu") -> str:
-    """The processor's name and number of cores, or the GPU's name."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
+if __name__ == "__main__":
+    from snows.experiment import shell
 
-
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: under another name first, then renamed.
-
-    Raises:
-        SnowsError: the disk is full, or the folder cannot be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise SnowsError(
-            f"cannot write {path}: {error}. Make room and run again, or choose another --out_dir."
-        ) from error
-
-
-def write_json(path: Path, record: dict) -> None:
-    write(path, json.dumps(record, indent=2, default=str) + "\n")
-
-
-def save(folder: Path, pruned: Pruned, metrics: dict) -> dict:
-    """Write weights, masks, per-layer records and metrics; returns the metrics with the saved weights' sparsity."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in pruned.model.state_dict().items()}
-    masks = {name: mask.cpu().contiguous() for name, mask in pruned.masks.items()}
-    write(folder / "model.safetensors", safetensors.torch.save(unshared(state)))
-    write(folder / "masks.safetensors", safetensors.torch.save(masks))
-    write(folder / "layers.csv", csv_text(layer_rows(pruned.layers)))
-    saved = safetensors.torch.load_file(folder / "model.safetensors")
-    names = [name for name, _ in pruned.model.named_parameters()]
-    zeros = sum((saved[name] == 0).sum().item() for name in names)
-    metrics = {**metrics, "sparsity": zeros / sum(saved[name].numel() for name in names)}
-    write_json(folder / "metrics.json", metrics)
-    return metrics
-
-
-def unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies where two names share memory (tied weights), which safetensors refuses."""
-    seen, result = set(), {}
-    for name, tensor in state.items():
-        pointer = tensor.data_ptr()
-        result[name] = tensor.clone() if pointer in seen else tensor
-        seen.add(pointer)
-    return result
-
-
-def layer_rows(records: list[LayerRecord]) -> list[dict]:
-    """One row per layer: the losses of each sweep (the first without a number), the effort summed over sweeps."""
-    rows = {}
-    for record in records:
-        values = asdict(record)
-        sweep = values.pop("sweep")
-        row = rows.setdefault(record.name, {**values, "shape": "x".join(map(str, record.shape))})
-        if sweep > 0:
-            row["sparsity"] = record.sparsity
-            row |= {f"{loss}_{sweep + 1}": values[loss] for loss in ("loss_before", "loss_after")}
-            for effort in ("newton_steps", "cg_iterations", "products", "seconds"):
-                row[effort] += values[effort]
-            row["peak_memory_bytes"] = max(row["peak_memory_bytes"], record.peak_memory_bytes)
-    return list(rows.values())
-
-
-def csv_text(rows: list[dict]) -> str:
-    """Rows as CSV; the columns are those of any row."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def load(folder: str | Path, model: nn.Module) -> tuple[nn.Module, Masks]:
-    """Load a run folder's weights into `model`, a network of the same architecture; returns it and the masks.
-
-    Raises:
-        SnowsError: a file is missing or damaged, or the weights do not fit the model.
-    """
-    folder = Path(folder)
-    try:
-        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
-        return model, safetensors.torch.load_file(folder / "masks.safetensors")
-    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-        raise SnowsError(f"cannot load {folder}: {error}") from error
-
-
-class Progress:
-    """A bar over the layers, and a line for each that is finished."""
-
-    def __init__(self, name: str):
-        self.bar = tqdm(desc=name, unit="layer", dynamic_ncols=True, file=sys.stdout, disable=not sys.stdout.isatty())
-
-    def __call__(self, layer: LayerRecord, layers: int) -> None:
-        line = f"  {layer.name:<28} {layer.sparsity:6.1%} zero"
-        if layer.products:
-            line += f"   loss {layer.loss_before:9.3g} -> {layer.loss_after:9.3g}"
-            line += f"   {layer.newton_steps} steps, {layer.cg_iterations:3d} CG iterations, {layer.seconds:6.1f} s"
-        tqdm.write(line, file=sys.stdout)
-        self.bar.total = layers
-        self.bar.update()
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def percent(accuracy: float | None) -> str:
-    return "not measured" if accuracy is None else f"{accuracy:.2f} %"
-
-
-def kinds(names: Iterable[str]) -> str:
-    """Layer names, those that differ in numbers alone put together: "blocks.*.mlp.fc1 (12), head"."""
-    counts = Counter(re.sub(r"\d+(?=.*\.)", "*", name) for name in names)
-    return ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in counts.items())
-
-
-def summary(metrics: dict) -> str:
-    """The closing table: dense, masked only, pruned; time; what was left dense."""
-    rows = [("dense", "dense_accuracy", "dense_sparsity"), ("masked only", "masked_accuracy", "sparsity")]
-    if metrics["algo"] != "MP":
-        rows.append((metrics["algo"], "accuracy", "sparsity"))
-    lines = ["", f"  {'':<12} {'accuracy':>12} {'zeros':>9}"]
-    lines += [f"  {name:<12} {percent(metrics[acc]):>12} {metrics[zeros]:9.2%}" for name, acc, zeros in rows]
-    lines += ["", f"  {metrics['seconds']:.0f} s, {metrics['curvature_products']:.0f} curvature products"]
-    if metrics["left_dense"]:
-        reasons = {reason: [] for reason in metrics["left_dense"].values()}
-        for name, reason in metrics["left_dense"].items():
-            reasons[reason].append(name)
-        lines += ["  left dense:", *(f"    {kinds(names)}: {reason}" for reason, names in reasons.items())]
-    return "\n".join(lines)
+    shell(main)

@@ -52,9 +52,12 @@ def conjugate_gradients(
 
     Stops at the first direction whose curvature is not positive and returns what it has; if that is the very first
     direction, it returns a step along it, scaled by the size of its curvature.
+
+    Raises:
+        FloatingPointError: the right side, a product or a preconditioned residual is NaN or infinite.
     """
     x, bx, r = torch.zeros_like(right_side), torch.zeros_like(right_side), right_side
-    norm = right_side.norm()
+    norm = check_finite(right_side.norm(), "the gradient")
     if not norm > 0:
         return CGResult(x, bx, [])
     precondition = precondition or (lambda residual: residual)
@@ -70,11 +73,15 @@ def conjugate_gradients(
         next_r = r - alpha * (bp + shift * p)
         # The only values that the host waits for, once an iteration.
         steepness, residual = torch.stack([damped, next_r.norm() / norm]).tolist()
+        if not math.isfinite(steepness):
+            raise FloatingPointError("a curvature product is not finite")
         if not steepness > 0:
-            if not residuals and math.isfinite(steepness):
+            if not residuals:
                 alpha = rz / abs(steepness) if steepness else torch.ones_like(rz)
                 x, bx = alpha * p, alpha * bp
             return CGResult(x, bx, residuals, negative_curvature=True)
+        if not math.isfinite(residual):
+            raise FloatingPointError("the step is not finite")
         x, bx, r = x + alpha * p, bx + alpha * bp, next_r
         residuals.append(residual)
         if residual <= tolerance:
@@ -87,6 +94,17 @@ def conjugate_gradients(
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.flatten(), b.flatten())
+
+
+def check_finite(value: Tensor, what: str) -> Tensor:
+    """The value, if it holds no NaN and no infinity.
+
+    Raises:
+        FloatingPointError: it does.
+    """
+    if not value.isfinite().all():
+        raise FloatingPointError(f"{what} is not finite")
+    return value
 
 
 @dataclass
@@ -120,6 +138,7 @@ class Solution:
     cg_iterations: int = 0
     products: float = 0.0  # curvature products, in units of the whole calibration set
     residuals: list[list[float]] = field(default_factory=list)  # of each CG solve
+    problem: str = ""  # why nothing was solved, if so
 
 
 def solve(
@@ -138,8 +157,11 @@ def solve(
 
     batching: False takes every Newton step on the whole calibration set; True takes one step for each micro-batch in
         turn, `newton_steps` times over.
+
+    Raises:
+        FloatingPointError: the loss, its gradient, a product or a preconditioned residual is NaN or infinite.
     """
-    before = objective.loss(weight).item()
+    before = check_finite(objective.loss(weight), "the loss").item()
     result = Solution(weight, None, before, before)
     parts = [objective.on_batch(i) for i in range(len(objective))] if batching else [objective]
     for _ in range(newton_steps):

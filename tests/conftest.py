@@ -1,4 +1,5 @@
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -54,3 +55,35 @@ def tiny():
 @pytest.fixture
 def images():
     return torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+class Script:
+    """Runs a script of either folder as the shell would, but in this process."""
+
+    def __init__(self, monkeypatch, capsys):
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def ended(self, path, *flags):
+        """((stdout, stderr), exit code)"""
+        with self.monkeypatch.context() as patched:
+            patched.setattr(sys, "argv", [str(ROOT / path), *map(str, flags)])
+            patched.setattr(sys, "path", [str((ROOT / path).parent), *sys.path])
+            for module in {path.stem for path in ROOT.glob("*_pruning/*.py")} & set(sys.modules):
+                patched.delitem(sys.modules, module)  # both folders have a utils.py
+            try:
+                runpy.run_path(str(ROOT / path), run_name="__main__")
+                code = 0
+            except SystemExit as exit:
+                code = exit.code
+        return self.capsys.readouterr(), code
+
+    def __call__(self, path, *flags, code=0):
+        """(stdout, stderr) of a script that must end with `code`."""
+        captured, ended = self.ended(path, *flags)
+        assert ended == code, captured.err
+        return captured
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    return Script(monkeypatch, capsys)

@@ -280,3 +280,102 @@ def test_a_schedule_reaches_the_target_through_nested_masks(tiny, images):
     again = snows.prune(tiny, images, own, options)  # masks of the caller's own stay as they are
     assert all(torch.equal(again.masks[name], mask) for name, mask in own.items())
     assert len(again.layers) == 2 * len(own)
+
+
+@pytest.mark.parametrize("solved", [0, 3, 6])
+@pytest.mark.parametrize("pattern", [snows.NM(1, 2), snows.Unstructured(0.6)], ids=str)
+def test_a_job_goes_on_from_its_finished_steps_to_the_same_bits(tiny, images, pattern, solved):
+    """Through two sweeps and a schedule, whose masks are chosen from the weights on the way, and solved biases."""
+    options, steps, names = fast(schedule=1, sweeps=2, w_warm=True), [], []
+    whole = snows.prune(tiny, images, pattern, options, on_step=lambda step, model: steps.append(step))
+    assert len(steps) == len(whole.layers) > 6
+    again = snows.prune(
+        tiny, images, pattern, options, finished=steps[:solved], on_step=lambda step, _: names.append(step.record.name)
+    )
+    assert names == [step.record.name for step in steps[solved:]]
+    state = whole.model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.model.state_dict().items())
+    assert all(torch.equal(mask, whole.masks[name]) for name, mask in again.masks.items())
+    assert again.layers[:solved] == whole.layers[:solved]
+
+
+def test_a_job_goes_on_with_the_micro_batches_that_fitted(tiny, images, monkeypatch):
+    linearise, steps = snows.objective.Objective.linearise, []
+
+    def small_memory(objective, weight):
+        if max(len(batch.targets[0]) for batch in objective.batches) > 2:
+            raise MemoryError
+        return linearise(objective, weight)
+
+    options = snows.Options(batch_size=5)
+    with monkeypatch.context() as patched:
+        patched.setattr(snows.objective.Objective, "linearise", small_memory)
+        whole = snows.prune(tiny, images, snows.NM(1, 2), options, on_step=lambda step, model: steps.append(step))
+    assert [step.record.batch_size for step in steps] == [2] * len(steps)
+    again = snows.prune(tiny, images, snows.NM(1, 2), options, finished=steps[:2])
+    assert [layer.batch_size for layer in again.layers] == [2] * len(steps)
+    state = whole.model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.model.state_dict().items())
+
+
+def test_finished_steps_of_another_job_are_refused(tiny, images):
+    steps = []
+    snows.prune(tiny, images, snows.NM(1, 2), fast(), on_step=lambda step, model: steps.append(step))
+    with pytest.raises(snows.UsageError, match="is due, with its mask, and layer grouped"):
+        snows.prune(tiny, images, snows.NM(1, 2), fast(), finished=steps[1:])
+    steps[0].mask = ~steps[0].mask
+    with pytest.raises(snows.UsageError, match="or its mask differs"):
+        snows.prune(tiny, images, snows.NM(1, 2), fast(), finished=steps)
+
+
+def broken_from(name, what, bad):
+    """A solver to which one layer's loss, gradient, product, preconditioner or solution is not finite."""
+
+    def broken(objective, weight, mask, precondition, **settings):
+        if objective.window.layer.name == name:
+            if what == "loss":
+                objective.coefficients = [bad] * len(objective.coefficients)
+            elif what == "step":
+                precondition = lambda residual: residual * bad  # noqa: E731
+            elif what in ("gradient", "product"):
+                linearise = objective.linearise
+
+                def spoil(at):
+                    here = linearise(at)
+                    if what == "gradient":
+                        here.gradient[0] = bad
+                    else:
+                        here.product = lambda vector: vector * bad
+                    return here
+
+                objective.linearise = spoil
+        solution = snows.solver.solve(objective, weight, mask, precondition, **settings)
+        if what == "solution" and objective.window.layer.name == name:
+            solution.weight = solution.weight * bad
+        return solution
+
+    return broken
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("what", ["loss", "gradient", "product", "step", "solution"])
+def test_what_is_not_finite_leaves_one_layer_masked_and_the_job_goes_on(tiny, images, what, bad, caplog):
+    solver = broken_from("grouped", what, bad)
+    pruned = snows.prune(tiny, images, snows.NM(1, 2), fast(sweeps=1), solver=solver)
+    assert list(pruned.problems) == ["grouped"]
+    assert "not finite" in pruned.problems["grouped"]
+    assert "layer grouped keeps its masked weights" in caplog.text
+    mask = pruned.masks["grouped"]
+    assert torch.equal(pruned.model.grouped.weight, tiny.grouped.weight * mask)
+    for layer in pruned.layers:
+        assert layer.name == "grouped" or layer.loss_after < layer.loss_before
+    assert all(p.isfinite().all() for p in pruned.model.parameters())
+
+
+def test_a_nan_among_the_weights_is_reported_and_the_job_ends(tiny, images):
+    with torch.no_grad():
+        tiny.gate.weight[0, 0] = float("nan")
+    pruned = snows.prune(tiny, images, snows.NM(1, 2), fast(sweeps=1, k_step=1))
+    assert [layer.name for layer in pruned.layers if not layer.problem] == ["stem", "grouped"]
+    assert set(pruned.problems) == {"gate", "fc"}
+    assert all("the loss is not finite" in problem for problem in pruned.problems.values())

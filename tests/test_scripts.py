@@ -2,7 +2,6 @@
 
 import csv
 import json
-import runpy
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from conftest import ROOT
 from resnet_cifar import ResNet
 from torch import nn
 
-from snows import report
+from snows import run_folder
 from snows.data import Data, normalised, npz
 
 FAST = ["--k_step", "1", "--newton_steps", "1", "--max_CG_iterations", "2", "--ngrads", "6", "--batch_size", "4"]
@@ -27,27 +26,6 @@ def shell(script, *flags, cwd=ROOT):
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-@pytest.fixture
-def script(monkeypatch, capsys):
-    """Runs a script of either folder as the shell would, but in this process: (stdout, stderr)."""
-
-    def run(path, *flags, code=0):
-        monkeypatch.setattr(sys, "argv", [path, *map(str, flags)])
-        monkeypatch.setattr(sys, "path", [str((ROOT / path).parent), *sys.path])
-        for module in {path.stem for path in ROOT.glob("*_pruning/*.py")} & set(sys.modules):
-            monkeypatch.delitem(sys.modules, module)  # both folders have a utils.py
-        try:
-            runpy.run_path(str(ROOT / path), run_name="__main__")
-            ended = 0
-        except SystemExit as exit:
-            ended = exit.code
-        captured = capsys.readouterr()
-        assert ended == code, captured.err
-        return captured
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +63,7 @@ def test_the_default_prunes_the_network_that_ships_and_its_folder_loads_back(tmp
         assert float(layer["loss_after_2"]) <= float(layer["loss_before_2"])
         assert int(layer["cg_iterations"]) == 4  # two in each sweep
 
-    model, masks = report.load(tmp_path / "run", ResNet(20, 10, channels=1))
+    model, masks = run_folder.load(tmp_path / "run", ResNet(20, 10, channels=1))
     zeros = sum((p == 0).sum().item() for p in model.parameters())
     assert zeros / sum(p.numel() for p in model.parameters()) == metrics["sparsity"]
     for name, mask in masks.items():
@@ -199,6 +177,11 @@ BAD = {
     "not a boolean": (["--batching", "maybe"], "neither True nor False"),
     "an unknown flag": (["--no_such_flag"], "unrecognized arguments"),
     "an unknown device": (["--device", "abacus"], "abacus"),
+    "a device without numbers": (["--device", "meta"], "cannot use --device meta"),
+    "a name of two lines": (["--arch", "one\ntwo"], "unknown architecture 'one two'"),
+    "no test images at a time": (["--test_batch_size", "0"], "0 is not between 1"),
+    "a seed beyond 64 bits": (["--seed", str(10**30)], "is not between 0"),
+    "a negative seed": (["--seed", "-1"], "-1 is not between 0"),
 }
 
 
@@ -230,6 +213,12 @@ def damaged(folder, kind):
         torch.save(ResNet(32, 100).state_dict(), path)
     elif kind == "code":
         torch.save({"state_dict": nn.ReLU()}, path)
+    elif kind == "numbers for names":
+        torch.save(dict(enumerate(state.values())), path)
+    elif kind == "sparse":
+        torch.save({**state, "fc.weight": state["fc.weight"].to_sparse()}, path)
+    elif kind == "scrambled":  # a pickle of letters that are none
+        path.write_bytes(b"\x80\x02X\x04\x00\x00\x00\xff\xfe\xfd\xfcq\x01.")
     else:
         torch.save([1, 2], path)
     return path
@@ -243,6 +232,9 @@ def damaged(folder, kind):
         ("other network", "unexpected layer1.3.conv1.weight"),
         ("code", "damaged or no checkpoint"),
         ("no names", "no state dict"),
+        ("numbers for names", "no state dict"),
+        ("sparse", "no state dict"),
+        ("scrambled", "damaged or no checkpoint"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_says_why(script, small, tmp_path, kind, message):
@@ -253,7 +245,7 @@ def test_a_checkpoint_that_does_not_fit_says_why(script, small, tmp_path, kind, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kind", ["lacks", "float", "labels", "text"])
+@pytest.mark.parametrize("kind", ["lacks", "float", "labels", "text", "two colours", "no class"])
 def test_an_npz_of_the_wrong_form_says_why(script, small, tmp_path, kind):
     arrays = dict(np.load(small / "images.npz"))
     if kind == "lacks":
@@ -262,11 +254,16 @@ def test_an_npz_of_the_wrong_form_says_why(script, small, tmp_path, kind):
         arrays["x_train"] = arrays["x_train"].astype(float)
     elif kind == "labels":
         arrays["y_train"] = arrays["y_train"][:3]
+    elif kind == "two colours":
+        arrays["x_test"] = arrays["x_test"][..., :2]
+    elif kind == "no class":
+        arrays["y_test"] = np.full(8, -1)
     np.savez(tmp_path / "bad.npz", **arrays)
     if kind == "text":
         (tmp_path / "bad.npz").write_text("not an archive")
     _, err = script("CNN_pruning/unstr.py", *cifar_flags(small), "--dset", tmp_path / "bad.npz", code=2)
     expected = {"lacks": "lacks y_test", "float": "must be uint8", "labels": "must be uint8", "text": "cannot be read"}
+    expected |= {"two colours": "three colours", "no class": "class numbers"}
     assert expected[kind] in err
 
 
@@ -294,10 +291,11 @@ def test_ctrl_c_saves_the_finished_layers_and_exits_with_130(tmp_path):
     _, err = process.communicate()
     assert process.returncode == 130
     assert "layers: those are saved in" in err
+    assert f"--resume {tmp_path / 'run'}" in err
     assert "Traceback" not in err
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["finished"] is False
-    model, masks = report.load(tmp_path / "run", ResNet(20, 10, channels=1))
+    model, masks = run_folder.load(tmp_path / "run", ResNet(20, 10, channels=1))
     assert (model.conv1.weight[~masks["conv1"]] == 0).all()
     assert (model.fc.weight != 0).all()
 
@@ -321,9 +319,9 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(tmp_path, monkeypa
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "fsync", no_space)
-    with pytest.raises(report.SnowsError, match=r"cannot write .*metrics\.json: .*No space left"):
-        report.write_json(tmp_path / "metrics.json", {})
+    monkeypatch.setattr(run_folder.os, "fsync", no_space)
+    with pytest.raises(run_folder.WriteError, match=r"cannot write .*metrics\.json: .*No space left"):
+        run_folder.write_json(tmp_path / "metrics.json", {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -335,3 +333,32 @@ def test_a_dense_accuracy_far_from_the_stated_one_is_warned_about(capsys):
     warn_if_far(91.0, 91.4)
     warn_if_far(10.0, None)
     assert capsys.readouterr().err == ""
+
+
+def test_the_same_run_asked_for_twice_is_run_once_and_a_full_folder_is_refused_before_the_first(
+    script, small, tmp_path
+):
+    flags = [*cifar_flags(small), "--skip_evaluation", "--algo", "MP", "MP", "--seed", 0, 1, 1]
+    script("CNN_pruning/unstr.py", *flags, "--out_dir", tmp_path / "runs")
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"MP-seed0", "MP-seed1"}
+    (tmp_path / "runs" / "MP-seed0").rename(tmp_path / "aside")
+    _, err = script("CNN_pruning/unstr.py", *flags, "--out_dir", tmp_path / "runs", code=2)
+    assert "not empty" in err
+    assert not list((tmp_path / "runs" / "MP-seed0").iterdir())
+
+
+def test_the_same_command_gives_the_same_bits(script, small, tmp_path):
+    asked = torch.are_deterministic_algorithms_enabled
+    try:
+        for name, flags in (("one", []), ("two", ["--deterministic"])):
+            script("CNN_pruning/unstr.py", *cifar_flags(small), *flags, "--out_dir", tmp_path / name)
+            assert asked() == (name == "two")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_images_that_the_network_cannot_take_are_refused(script, small, tmp_path):
+    _, err = script("CNN_pruning/unstr.py", "--dset", small / "images.npz", "--out_dir", tmp_path / "run", code=2)
+    assert "images.npz do not fit resnet20_digits" in err

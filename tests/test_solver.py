@@ -69,9 +69,15 @@ def test_cg_stops_at_negative_curvature():
     assert result.step @ b > 0
 
 
-def test_cg_gives_up_on_nan_without_passing_it_on():
-    result = conjugate_gradients(lambda v: v * float("nan"), torch.ones(3))
-    assert torch.equal(result.step, torch.zeros(3))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_cg_says_what_is_not_finite_instead_of_passing_it_on(bad):
+    right_side = torch.ones(3)
+    with pytest.raises(FloatingPointError, match="a curvature product is not finite"):
+        conjugate_gradients(lambda v: v * bad, right_side)
+    with pytest.raises(FloatingPointError, match="the gradient is not finite"):
+        conjugate_gradients(lambda v: v, right_side * bad)
+    with pytest.raises(FloatingPointError, match="a curvature product is not finite"):
+        conjugate_gradients(lambda v: v, right_side, lambda residual: residual * bad)
 
 
 def test_backtracking_halves_until_the_loss_falls_enough():
