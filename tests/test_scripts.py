@@ -111,8 +111,9 @@ def test_methods_layers_and_their_sparsities_are_chosen_by_flags_and_masks_are_h
     assert "dense, as --layer_sparsity asks" in out
     metrics = json.loads((tmp_path / "first" / "metrics.json").read_text())
     assert metrics["mask_alg"] == "OBS"
-    assert metrics["sparsity"] == pytest.approx(0.4, abs=1e-4)
     masks = safetensors.torch.load_file(tmp_path / "masks.safetensors")
+    total = sum(p.numel() for p in ResNet(20, 10).parameters())
+    assert sum((~mask).sum() for mask in masks.values()) == round(0.4 * total)
     state = safetensors.torch.load_file(tmp_path / "first" / "model.safetensors")
     assert (~masks["layer1.0.conv1"]).sum() == masks["layer1.0.conv1"].numel() / 2
     assert all((state[f"{name}.weight"][~mask] == 0).all() for name, mask in masks.items())
