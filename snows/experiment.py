@@ -28,6 +28,7 @@ from snows.journal import Journal, checksum
 from snows.layer_rules import Rules, check_patterns, read_rules
 from snows.mask_files import read_masks
 from snows.masks import NM, Pattern, Unstructured
+from snows.permute import permute
 from snows.pipeline import ALGORITHMS, Pruned, Step, prune, sparsity
 from snows.registry import Known, load_classifier, load_data
 from snows.report import write_report
@@ -183,6 +184,9 @@ def add_nm_flags(flags: argparse.ArgumentParser) -> None:
     group = flags.add_argument_group("pattern")
     group.add_argument("--NM_N", type=int, default=2, help="weights kept of every M (default: 2)")
     group.add_argument("--NM_M", type=int, default=4, help="consecutive inputs in a group (default: 4)")
+    group.add_argument(
+        "--permute", action="store_true", help="first put input channels in an order that keeps more, where it can be"
+    )
 
 
 def nm(args: argparse.Namespace) -> NM:
@@ -214,14 +218,29 @@ def check_mask_flags(args: argparse.Namespace) -> None:
     Raises:
         UsageError: it names them.
     """
-    if args.masks is not None and (args.mask_alg != "MP" or args.layer_sparsity is not None):
-        raise UsageError("--masks says which weights survive: leave --mask_alg and --layer_sparsity out.")
+    choosing = args.mask_alg != "MP" or args.layer_sparsity is not None or getattr(args, "permute", False)
+    if args.masks is not None and choosing:
+        raise UsageError("--masks says which weights survive: leave --mask_alg, --layer_sparsity and --permute out.")
     if args.export_masks is not None and len(args.algo) * len(args.seed) > 1:
         raise UsageError("--export_masks is for one run: give one --algo and one --seed.")
     if args.export_masks is not None and not args.export_masks.parent.is_dir():
         raise UsageError(f"--export_masks: there is no folder {args.export_masks.parent}.")
     if args.export_masks is not None and args.export_masks.suffix != ".safetensors":
         raise UsageError(f"--export_masks writes .safetensors: {args.export_masks} has another ending.")
+
+
+def permuted(model: nn.Module, pattern: NM, layers: Callable[[str], bool]) -> nn.Module:
+    """The same function with input channels in a better order; says what that is worth."""
+    result = permute(model, pattern, layers)
+    if not result.kept:
+        print("permuted nothing: the channels of every layer are tied to those of others, or cannot be followed")
+        return model
+    before, after = (sum(shares) / len(shares) for shares in zip(*result.kept.values()))
+    print(
+        f"permuted the inputs of {len(result.kept)} layers: {pattern} keeps {after:.1%} of their magnitude, not "
+        f"{before:.1%}; the others' channels are tied to those of other layers, or cannot be followed"
+    )
+    return result.model
 
 
 Layers = Callable[[str], bool]  # whether to prune a layer, by its name
@@ -256,6 +275,8 @@ class Experiment:
         if args.skip:
             check_patterns(args.skip, [layer.name for layer in Network(self.model).layers], "--skip")
             self.layers = lambda name: layers(name) and not any(fnmatchcase(name, skipped) for skipped in args.skip)
+        if isinstance(pattern, NM) and args.permute:
+            self.model = permuted(self.model, pattern, self.layers)
         if args.masks is not None:
             self.name = f"masks {args.masks.stem}"
             masks = read_masks(args.masks, Network(self.model).layers, pattern)

@@ -126,6 +126,22 @@ def test_methods_layers_and_their_sparsities_are_chosen_by_flags_and_masks_are_h
     assert all(torch.equal(again[name], mask) for name, mask in masks.items())
 
 
+def test_channels_are_permuted_before_masks_are_chosen(script, tmp_path):
+    flags = ["--algo", "MP", "--NM_N", 1, "--out_dir"]
+    out, _ = script("VIT_pruning/prune_NM.py", *flags, tmp_path / "permuted", "--permute")
+    script("VIT_pruning/prune_NM.py", *flags, tmp_path / "plain")
+    assert "permuted the inputs of 4 layers: 1:4 keeps" in out
+    metrics, states = [], []
+    for run in ("permuted", "plain"):
+        metrics.append(json.loads((tmp_path / run / "metrics.json").read_text()))
+        states.append(safetensors.torch.load_file(tmp_path / run / "model.safetensors"))
+    assert metrics[0]["dense_accuracy"] == metrics[1]["dense_accuracy"]
+    for i in range(4):
+        one, other = (state[f"blocks.{i}.mlp.fc2.weight"] for state in states)
+        assert one.abs().sum() > other.abs().sum()
+        assert torch.equal((one != 0).sum(), (other != 0).sum())
+
+
 def test_masks_that_images_choose_are_measured_for_each_seed(script, small, tmp_path):
     flags = [*cifar_flags(small), "--ngrads", 2, "--mask_alg", "SparseGPT", "--algo", "MP", "--skip", "layer3.*"]
     script("CNN_pruning/prune_NM.py", *flags, "--seed", 0, 1, "--out_dir", tmp_path / "runs")
@@ -214,7 +230,10 @@ BAD = {
     "not a boolean": (["--batching", "maybe"], "neither True nor False"),
     "a pattern that matches nothing": (["--skip", "fc", "fd*"], "--skip: no prunable layer is named fd*; those are"),
     "no file of layer sparsities": (["--layer_sparsity", "nowhere.json"], "cannot read nowhere.json"),
-    "two sources of masks": (["--masks", "m.pt", "--mask_alg", "OBS"], "leave --mask_alg and --layer_sparsity out"),
+    "two sources of masks": (
+        ["--masks", "m.pt", "--mask_alg", "OBS"],
+        "leave --mask_alg, --layer_sparsity and --permute out",
+    ),
     "masks of two runs": (["--export_masks", "m.safetensors", "--seed", "0", "1"], "--export_masks is for one run"),
     "no folder for masks": (["--export_masks", "nowhere/m.safetensors"], "there is no folder nowhere"),
     "masks of another kind": (["--export_masks", "m.pt"], "writes .safetensors"),
