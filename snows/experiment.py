@@ -13,26 +13,32 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from snows import evaluate, memory, options, run_folder, screen
+from snows.allocation import ALLOCATIONS
 from snows.data import DATASETS
 from snows.errors import Interrupted, SnowsError, Terminated, UsageError, WriteError, exit_code, first_line
 from snows.graph import Network
 from snows.journal import Journal, checksum
+from snows.layer_rules import Rules, check_patterns, read_rules
 from snows.mask_files import read_masks
 from snows.masks import NM, Pattern, Unstructured
+from snows.permute import permute
 from snows.pipeline import ALGORITHMS, Pruned, Step, prune, sparsity
 from snows.registry import Known, load_classifier, load_data
 from snows.report import write_report
+from snows.scores import LAYER_WISE, MASK_ALGORITHMS
 
 FAR_FROM_STATED = 1.0  # percent points between measured and stated dense accuracy that call for a warning
 # Flags that have no bearing on a run's result, which may differ when it goes on.
 NO_SETTINGS = {"argv", "run", "resume", "out_dir", "data_dir", "num_workers", "test_batch_size", "verbose", "quiet"}
-NO_SETTINGS |= {"evaluate_layers"}
+NO_SETTINGS |= {"evaluate_layers", "export_masks"}
+ALGO_HELP = "how the survivors are set: SNOWS; MP, as they were; MP+, by layer-wise least squares; SparseGPT's own way"
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -66,9 +72,25 @@ def parser(description: str, arch: str) -> argparse.ArgumentParser:
     group.add_argument("--mirror", action="store_true", help="flip half of the calibration images left to right")
     group.add_argument("--test_batch_size", type=whole(1), default=256, help="test images per batch (default: 256)")
     group.add_argument("--num_workers", type=whole(0), default=0, help="processes that load images (default: 0)")
+    group = flags.add_argument_group("masks")
+    group.add_argument(
+        "--mask_alg",
+        default="MP",
+        choices=MASK_ALGORITHMS,
+        help="which weights survive: the largest (MP), those that Wanda or SparseGPT choose, or those that cost the "
+        "K-step loss most (OBS) (default: MP)",
+    )
     group.add_argument("--masks", type=Path, help="masks of your own, or a sparse checkpoint whose zeros are the mask")
+    group.add_argument("--export_masks", type=Path, metavar="FILE", help="write the masks here, for --masks to read")
+    group.add_argument("--skip", nargs="+", default=[], metavar="PATTERN", help="layers left dense, as 'layer1.*' 'fc'")
+    group.add_argument(
+        "--layer_sparsity",
+        type=Path,
+        metavar="FILE",
+        help='json, layer name or pattern to sparsity (N:M: to a pattern): {"layer3.*": 0.9, "fc": "dense"}',
+    )
     group = flags.add_argument_group("run")
-    group.add_argument("--algo", nargs="+", default=["SNOWS"], choices=ALGORITHMS, help="how to set the survivors")
+    group.add_argument("--algo", nargs="+", default=["SNOWS"], choices=ALGORITHMS, help=ALGO_HELP)
     group.add_argument("--seed", type=whole(0), nargs="+", default=[0], help="one run for each (default: 0)")
     group.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
@@ -135,21 +157,40 @@ def add_unstructured_flags(flags: argparse.ArgumentParser, default: float) -> No
         help=f"share of all parameters to set to zero (default: {default})",
     )
     group.add_argument("--max_layer_sparsity", type=float, help="cap per layer (default: halfway from the target to 1)")
-    group.add_argument("--allocation", default="global", choices=("global", "uniform"), help="sparsity of the layers")
+    group.add_argument(
+        "--allocation",
+        default="global",
+        choices=ALLOCATIONS,
+        help="sparsity of the layers: by comparing scores across them, equal, or Erdos-Renyi kernel (default: global)",
+    )
+    group.add_argument(
+        "--normalise",
+        type=options.boolean,
+        metavar="True|False",
+        help=f"global: compare scores as shares of their layer's sum (default: True for {' and '.join(LAYER_WISE)})",
+    )
 
 
 def unstructured(args: argparse.Namespace) -> Unstructured:
-    return Unstructured(args.target_sparsity, args.max_layer_sparsity, args.allocation)
+    normalise = args.mask_alg in LAYER_WISE if args.normalise is None else args.normalise
+    return Unstructured(args.target_sparsity, args.max_layer_sparsity, args.allocation, normalise, layer_rules(args))
+
+
+def layer_rules(args: argparse.Namespace) -> Rules:
+    return {} if args.layer_sparsity is None else read_rules(args.layer_sparsity)
 
 
 def add_nm_flags(flags: argparse.ArgumentParser) -> None:
     group = flags.add_argument_group("pattern")
     group.add_argument("--NM_N", type=int, default=2, help="weights kept of every M (default: 2)")
     group.add_argument("--NM_M", type=int, default=4, help="consecutive inputs in a group (default: 4)")
+    group.add_argument(
+        "--permute", action="store_true", help="first put input channels in an order that keeps more, where it can be"
+    )
 
 
 def nm(args: argparse.Namespace) -> NM:
-    return NM(args.NM_N, args.NM_M)
+    return NM(args.NM_N, args.NM_M, layer_rules(args))
 
 
 def check_device(name: str) -> None:
@@ -169,6 +210,37 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
+
+
+def check_mask_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of the masks that contradict each other.
+
+    Raises:
+        UsageError: it names them.
+    """
+    choosing = args.mask_alg != "MP" or args.layer_sparsity is not None or getattr(args, "permute", False)
+    if args.masks is not None and choosing:
+        raise UsageError("--masks says which weights survive: leave --mask_alg, --layer_sparsity and --permute out.")
+    if args.export_masks is not None and len(args.algo) * len(args.seed) > 1:
+        raise UsageError("--export_masks is for one run: give one --algo and one --seed.")
+    if args.export_masks is not None and not args.export_masks.parent.is_dir():
+        raise UsageError(f"--export_masks: there is no folder {args.export_masks.parent}.")
+    if args.export_masks is not None and args.export_masks.suffix != ".safetensors":
+        raise UsageError(f"--export_masks writes .safetensors: {args.export_masks} has another ending.")
+
+
+def permuted(model: nn.Module, pattern: NM, layers: Callable[[str], bool]) -> nn.Module:
+    """The same function with input channels in a better order; says what that is worth."""
+    result = permute(model, pattern, layers)
+    if not result.kept:
+        print("permuted nothing: the channels of every layer are tied to those of others, or cannot be followed")
+        return model
+    before, after = (sum(shares) / len(shares) for shares in zip(*result.kept.values()))
+    print(
+        f"permuted the inputs of {len(result.kept)} layers: {pattern} keeps {after:.1%} of their magnitude, not "
+        f"{before:.1%}; the others' channels are tied to those of other layers, or cannot be followed"
+    )
+    return result.model
 
 
 Layers = Callable[[str], bool]  # whether to prune a layer, by its name
@@ -193,26 +265,38 @@ class Experiment:
         check_device(args.device)
         if args.deterministic:
             make_deterministic()
+        check_mask_flags(args)
         self.args, self.layers, self.settings = args, layers, settings(args)
         classifier = load_classifier(args, known)
         self.model = classifier.model
         self.data = load_data(args, classifier)
-        self.name = str(pattern) if args.masks is None else f"masks {args.masks.stem}"
+        self.name = str(pattern) if args.mask_alg == "MP" else f"{pattern} by {args.mask_alg}"
         self.pattern = pattern
+        if args.skip:
+            check_patterns(args.skip, [layer.name for layer in Network(self.model).layers], "--skip")
+            self.layers = lambda name: layers(name) and not any(fnmatchcase(name, skipped) for skipped in args.skip)
+        if isinstance(pattern, NM) and args.permute:
+            self.model = permuted(self.model, pattern, self.layers)
         if args.masks is not None:
+            self.name = f"masks {args.masks.stem}"
             masks = read_masks(args.masks, Network(self.model).layers, pattern)
-            self.pattern = {name: mask for name, mask in masks.items() if layers(name)}
+            self.pattern = {name: mask for name, mask in masks.items() if self.layers(name)}
         measured = {} if args.resume is None else read_metrics(args.resume)
+        self.masked_accuracies = {}  # by the seed of the images that the masks were chosen with, None without images
         self.common = self.measure(measured, classifier.stated_accuracy)
 
     def measure(self, measured: dict, stated_accuracy: float | None) -> dict:
         """Accuracies of the dense and of the masked network, unless `measured` holds them, and what is pruned."""
         args = self.args
+        seed = args.seed[0] if args.resume is None else args.run[1]
         dense = measured["dense_accuracy"] if measured else self.accuracy(self.model)
         print(f"{args.arch} on {args.dset}: dense accuracy {screen.percent(dense)}, pattern {self.name}")
         warn_if_far(dense, stated_accuracy)
-        masked = prune(self.model, None, self.pattern, algo="MP", layers=self.layers, device=args.device)
+        masked = self.masked(seed)
         print(f"pruning {len(masked.masks)} layers: {screen.kinds(masked.masks)}", flush=True)
+        if measured:
+            self.masked_accuracies[None if args.mask_alg == "MP" else seed] = measured["masked_accuracy"]
+        self.masked_accuracy(seed, masked)
         return {
             "arch": args.arch,
             "dset": str(args.dset),
@@ -220,9 +304,27 @@ class Experiment:
             "weights_checksum": checksum(self.model.state_dict().values()),
             "dense_accuracy": dense,
             "dense_sparsity": sparsity(self.model),
-            "masked_accuracy": measured["masked_accuracy"] if measured else self.accuracy(masked.model),
             "left_dense": masked.left_dense,
         }
+
+    def masked(self, seed: int) -> Pruned:
+        """The network with its masks, as that seed's images choose them, and nothing solved."""
+        args, chosen = self.args, options.from_flags(self.args, seed)
+        images = None if args.mask_alg == "MP" else self.data.calibration(args.ngrads, seed, args.mirror)[0]
+        return prune(
+            *(self.model, images, self.pattern, chosen),
+            mask_alg=args.mask_alg,
+            algo="MP",
+            layers=self.layers,
+            device=args.device,
+        )
+
+    def masked_accuracy(self, seed: int, masked: Pruned | None = None) -> float | None:
+        """Percent of the masked network, measured once for each set of masks."""
+        key = None if self.args.mask_alg == "MP" else seed
+        if key not in self.masked_accuracies:
+            self.masked_accuracies[key] = self.accuracy((masked or self.masked(seed)).model)
+        return self.masked_accuracies[key]
 
     def accuracy(self, model: nn.Module) -> float | None:
         """Percent of the test images; None with --skip_evaluation."""
@@ -254,6 +356,8 @@ class Experiment:
                 pruned = self.prune(algo, seed, folder, images)
                 metrics |= {"accuracy": self.accuracy(pruned.model), "finished": True}
                 metrics = run_folder.save(folder, pruned, metrics)
+                if self.args.export_masks is not None:
+                    run_folder.write(self.args.export_masks, (folder / "masks.safetensors").read_bytes())
                 print(screen.summary(metrics, folder), flush=True)
                 conclude(folder)
             except Interrupted as stopped:
@@ -270,10 +374,13 @@ class Experiment:
     def begin(self, algo: str, seed: int, folder: Path) -> tuple[dict, torch.Tensor | None]:
         """What is known before the first layer, written into the folder or compared with it, and the images."""
         args = self.args
-        images, indices = (None, []) if algo == "MP" else self.data.calibration(args.ngrads, seed, args.mirror)
+        blind = algo == args.mask_alg == "MP"
+        images, indices = (None, []) if blind else self.data.calibration(args.ngrads, seed, args.mirror)
         environment = run_folder.environment(args.device)
         metrics = {
             **self.common,
+            "masked_accuracy": self.masked_accuracy(seed),
+            "mask_alg": args.mask_alg if args.masks is None else "Custom",
             "algo": algo,
             "seed": seed,
             "options": vars(options.from_flags(args, seed)),
@@ -309,6 +416,7 @@ class Experiment:
                 images,
                 self.pattern,
                 options.from_flags(args, seed),
+                mask_alg=args.mask_alg,
                 algo=algo,
                 layers=self.layers,
                 device=args.device,

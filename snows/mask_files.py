@@ -7,6 +7,7 @@ from pathlib import Path
 from snows.classifier import read_state
 from snows.errors import UsageError
 from snows.graph import Layer
+from snows.layer_rules import listed
 from snows.masks import NM, Masks, Pattern
 
 
@@ -49,9 +50,3 @@ def read_masks(path: Path, layers: list[Layer], pattern: Pattern | None = None) 
 def are_masks(tensors) -> bool:
     """Whether all the tensors hold nothing but zeros and ones."""
     return all(((tensor == 0) | (tensor == 1)).all() for tensor in tensors)
-
-
-def listed(names) -> str:
-    """The first ten, and how many more."""
-    names = list(names)
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

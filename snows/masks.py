@@ -1,6 +1,6 @@
-"""Which weights survive: magnitude masks, unstructured or N:M.
+"""Which weights survive: a pattern, unstructured or N:M, over what each weight is worth (snows/scores.py).
 
-A pattern turns the weights of the prunable layers into boolean masks (True: survives). Layers that it cannot prune it
+A pattern turns the scores of the prunable layers into boolean masks (True: survives). Layers that it cannot prune it
 leaves dense, and says why.
 """
 
@@ -11,9 +11,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from snows.allocation import ALLOCATIONS, Counts, normalised
 from snows.errors import UsageError
+from snows.layer_rules import DENSE, Rules, check_patterns, rule_of
 
 Masks = dict[str, Tensor]  # layer name -> boolean mask of the weight's shape, True where the weight survives
+LEFT_DENSE = "dense, as --layer_sparsity asks"
 
 
 @dataclass
@@ -26,12 +29,16 @@ class Selection:
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Remove the weights of smallest magnitude.
+    """Remove the weights of smallest score: of smallest magnitude, where the weights themselves are the scores.
 
     target_sparsity: share of *all* the model's parameters (biases and norms count, but are not pruned) to set to zero.
     max_layer_sparsity: no layer loses a larger share of its weights; None: halfway between the target and 1, or, if
         too few layers may be pruned for that, halfway between the share that they must lose and 1.
-    allocation: "global" compares magnitudes across layers, "uniform" gives every layer the same sparsity.
+    allocation: "global" compares scores across layers, "uniform" gives every layer the same sparsity, "erk" keeps
+        small layers denser (Evci et al. 2020).
+    normalise: "global" compares each layer's scores as shares of their sum.
+    layer_sparsity: layer name or pattern -> share of its own weights that a layer loses, or "dense". The other layers
+        lose what is missing to the target; if there are none, the target plays no part.
 
     Raises:
         UsageError: a share outside [0, 1), or a target that the cap or the unpruned parameters put out of reach.
@@ -40,22 +47,41 @@ class Unstructured:
     target_sparsity: float
     max_layer_sparsity: float | None = None
     allocation: str = "global"
+    normalise: bool = False
+    layer_sparsity: Rules = field(default_factory=dict)
 
     def __post_init__(self):
         if not 0 <= self.target_sparsity < 1:
             raise UsageError(f"target sparsity {self.target_sparsity:g} is outside [0, 1).")
         if self.max_layer_sparsity is not None and not 0 <= self.max_layer_sparsity <= 1:
             raise UsageError(f"max layer sparsity {self.max_layer_sparsity:g} is outside [0, 1].")
-        if self.allocation not in ("global", "uniform"):
-            raise UsageError(f"allocation '{self.allocation}' is neither 'global' nor 'uniform'.")
+        if self.allocation not in ALLOCATIONS:
+            raise UsageError(f"allocation '{self.allocation}' is not one of {', '.join(ALLOCATIONS)}.")
+        for pattern, rule in self.layer_sparsity.items():
+            number = isinstance(rule, (int, float)) and not isinstance(rule, bool) and 0 <= rule < 1
+            if not number and rule != DENSE:
+                raise UsageError(f"layer sparsity of {pattern}: {rule!r} is neither a share in [0, 1) nor '{DENSE}'.")
 
     def __str__(self) -> str:
-        return f"{self.target_sparsity:.0%} unstructured"
+        return f"{self.target_sparsity:.0%} unstructured{', layer rules' * bool(self.layer_sparsity)}"
+
+    @property
+    def compares_layers(self) -> bool:
+        """Whether how many weights a layer loses depends on its scores beside those of the others."""
+        return self.allocation == "global"
 
     def path(self, steps: int) -> list[Unstructured]:
         """Rising sparsities on the way to the target, the share of what is left falling evenly; `steps` of them."""
-        left = 1 - self.target_sparsity
-        return [replace(self, target_sparsity=1 - left ** (i / (steps + 1))) for i in range(1, steps + 1)]
+        return [self.part_way(i / (steps + 1)) for i in range(1, steps + 1)]
+
+    def part_way(self, share: float) -> Unstructured:
+        """The pattern at a share of the way."""
+
+        def part(sparsity: float) -> float:
+            return 1 - (1 - sparsity) ** share
+
+        rules = {name: rule if rule == DENSE else part(rule) for name, rule in self.layer_sparsity.items()}
+        return replace(self, target_sparsity=part(self.target_sparsity), layer_sparsity=rules)
 
     def cap(self, needed: float) -> float:
         """The largest share that one layer may lose; needed: the share that all the layers together must lose."""
@@ -64,56 +90,59 @@ class Unstructured:
         halfway = (1 + self.target_sparsity) / 2
         return halfway if needed <= halfway else min(1.0, (1 + needed) / 2)
 
-    def select(self, weights: dict[str, Tensor], total_parameters: int) -> Selection:
-        """Masks of `weights` (layer name -> weight) in a model of `total_parameters`; exact to one weight."""
-        removed = round(self.target_sparsity * total_parameters)
-        cap = self.cap(removed / sum(weight.numel() for weight in weights.values()))
-        caps = {name: int(cap * weight.numel()) for name, weight in weights.items()}
+    def select(self, scores: dict[str, Tensor], total_parameters: int, by_row: bool = False) -> Selection:
+        """Masks from `scores` (layer name -> weight, or what each weight is worth) in a model of `total_parameters`.
+
+        by_row: within a layer, compare the weights of one output row (one filter), each of which loses the same
+            number, give or take one. Exact to one weight.
+        """
+        check_patterns(self.layer_sparsity, scores, "layer sparsities")
+        rules = {name: rule_of(name, self.layer_sparsity) for name in scores}
+        ruled = {name: rule for name, rule in rules.items() if rule is not None}
+        counts = {name: 0 if rule == DENSE else round(rule * scores[name].numel()) for name, rule in ruled.items()}
+        free = {name: score for name, score in scores.items() if name not in ruled}
+        if free:
+            counts |= self.allocate(free, total_parameters, sum(counts.values()))
+        dense = [name for name, rule in ruled.items() if rule in (0, DENSE)]
+        masks = {n: smallest_removed(s, counts[n], by_row) for n, s in scores.items() if n not in dense}
+        return Selection(masks, dict.fromkeys(dense, LEFT_DENSE))
+
+    def allocate(self, scores: dict[str, Tensor], total_parameters: int, already: int) -> Counts:
+        """How many weights each of the layers without a rule loses; `already` go in the others."""
+        removed = round(self.target_sparsity * total_parameters) - already
+        if removed < 0:
+            raise UsageError(
+                f"target sparsity {self.target_sparsity:g} is out of reach: the layer sparsities alone remove "
+                f"{already / total_parameters:.4f} of all parameters. Raise the target, or lower those."
+            )
+        cap = self.cap(removed / sum(score.numel() for score in scores.values()))
+        caps = {name: int(cap * score.numel()) for name, score in scores.items()}
         if removed > sum(caps.values()):
-            reach = sum(caps.values()) / total_parameters
+            reach = (sum(caps.values()) + already) / total_parameters
             raise UsageError(
                 f"target sparsity {self.target_sparsity:g} is out of reach: with at most {cap:g} of each of the "
-                f"{len(weights)} prunable layers, {reach:.4f} of all parameters can be zero. Lower the target or raise "
+                f"{len(scores)} prunable layers, {reach:.4f} of all parameters can be zero. Lower the target or raise "
                 f"the cap (--max_layer_sparsity)."
             )
-        if self.allocation == "uniform":
-            counts = proportional(removed, {name: weight.numel() for name, weight in weights.items()})
-        else:
-            counts = global_counts(removed, weights, caps)
-        return Selection({name: smallest_removed(weight, counts[name]) for name, weight in weights.items()})
+        scores = normalised(scores) if self.normalise else scores
+        return ALLOCATIONS[self.allocation](removed, scores, caps)
 
 
-def proportional(total: int, sizes: dict[str, int]) -> dict[str, int]:
-    """Split `total` in proportion to `sizes`, in whole numbers that add up to it."""
-    counts, seen, given = {}, 0, 0
-    for name, size in sizes.items():
-        seen += size
-        share = round(total * seen / sum(sizes.values()))
-        counts[name], given = share - given, share
-    return counts
-
-
-def global_counts(removed: int, weights: dict[str, Tensor], caps: dict[str, int]) -> dict[str, int]:
-    """How many weights each layer loses if the smallest of all go first and no layer loses more than its cap."""
-    candidates = [weight.abs().flatten().sort().values[: caps[name]] for name, weight in weights.items()]
-    layer = torch.cat([torch.full((len(c),), i) for i, c in enumerate(candidates)])
-    chosen = torch.cat(candidates).argsort(stable=True)[:removed]
-    counts = torch.bincount(layer[chosen.cpu()], minlength=len(weights))
-    return dict(zip(weights, counts.tolist()))
-
-
-def smallest_removed(weight: Tensor, count: int) -> Tensor:
-    """A mask that removes the `count` entries of smallest magnitude (ties: the first ones)."""
-    mask = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
-    mask[weight.abs().flatten().argsort(stable=True)[:count]] = False
-    return mask.view(weight.shape)
+def smallest_removed(score: Tensor, count: int, by_row: bool = False) -> Tensor:
+    """A mask that removes the `count` entries of smallest magnitude (ties: the first ones), by_row evenly from rows."""
+    rows = score.abs().flatten(1) if by_row else score.abs().reshape(1, -1)
+    bounds = torch.arange(len(rows) + 1, device=score.device) * count // len(rows)
+    rank = rows.argsort(dim=1, stable=True).argsort(dim=1)
+    return (rank >= bounds.diff()[:, None]).view(score.shape)
 
 
 @dataclass(frozen=True)
 class NM:
-    """Keep the N weights of largest magnitude among every M consecutive inputs.
+    """Keep the N weights of largest score (or magnitude) among every M consecutive inputs.
 
     The inputs of a Linear are its columns; those of a convolution are its input channels, at one kernel position.
+
+    layer_sparsity: layer name or pattern -> a pattern of its own, as "1:4", or "dense".
 
     Raises:
         UsageError: unless 0 < N < M.
@@ -121,25 +150,53 @@ class NM:
 
     n: int
     m: int
+    layer_sparsity: Rules = field(default_factory=dict)
 
     def __post_init__(self):
         if not 0 < self.n < self.m:
             raise UsageError(f"N:M = {self.n}:{self.m} makes no sense: N must be at least 1 and smaller than M.")
+        for pattern, rule in self.layer_sparsity.items():
+            if rule != DENSE:
+                self.parse(rule, f"layer sparsity of {pattern}")
+
+    compares_layers = False  # a layer's mask is a matter of its own scores alone
+
+    @staticmethod
+    def parse(text: str, origin: str = "pattern") -> NM:
+        """NM(2, 4) of "2:4"; origin: where the text comes from, for the message.
+
+        Raises:
+            UsageError: it is no N:M.
+        """
+        n, colon, m = text.partition(":") if isinstance(text, str) else ("", "", "")
+        if not (colon and n.isdecimal() and m.isdecimal()):
+            raise UsageError(f"{origin}: {text!r} is neither N:M, as '2:4', nor '{DENSE}'.")
+        return NM(int(n), int(m))
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
+        return f"{self.n}:{self.m}{', layer rules' * bool(self.layer_sparsity)}"
 
-    def select(self, weights: dict[str, Tensor], total_parameters: int) -> Selection:
-        """Masks of `weights` (layer name -> weight (out, in, ...)); `total_parameters` plays no part."""
+    def of(self, name: str) -> NM | None:
+        """The pattern of one layer; None if it stays dense."""
+        rule = rule_of(name, self.layer_sparsity)
+        if rule is None:
+            return NM(self.n, self.m)
+        return None if rule == DENSE else NM.parse(rule)
+
+    def select(self, scores: dict[str, Tensor], total_parameters: int, by_row: bool = False) -> Selection:
+        """Masks from `scores`, (out, in, ...) of each layer; nothing else plays a part."""
+        check_patterns(self.layer_sparsity, scores, "layer sparsities")
         selection = Selection()
-        for name, weight in weights.items():
-            inputs = weight.shape[1]
-            if weight.ndim > 2 and inputs == 1:
+        for name, score in scores.items():
+            pattern, inputs = self.of(name), score.shape[1]
+            if pattern is None:
+                selection.left_dense[name] = LEFT_DENSE
+            elif score.ndim > 2 and inputs == 1:
                 selection.left_dense[name] = "depthwise: one input channel per filter"
-            elif inputs % self.m:
-                selection.left_dense[name] = f"{inputs} inputs are not a multiple of {self.m}"
+            elif inputs % pattern.m:
+                selection.left_dense[name] = f"{inputs} inputs are not a multiple of {pattern.m}"
             else:
-                selection.masks[name] = self.mask(weight)
+                selection.masks[name] = pattern.mask(score)
         return selection
 
     def holds(self, mask: Tensor) -> bool:
@@ -150,12 +207,24 @@ class NM:
 
     def path(self, steps: int) -> list[NM]:
         """Patterns on the way from M:M to N:M, such as 3:4 and 2:4 before 1:4; at most `steps` of them."""
-        kept = [round(self.m * (self.n / self.m) ** (i / (steps + 1))) for i in range(1, steps + 1)]
-        return [NM(n, self.m) for n in dict.fromkeys(kept) if self.n < n < self.m]
+        parts = [self.part_way(i / (steps + 1)) for i in range(1, steps + 1)]
+        return [part for part, before in zip(parts, [None, *parts]) if part not in (before, self)]
 
-    def mask(self, weight: Tensor) -> Tensor:
-        """The mask of one weight (out, in, ...), `in` a multiple of M."""
-        groups = weight.abs().movedim(1, -1).unflatten(-1, (-1, self.m))  # (out, ..., in / M, M)
+    def part_way(self, share: float) -> NM:
+        """The pattern at a share of the way, never quite dense."""
+
+        def part(n: int, m: int) -> NM:
+            return NM(min(round(m * (n / m) ** share), m - 1), m)
+
+        rules = {
+            name: rule if rule == DENSE else str(part(NM.parse(rule).n, NM.parse(rule).m))
+            for name, rule in self.layer_sparsity.items()
+        }
+        return replace(part(self.n, self.m), layer_sparsity=rules)
+
+    def mask(self, score: Tensor) -> Tensor:
+        """The mask of one weight from its scores (out, in, ...), `in` a multiple of M."""
+        groups = score.abs().movedim(1, -1).unflatten(-1, (-1, self.m))  # (out, ..., in / M, M)
         kept = groups.argsort(dim=-1, descending=True, stable=True)[..., : self.n]
         mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True)
         return mask.flatten(-2).movedim(-1, 1).contiguous()

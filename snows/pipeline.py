@@ -7,27 +7,33 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from snows.errors import Interrupted, SnowsError, TraceError, UsageError
 from snows.graph import Layer, Network, Stream
-from snows.masks import Masks, Pattern, Selection, given
+from snows.masks import NM, Masks, Pattern, Selection, given
 from snows.memory import forget_peak, peak_memory
 from snows.objective import reconstruction
 from snows.options import Options
 from snows.preconditioner import can_factor, row_inverses
+from snows.scores import MASK_ALGORITHMS, check_inputs, input_moment, scores
 from snows.solver import Solution, check_finite, solve
+from snows.sparsegpt import choose_mask, update
 
+T = TypeVar("T")
 log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
 
-ALGORITHMS = ("SNOWS", "MP", "MP+")
+ALGORITHMS = ("SNOWS", "MP", "MP+", "SparseGPT")
 # MP+ and --w_warm: each layer's least squares on its support, which is the objective with K = 0 solved to the end.
 LEAST_SQUARES = dict(
     sweeps=1, schedule=0, k_step=0, targets="same", curvature="ggn", newton_steps=1, batching=False, w_warm=False
 )
 LEAST_SQUARES |= dict(biases=False, preconditioner="rows", max_CG_iterations=100, cg_tolerance=1e-4, damping=0.0)
+SETTLED = {"MP": dict(sweeps=1, schedule=0), "MP+": LEAST_SQUARES, "SparseGPT": dict(sweeps=1)}  # options of each
 
 
 @dataclass
@@ -108,6 +114,7 @@ def prune(
     pattern: Pattern | Masks,
     options: Options | None = None,
     *,
+    mask_alg: str = "MP",
     algo: str = "SNOWS",
     layers: Callable[[str], bool] = lambda name: True,
     solver: Callable[..., Solution] = solve,
@@ -123,7 +130,8 @@ def prune(
         batches, bare or as (images, anything).
     pattern: Unstructured(...) or NM(...), or masks of your own: {layer name: boolean tensor, True where kept}, which
         stay as they are (options.schedule does not apply).
-    algo: "SNOWS"; "MP" (masks only); "MP+" (layer-wise least squares on the masks).
+    mask_alg: which weights survive: "MP" (magnitude), "Wanda", "SparseGPT" or "OBS"; see snows/scores.py.
+    algo: how the survivors are set: "SNOWS"; "MP" (kept as they are); "MP+" (layer-wise least squares); "SparseGPT".
     layers: which layers to prune, by name; the others stay dense.
     solver: minimises one layer's objective on its support; yours, with the arguments of snows.solver.solve.
     on_layer: called with each finished layer's record and the number of layers to prune.
@@ -136,23 +144,28 @@ def prune(
 
     Raises:
         TraceError: the model cannot be traced.
-        UsageError: the pattern, the masks or the calibration images do not fit the model, or `finished` is another's.
+        UsageError: the pattern, the masks or the calibration images do not fit the model; a method needs what a layer
+            hides; or `finished` is another's.
         Interrupted: Ctrl-C; its `result` holds the finished layers, the others still dense.
     """
     started = time.perf_counter()
     options, earlier = options or Options(), 0.0
-    if algo not in ALGORITHMS:
-        raise UsageError(f"algorithm '{algo}' is not one of {', '.join(ALGORITHMS)}.")
-    if algo == "MP+":
-        options = options.but(**LEAST_SQUARES)
+    for chosen, known in ((algo, ALGORITHMS), (mask_alg, MASK_ALGORITHMS)):
+        if chosen not in known:
+            raise UsageError(f"algorithm '{chosen}' is not one of {', '.join(known)}.")
+    options = options.but(**SETTLED.get(algo, {}))
     network = Network(model, device)
-    selection = select(network, pattern, layers)
-    stages = [pattern] if algo == "MP" else sweeps(pattern, options)
-    if algo == "MP":
+    streams = cache(lambda: Streams(network, micro_batches(network, calibration, options.batch_size), device))
+    choose = partial(select, network, layers, mask_alg, streams, options)
+    selection, stages = choose(pattern), sweeps(pattern, options)
+    if algo == "SparseGPT":
+        check_inputs(algo, [layer for layer in network.layers if layer.name in selection.masks], network)
+    if algo == "MP" and mask_alg != "SparseGPT":
         steps = masked_only(network, selection.masks)
     else:
-        streams = Streams(network, micro_batches(network, calibration, options.batch_size), device)
-        steps = layer_by_layer(streams, stages, layers, options, solver, iter(finished))
+        way = Way(algo, solver, sequential=mask_alg == "SparseGPT")
+        first = selection if stages[0] is pattern else choose(stages[0])
+        steps = layer_by_layer(streams(), stages, first.masks, choose, way, options, iter(finished))
     result = Pruned(copy.deepcopy(model), {}, left_dense={**network.refused, **selection.left_dense})
     try:
         for layer, step, solved in steps:
@@ -170,6 +183,15 @@ def prune(
     finally:
         result.seconds = earlier + time.perf_counter() - started
     return result
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the layers are set (`algo`, with what solver), and whether each one's mask is chosen when it is its turn."""
+
+    algo: str
+    solver: Callable[..., Solution]
+    sequential: bool
 
 
 def sweeps(pattern: Pattern | Masks, options: Options) -> list[Pattern | Masks]:
@@ -230,32 +252,43 @@ class Streams:
 def layer_by_layer(
     streams: Streams,
     stages: list[Pattern | Masks],
-    layers: Callable[[str], bool],
+    masks: Masks,
+    choose: Callable[[Pattern | Masks], Selection],
+    way: Way,
     options: Options,
-    solver: Callable[..., Solution],
     finished: Iterator[Step],
 ) -> Iterator[tuple[Layer, Step, bool]]:
-    """Solve the layers in execution order, each on the pruned network as it stands, in a sweep for each stage.
+    """Set the layers in execution order, each on the pruned network as it stands, in a sweep for each stage.
 
-    A new stage's masks are chosen from the weights as the last one left them: its zeros, the smallest, stay zeros.
+    masks: those of the first stage. A new stage's are chosen from the weights as the last one left them: its zeros,
+        the smallest, stay zeros. Where they are `sequential`, they only say how many weights each layer loses; which
+        ones is chosen when it is the layer's turn.
+
     Yields each layer, its step, and whether it was solved now or taken from `finished`. The caller writes each new
     weight back before it asks for the next.
     """
-    masks = {}
     for sweep, stage in enumerate(stages):
-        if sweep == 0 or stage is not stages[sweep - 1]:
-            masks = select(streams.network, stage, layers).masks
+        new = sweep == 0 or stage is not stages[sweep - 1]
         if sweep > 0:
             options = options.but(w_warm=False)
             streams.restart()
+            masks = choose(stage).masks if new else masks
         for layer in (each for each in streams.network.layers if each.name in masks):
-            step, mask = next(finished, None), masks[layer.name]
-            if step is None:
-                yield layer, timed_step(layer, sweep, mask, streams, options, solver), True
+            mask, step = masks[layer.name], next(finished, None)
+            rule = how_many(layer, mask, stage) if way.sequential and new else None
+            solved = step is None
+            if solved:
+                step = timed_step(layer, sweep, mask, rule, streams, way, options)
             else:
-                check_finished(step, layer, sweep, mask)
+                check_finished(step, layer, sweep, mask if rule is None else step.mask)
                 streams.shrink(step.record.batch_size)
-                yield layer, step, False
+            masks[layer.name] = step.mask
+            yield layer, step, solved
+
+
+def how_many(layer: Layer, mask: Tensor, pattern: Pattern) -> NM | int:
+    """What SparseGPT's mask of a layer must keep to: its N:M, or as many weights removed as `mask` removes."""
+    return pattern.of(layer.name) if isinstance(pattern, NM) else int((~mask).sum())
 
 
 def check_finished(step: Step, layer: Layer, sweep: int, mask: Tensor) -> None:
@@ -274,21 +307,14 @@ def check_finished(step: Step, layer: Layer, sweep: int, mask: Tensor) -> None:
 
 
 def timed_step(
-    layer: Layer, sweep: int, mask: Tensor, streams: Streams, options: Options, solver: Callable[..., Solution]
+    layer: Layer, sweep: int, mask: Tensor, rule: NM | int | None, streams: Streams, way: Way, options: Options
 ) -> Step:
-    """Solve a layer, in micro-batches that fit the memory, and record what it took."""
+    """Set a layer, in micro-batches that fit the memory, and record what it took; a rule replaces the mask."""
     started = time.perf_counter()
     forget_peak(streams.device)
-    solution = None
-    while solution is None:
-        try:
-            solution = solve_layer(layer, mask, streams, options, solver)
-        except (RuntimeError, MemoryError) as error:
-            check_out_of_memory(error, layer, streams.batch_size)
-            streams.halve()
-            log.warning(
-                "out of memory at layer %s: going on with micro-batches of %d images", layer.name, streams.batch_size
-            )
+    if rule is not None:
+        mask = fitting(streams, f"layer {layer.name}", lambda: choose_mask(*sparsegpt_problem(layer, streams), rule))
+    solution = fitting(streams, f"layer {layer.name}", lambda: set_layer(layer, mask, streams, way, options))
     record = LayerRecord(
         layer.name,
         sweep,
@@ -308,17 +334,41 @@ def timed_step(
     return Step(record, mask, solution.weight, solution.shift)
 
 
-def check_out_of_memory(error: Exception, layer: Layer, batch_size: int) -> None:
-    """Raise `error` again unless smaller micro-batches can mend it.
+def fitting(streams: Streams, place: str, work: Callable[[], T]) -> T:
+    """The result of `work`, done again with micro-batches of half the size as long as they need too much memory.
 
     Raises:
         SnowsError: single images do not fit either.
     """
-    # On a GPU torch raises its own error; on a CPU a RuntimeError of the allocator, or Python raises MemoryError.
-    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
-        raise error
-    if batch_size == 1:
-        raise SnowsError(f"out of memory at layer {layer.name} with one image at a time: lower --k_step.") from error
+    while True:
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            # On a GPU torch raises its own error; on a CPU the allocator a RuntimeError, or Python a MemoryError.
+            known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            if not known and "can't allocate memory" not in str(error):
+                raise
+            if streams.batch_size == 1:
+                raise SnowsError(f"out of memory at {place} with one image at a time: lower --k_step.") from error
+            streams.halve()
+            log.warning("out of memory at %s: going on with micro-batches of %d images", place, streams.batch_size)
+
+
+def sparsegpt_problem(layer: Layer, streams: Streams) -> tuple[Tensor, Tensor]:
+    """(weight, second moment of its inputs) of a layer on the pruned network as it stands."""
+    streams.sparse.advance(layer.node)
+    return streams.network.model.get_parameter(layer.parameter), input_moment(layer, streams.sparse)
+
+
+def set_layer(layer: Layer, mask: Tensor, streams: Streams, way: Way, options: Options) -> Solution:
+    """A layer's surviving weights, in the way that was asked for."""
+    match way.algo:
+        case "MP":
+            return Solution(masked(streams.network, layer, mask))
+        case "SparseGPT":
+            return Solution(update(*sparsegpt_problem(layer, streams), mask))
+        case _:
+            return solve_layer(layer, mask, streams, options, way.solver)
 
 
 def solve_layer(
@@ -369,21 +419,39 @@ def write(model: nn.Module, layer: Layer, step: Step) -> None:
         bias.add_(step.shift.to(bias.device))
 
 
-def select(network: Network, pattern: Pattern | Masks, layers: Callable[[str], bool]) -> Selection:
-    """The masks that a pattern chooses for the chosen layers of a network, or the caller's own masks, checked."""
-    weights = {layer.name: network.model.get_parameter(layer.parameter) for layer in network.layers}
-    if not weights:
+def select(
+    network: Network,
+    layers: Callable[[str], bool],
+    mask_alg: str,
+    streams: Callable[[], Streams],
+    options: Options,
+    pattern: Pattern | Masks,
+) -> Selection:
+    """The masks that a pattern chooses for the chosen layers of a network, or the caller's own masks, checked.
+
+    streams: asked for only where the scores need images; they are at the start of the line before and after.
+    """
+    if not network.layers:
         raise UsageError("nothing to prune: the model has no Conv2d or Linear layer.")
-    chosen = {name: weight for name, weight in weights.items() if layers(name)}
+    chosen = [layer for layer in network.layers if layers(layer.name)]
     if not chosen:
-        raise UsageError(f"nothing to prune: no layer was selected of {', '.join(weights)}.")
+        raise UsageError(f"nothing to prune: no layer was selected of {', '.join(n.name for n in network.layers)}.")
+    weights = {layer.name: network.model.get_parameter(layer.parameter) for layer in chosen}
     if isinstance(pattern, dict):
-        selection = given(pattern, chosen)
+        if mask_alg != "MP":
+            raise UsageError(f"the masks are given: there is nothing for {mask_alg} to choose.")
+        selection = given(pattern, weights)
     else:
-        selection = pattern.select(chosen, sum(p.numel() for p in network.model.parameters()))
+        if mask_alg != "MP":
+            check_inputs(mask_alg, chosen, network)
+        if mask_alg in ("Wanda", "OBS") or (mask_alg == "SparseGPT" and pattern.compares_layers):
+            weights = fitting(streams(), "the scores", lambda: scores(mask_alg, chosen, streams().sparse, options))
+            streams().restart()
+        total = sum(p.numel() for p in network.model.parameters())
+        selection = pattern.select(weights, total, by_row=mask_alg == "Wanda")
     if not selection.masks:
         raise UsageError(f"nothing to prune: {selection.left_dense}.")
-    selection.left_dense |= {name: "not selected" for name in weights if name not in chosen}
+    selection.left_dense |= {layer.name: "not selected" for layer in network.layers if layer not in chosen}
     return selection
 
 
@@ -397,6 +465,8 @@ def micro_batches(network: Network, calibration: Tensor | Iterable, batch_size: 
 
 def gather(calibration: Tensor | Iterable) -> Tensor:
     """All calibration images as one tensor (n, channels, height, width) on the host."""
+    if calibration is None:
+        raise UsageError("calibration images are needed by all but magnitude masks whose survivors stay as they are.")
     if not isinstance(calibration, Tensor):
         batches = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in calibration]
         if not batches or not all(isinstance(batch, Tensor) for batch in batches):

@@ -101,6 +101,59 @@ def test_masks_of_another_tool_are_solved_through_the_script(script, small, tmp_
     assert "does not keep to 2:4 in conv1" in err
 
 
+def test_methods_layers_and_their_sparsities_are_chosen_by_flags_and_masks_are_handed_on(script, small, tmp_path):
+    (tmp_path / "rules.json").write_text(json.dumps({"layer1.*": 0.5, "layer2.0.conv1": "dense"}))
+    flags = [*cifar_flags(small), "--sweeps", 1]
+    chosen = ["--mask_alg", "OBS", "--skip", "fc", "layer3.*.conv2", "--layer_sparsity", tmp_path / "rules.json"]
+    chosen += ["--target_sparsity", 0.4, "--allocation", "erk", "--export_masks", tmp_path / "masks.safetensors"]
+    out, _ = script("CNN_pruning/unstr.py", *flags, *chosen, "--out_dir", tmp_path / "first")
+    assert "layer*.*.conv2 (3), fc: not selected" in out
+    assert "dense, as --layer_sparsity asks" in out
+    metrics = json.loads((tmp_path / "first" / "metrics.json").read_text())
+    assert metrics["mask_alg"] == "OBS"
+    masks = safetensors.torch.load_file(tmp_path / "masks.safetensors")
+    total = sum(p.numel() for p in ResNet(20, 10).parameters())
+    assert sum((~mask).sum() for mask in masks.values()) == round(0.4 * total)
+    state = safetensors.torch.load_file(tmp_path / "first" / "model.safetensors")
+    assert (~masks["layer1.0.conv1"]).sum() == masks["layer1.0.conv1"].numel() / 2
+    assert all((state[f"{name}.weight"][~mask] == 0).all() for name, mask in masks.items())
+
+    flags += ["--masks", tmp_path / "masks.safetensors", "--algo", "SparseGPT"]
+    script("CNN_pruning/unstr.py", *flags, "--out_dir", tmp_path / "second")
+    metrics = json.loads((tmp_path / "second" / "metrics.json").read_text())
+    assert (metrics["mask_alg"], metrics["algo"]) == ("Custom", "SparseGPT")
+    again = safetensors.torch.load_file(tmp_path / "second" / "masks.safetensors")
+    assert all(torch.equal(again[name], mask) for name, mask in masks.items())
+
+
+def test_channels_are_permuted_before_masks_are_chosen(script, tmp_path):
+    flags = ["--algo", "MP", "--NM_N", 1, "--out_dir"]
+    out, _ = script("VIT_pruning/prune_NM.py", *flags, tmp_path / "permuted", "--permute")
+    script("VIT_pruning/prune_NM.py", *flags, tmp_path / "plain")
+    assert "permuted the inputs of 4 layers: 1:4 keeps" in out
+    metrics, states = [], []
+    for run in ("permuted", "plain"):
+        metrics.append(json.loads((tmp_path / run / "metrics.json").read_text()))
+        states.append(safetensors.torch.load_file(tmp_path / run / "model.safetensors"))
+    assert metrics[0]["dense_accuracy"] == metrics[1]["dense_accuracy"]
+    for i in range(4):
+        one, other = (state[f"blocks.{i}.mlp.fc2.weight"] for state in states)
+        assert one.abs().sum() > other.abs().sum()
+        assert torch.equal((one != 0).sum(), (other != 0).sum())
+
+
+def test_masks_that_images_choose_are_measured_for_each_seed(script, small, tmp_path):
+    flags = [*cifar_flags(small), "--ngrads", 2, "--mask_alg", "SparseGPT", "--algo", "MP", "--skip", "layer3.*"]
+    script("CNN_pruning/prune_NM.py", *flags, "--seed", 0, 1, "--out_dir", tmp_path / "runs")
+    masks = [run_folder.load(tmp_path / "runs" / f"MP-seed{seed}", ResNet(20, 10))[1] for seed in (0, 1)]
+    assert not all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
+    for seed in (0, 1):
+        metrics = json.loads((tmp_path / "runs" / f"MP-seed{seed}" / "metrics.json").read_text())
+        assert metrics["masked_accuracy"] == metrics["accuracy"]
+        for mask in masks[seed].values():
+            assert (mask.movedim(1, -1).unflatten(-1, (-1, 4)).sum(-1) == 2).all()
+
+
 def test_the_paper_preset_and_every_solver_flag_are_taken(script, small, tmp_path):
     flags = ["--preset", "paper", "--depth_weights", "relative", "--cg_tolerance", "0.1", "--w_warm", "True"]
     script(
@@ -175,6 +228,15 @@ BAD = {
     "a mean without std": (["--mean", "0.5"], "--mean and --std go together"),
     "negative K": (["--k_step", "-1"], "k_step must be at least 0"),
     "not a boolean": (["--batching", "maybe"], "neither True nor False"),
+    "a pattern that matches nothing": (["--skip", "fc", "fd*"], "--skip: no prunable layer is named fd*; those are"),
+    "no file of layer sparsities": (["--layer_sparsity", "nowhere.json"], "cannot read nowhere.json"),
+    "two sources of masks": (
+        ["--masks", "m.pt", "--mask_alg", "OBS"],
+        "leave --mask_alg, --layer_sparsity and --permute out",
+    ),
+    "masks of two runs": (["--export_masks", "m.safetensors", "--seed", "0", "1"], "--export_masks is for one run"),
+    "no folder for masks": (["--export_masks", "nowhere/m.safetensors"], "there is no folder nowhere"),
+    "masks of another kind": (["--export_masks", "m.pt"], "writes .safetensors"),
     "an unknown flag": (["--no_such_flag"], "unrecognized arguments"),
     "an unknown device": (["--device", "abacus"], "abacus"),
     "a device without numbers": (["--device", "meta"], "cannot use --device meta"),
@@ -198,6 +260,23 @@ def test_wrong_usage_ends_with_one_line_and_code_2(script, case, tmp_path):
 def test_n_that_is_not_below_m_is_refused(script, n, m):
     _, err = script("CNN_pruning/prune_NM.py", "--NM_N", n, "--NM_M", m, code=2)
     assert f"N:M = {n}:{m}" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not json"),
+        ("[0.5]", "must hold an object"),
+        ("{}", "must hold an object"),
+        ('{"fc": 1.5}', "layer sparsity of fc: 1.5 is neither a share"),
+        ('{"fd": 0.5}', "no prunable layer is named fd"),
+    ],
+)
+def test_layer_sparsities_that_do_not_fit_say_why(script, tmp_path, text, message):
+    (tmp_path / "rules.json").write_text(text)
+    _, err = script("CNN_pruning/unstr.py", "--layer_sparsity", tmp_path / "rules.json", code=2)
+    assert message in err
+    assert "Traceback" not in err
 
 
 def damaged(folder, kind):

@@ -1,0 +1,189 @@
+"""The methods people compare with, in one table and one plot: masks x ways to set the survivors x patterns x seeds.
+
+    python bench/compare.py resnet20 --checkpoint resnet20_cifar10.pt --dset cifar10.npz
+    python bench/compare.py vit --dset cifar10.npz --patterns 2:4 1:4 --masks MP Wanda --seeds 0 --images 256 --sweeps 1
+
+The networks are those of bench/cifar10.py. Each row is written as soon as it is measured, and a row that the results
+file already holds is not measured again, so an interrupted grid goes on where it stopped. Next to the results file lie
+the Markdown table (.md) and the plot (.png), of the rows with the same number of images and the same options.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import statistics
+from pathlib import Path
+
+from cifar10 import ROOT, Bench
+
+import snows
+from snows import options, run_folder
+from snows.errors import UsageError
+from snows.evaluate import accuracy
+from snows.experiment import shell
+from snows.scores import LAYER_WISE, MASK_ALGORITHMS
+
+PATTERNS = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "1:4", "2:8")
+ALONE = {"SparseGPT": "SparseGPT"}  # what a mask's own method does with the survivors; the others keep them as they are
+WAYS = ("alone", "MP+", "SNOWS")
+
+
+def pattern_of(text: str, mask: str) -> snows.NM | snows.Unstructured:
+    """The pattern "2:4", or "0.7" of all parameters, allocated as suits the mask's scores."""
+    if ":" in text:
+        return snows.NM.parse(text)
+    try:
+        return snows.Unstructured(float(text), normalise=mask in LAYER_WISE)
+    except ValueError:
+        raise UsageError(f"pattern '{text}' is neither N:M nor a sparsity.") from None
+
+
+def grid(args: argparse.Namespace) -> list[dict]:
+    """What each row runs; magnitude masks whose survivors stay as they are depend on no seed."""
+    runs = [
+        {"pattern": pattern, "mask": mask, "way": way, "seed": seed}
+        for seed, pattern, mask, way in itertools.product(args.seeds, args.patterns, args.masks, args.ways)
+    ]
+    return [run for run in runs if run["seed"] == args.seeds[0] or (run["mask"], run["way"]) != ("MP", "alone")]
+
+
+def measure(bench: Bench, run: dict, images: int, chosen: snows.Options) -> dict:
+    """One row's figures."""
+    calibration, _ = bench.data.calibration(images, run["seed"])
+    pruned = snows.prune(
+        bench.model,
+        calibration,
+        pattern_of(run["pattern"], run["mask"]),
+        chosen.but(seed=run["seed"]),
+        mask_alg=run["mask"],
+        algo=ALONE.get(run["mask"], "MP") if run["way"] == "alone" else run["way"],
+        layers=bench.layers,
+        device=bench.device,
+    )
+    return {
+        "dense_accuracy": bench.dense_accuracy,
+        "accuracy": accuracy(pruned.model, bench.test, bench.device),
+        "sparsity": pruned.sparsity,
+        "curvature_products": pruned.curvature_products,
+        "seconds": pruned.seconds,
+        "test_images": len(bench.data.test),
+        "environment": run_folder.environment(bench.device),
+    }
+
+
+def over_seeds(rows: list[dict], **wanted) -> list[float]:
+    """The accuracies of all the seeds of one cell."""
+    return [row["accuracy"] for row in rows if all(row["run"][key] == value for key, value in wanted.items())]
+
+
+def found(rows: list[dict], key: str, order: tuple[str, ...]) -> list[str]:
+    """The values that the rows have, known ones in their usual order and first."""
+    values = {row["run"][key] for row in rows}
+    return [value for value in order if value in values] + sorted(values - set(order))
+
+
+def table(rows: list[dict]) -> str:
+    """Accuracy in percent, mean and standard deviation over seeds: a line for each mask of each pattern."""
+    ways = found(rows, "way", WAYS)
+    lines = [["pattern", "mask", *ways], ["---"] * (2 + len(ways))]
+    for pattern, mask in itertools.product(found(rows, "pattern", PATTERNS), found(rows, "mask", MASK_ALGORITHMS)):
+        cells = [over_seeds(rows, pattern=pattern, mask=mask, way=way) for way in ways]
+        lines.append([pattern, mask, *map(cell, cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def cell(accuracies: list[float]) -> str:
+    if not accuracies:
+        return ""
+    spread = f" ± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+    return f"{statistics.mean(accuracies):.2f}{spread}"
+
+
+def plot(rows: list[dict]) -> bytes:
+    """Accuracy against sparsity as a PNG, a line for each method (mean, and from least to most over the seeds).
+
+    Unstructured sparsities on the left; N:M patterns, in their usual order, on the right.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    patterns = found(rows, "pattern", PATTERNS)
+    panels = [[p for p in patterns if ":" not in p], [p for p in patterns if ":" in p]]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, gridspec_kw={"width_ratios": (3, 2)})
+    styles = dict(zip(WAYS, (":", "--", "-")))
+    colours = dict(zip(MASK_ALGORITHMS, ("tab:gray", "tab:orange", "tab:green", "tab:blue")))
+    for panel, shown in zip(axes, panels):
+        for mask, way in itertools.product(found(rows, "mask", MASK_ALGORITHMS), found(rows, "way", WAYS)):
+            cells = {p: over_seeds(rows, pattern=p, mask=mask, way=way) for p in shown}
+            cells = {p: values for p, values in cells.items() if values}
+            x = [100 * float(p) if ":" not in p else shown.index(p) for p in cells]
+            look = {"color": colours[mask], "linestyle": styles[way]}
+            panel.plot(x, [statistics.mean(v) for v in cells.values()], marker=".", label=f"{mask}, {way}", **look)
+            low, high = [min(v) for v in cells.values()], [max(v) for v in cells.values()]
+            panel.fill_between(x, low, high, color=colours[mask], alpha=0.15, linewidth=0)
+        panel.axhline(rows[0]["dense_accuracy"], color="black", linewidth=0.8)
+        panel.grid(alpha=0.3)
+    axes[0].set(xlabel="sparsity, % of all parameters", ylabel="accuracy, %")
+    axes[1].set(xlabel="pattern")
+    axes[1].set_xticks(range(len(panels[1])), panels[1])
+    axes[1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.tight_layout()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    plt.close(figure)
+    return image.getvalue()
+
+
+def parser() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("network", choices=("resnet20", "vit"))
+    flags.add_argument("--checkpoint", type=Path, help="weights of the ResNet-20 (required) or of the ViT")
+    flags.add_argument("--dset", type=Path, required=True, help="an .npz of CIFAR-10")
+    flags.add_argument("--masks", nargs="+", default=list(MASK_ALGORITHMS), choices=MASK_ALGORITHMS)
+    flags.add_argument(
+        "--ways",
+        nargs="+",
+        default=list(WAYS),
+        choices=WAYS,
+        help="how the survivors are set: as the mask's own method does, by least squares, by SNOWS (default: all)",
+    )
+    flags.add_argument("--patterns", nargs="+", default=list(PATTERNS), help="N:M, or shares of all parameters")
+    flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    flags.add_argument("--images", type=int, default=2048, help="calibration images (default: 2048)")
+    flags.add_argument("--device", default="cpu")
+    flags.add_argument("--out", type=Path, help="results file (default: results/compare_NETWORK.json)")
+    options.add_flags(flags)
+    return flags
+
+
+def main():
+    args = parser().parse_args()
+    if args.network == "resnet20" and args.checkpoint is None:
+        raise UsageError("--checkpoint is required for the ResNet-20.")
+    for pattern in args.patterns:
+        pattern_of(pattern, "MP")
+    chosen = options.from_flags(args, seed=0)
+    settings = {"images": args.images, **{k: v for k, v in vars(chosen).items() if k != "seed"}}
+    out = args.out or ROOT / "results" / f"compare_{args.network}.json"
+    rows = json.loads(out.read_text())["rows"] if out.exists() else []
+    held = [row["run"] for row in rows if row["settings"] == settings]
+    missing = [run for run in grid(args) if run not in held]
+    if missing:
+        checkpoint = args.checkpoint or ROOT / "checkpoints" / "vit_cifar10.safetensors"
+        bench = Bench(args.network == "vit", checkpoint, args.dset, args.device)
+    for i, run in enumerate(missing, 1):
+        rows.append({"run": run, "settings": settings, **measure(bench, run, args.images, chosen)})
+        run_folder.write_json(out, {"rows": rows})
+        figures = f"{rows[-1]['accuracy']:.2f} %, {rows[-1]['seconds']:.0f} s"
+        print(f"{i} of {len(missing)}: {' '.join(map(str, run.values()))}: {figures}", flush=True)
+    shown = [row for row in rows if row["settings"] == settings]
+    run_folder.write(out.with_suffix(".md"), table(shown))
+    run_folder.write(out.with_suffix(".png"), plot(shown))
+    print(table(shown))
+
+
+if __name__ == "__main__":
+    shell(main)

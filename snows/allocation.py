@@ -1,0 +1,71 @@
+"""Allocation: how many weights each layer loses, when all the layers together lose a given number.
+
+Each rule takes the number to remove, the layers' scores (layer name -> what each weight is worth, of the weight's
+shape; the smallest magnitudes go first) and each layer's cap, the most that it may lose, the caps adding up to at least
+that number. It returns whole numbers that add up to it exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Counts = dict[str, int]  # layer name -> how many
+TINY = torch.finfo(torch.float32).tiny
+
+
+def smallest_first(removed: int, scores: dict[str, Tensor], caps: Counts) -> Counts:
+    """The smallest scores of all go first, and no layer loses more than its cap."""
+    candidates = [score.abs().flatten().sort().values[: caps[name]] for name, score in scores.items()]
+    layer = torch.cat([torch.full((len(c),), i) for i, c in enumerate(candidates)])
+    chosen = torch.cat(candidates).argsort(stable=True)[:removed]
+    counts = torch.bincount(layer[chosen.cpu()], minlength=len(scores))
+    return dict(zip(scores, counts.tolist()))
+
+
+def normalised(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each layer's scores as shares of their sum, so that "smallest first" compares relative losses."""
+    return {name: score.abs() / score.abs().sum().clamp_min(TINY) for name, score in scores.items()}
+
+
+def uniform(removed: int, scores: dict[str, Tensor], caps: Counts) -> Counts:
+    """Every layer loses the same share."""
+    return dict(zip(scores, proportional(removed, [score.numel() for score in scores.values()])))
+
+
+def erdos_renyi_kernel(removed: int, scores: dict[str, Tensor], caps: Counts) -> Counts:
+    """ERK (Evci et al. 2020): a layer keeps weights in proportion to the sum of its dimensions, not to their product.
+
+    Small layers so stay denser. Where that would keep more than all of a layer, or less than its cap leaves, it is
+    all, or what the cap leaves, and the other layers make up for it.
+    """
+
+    def lost(scale: float) -> dict[str, float]:
+        wanted = {name: score.numel() - scale * sum(score.shape) for name, score in scores.items()}
+        return {name: min(max(count, 0.0), caps[name]) for name, count in wanted.items()}
+
+    low, high = 0.0, max(score.numel() / sum(score.shape) for score in scores.values())
+    for _ in range(100):  # bisection: the larger the scale, the less is lost
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(lost(middle).values()) > removed else (low, middle)
+    shares = lost(low)
+    counts = {name: int(share) for name, share in shares.items()}
+    below = [name for name in scores if counts[name] < caps[name]]
+    below.sort(key=lambda name: counts[name] - shares[name])  # the largest remainders first
+    for name in below[: removed - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
+ALLOCATIONS = {"global": smallest_first, "uniform": uniform, "erk": erdos_renyi_kernel}
+
+
+def proportional(total: int, sizes: list[int]) -> list[int]:
+    """Split `total` in proportion to `sizes`, in whole numbers that add up to it."""
+    counts, seen, given = [], 0, 0
+    for size in sizes:
+        seen += size
+        share = round(total * seen / sum(sizes))
+        counts.append(share - given)
+        given = share
+    return counts

@@ -1,0 +1,126 @@
+"""What each weight is worth to the network as it stands: the scores by which a pattern chooses masks.
+
+    MP         |w|                               magnitude
+    Wanda      |w_ij| ||x_j||                    with the size of the input that it multiplies (Sun et al. 2024)
+    SparseGPT  w_ij^2 / [A^-1]_jj                the layer's own least loss without the weight (Frantar, Alistarh 2023)
+    OBS        w_ij^2 g_i A_jj / 2               what the K-step loss rises by when the weight is removed
+
+x_j is input column j of the layer and A the mean of x x^T over images and positions. OBS takes the curvature of the
+K-step loss as snows/preconditioner.py splits it, B_i = g_i A for output row i, and of that its diagonal: dividing by
+the diagonal of the inverse instead, as if the row's other weights made up for the loss, gave no better masks here. All
+but MP need the inputs of every layer: one pass of a stream along the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from snows.errors import SnowsError, UsageError
+from snows.graph import Layer, Network, Stream
+from snows.layer_rules import listed
+from snows.objective import reconstruction
+from snows.options import Options
+from snows.preconditioner import can_factor, columns, output_scale
+
+MASK_ALGORITHMS = ("MP", "Wanda", "SparseGPT", "OBS")
+LAYER_WISE = ("Wanda", "SparseGPT")  # whose scores are in units of the layer's own output, and compare as shares only
+RELATIVE_DAMPING = 1e-2  # of A, in units of its mean diagonal
+
+
+def scores(mask_alg: str, layers: list[Layer], stream: Stream, options: Options) -> dict[str, Tensor]:
+    """Layer name -> the score of each weight, of the weight's shape; the stream stands at the start of the line."""
+    result = {}
+    for layer in layers:
+        stream.advance(layer.node)
+        result[layer.name] = SCORES[mask_alg](layer, stream, options)
+    return result
+
+
+def check_inputs(method: str, layers: list[Layer], network: Network) -> None:
+    """Refuse layers whose input columns, which a method needs, cannot be had.
+
+    Raises:
+        UsageError: it lists them.
+    """
+    hidden = [layer.name for layer in layers if not can_factor(network, layer)]
+    if hidden:
+        raise UsageError(
+            f"{method} needs the inputs of every layer, and those of {listed(hidden)} cannot be unfolded. "
+            f"Skip these layers (--skip), or choose another method."
+        )
+
+
+def wanda(layer: Layer, stream: Stream, options: Options) -> Tensor:
+    """|w_ij| times the root mean square of input column j, so that layers of any number of positions compare."""
+    return weight_of(layer, stream).abs() * by_weight(layer, mean_squares(layer, stream).sqrt())
+
+
+def sparsegpt(layer: Layer, stream: Stream, options: Options) -> Tensor:
+    """w_ij^2 / [A^-1]_jj: by how much the error of the layer's own output rises if its other weights make up for it."""
+    inverse = damped_inverse(input_moment(layer, stream)).diagonal(dim1=1, dim2=2)
+    return weight_of(layer, stream).square() / by_weight(layer, inverse)
+
+
+def obs(layer: Layer, stream: Stream, options: Options) -> Tensor:
+    """w_ij^2 g_i A_jj / 2, g_i being what the K steps behind the layer make of its output i."""
+    objective = reconstruction(layer, stream, stream, options.k_step, "same", options.depth_weights, "ggn")
+    weight = weight_of(layer, stream)
+    scale = output_scale(objective, weight, options.seed)  # g, (out,)
+    diagonal = by_weight(layer, mean_squares(layer, stream))
+    return weight.square() * diagonal * scale.view(-1, *[1] * (weight.ndim - 1)) / 2
+
+
+SCORES = {"Wanda": wanda, "SparseGPT": sparsegpt, "OBS": obs}
+
+
+def weight_of(layer: Layer, stream: Stream) -> Tensor:
+    return stream.model.get_parameter(layer.parameter)
+
+
+def inputs(layer: Layer, stream: Stream) -> Iterator[Tensor]:
+    """The layer's input columns of each micro-batch, (groups, in, positions)."""
+    module = stream.network.module(layer.node)
+    return (columns(module, stream[i][layer.node.args[0]]) for i in range(len(stream)))
+
+
+def mean_squares(layer: Layer, stream: Stream) -> Tensor:
+    """The diagonal of A, (groups, in); the stream stands at the layer."""
+    total, count = 0.0, 0
+    for x in inputs(layer, stream):
+        total, count = total + x.square().sum(2), count + x.shape[2]
+    return checked(total / count, layer)
+
+
+def input_moment(layer: Layer, stream: Stream) -> Tensor:
+    """A, the mean of x x^T over images and positions, (groups, in, in) in float64; the stream stands at the layer."""
+    total, count = 0.0, 0
+    for x in inputs(layer, stream):
+        total, count = total + (x @ x.transpose(1, 2)).double(), count + x.shape[2]
+    return checked(total / count, layer)
+
+
+def checked(statistic: Tensor, layer: Layer) -> Tensor:
+    """The statistic, if it is finite.
+
+    Raises:
+        SnowsError: it is not.
+    """
+    if not statistic.isfinite().all():
+        raise SnowsError(f"the inputs of layer {layer.name} hold NaN or infinity: no masks can be chosen from them.")
+    return statistic
+
+
+def damped_inverse(moment: Tensor, damping: float = RELATIVE_DAMPING) -> Tensor:
+    """(A + damping * mean diagonal * I)^-1, (groups, in, in)."""
+    mean = moment.diagonal(dim1=1, dim2=2).mean(1)
+    mean = mean.where(mean > 0, 1.0)  # inputs that are zero throughout
+    identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    return torch.cholesky_inverse(torch.linalg.cholesky(moment + damping * mean[:, None, None] * identity))
+
+
+def by_weight(layer: Layer, by_column: Tensor) -> Tensor:
+    """A number per input column (groups, in), spread out to the weight's shape."""
+    return by_column.repeat_interleave(layer.shape[0] // len(by_column), dim=0).view(layer.shape)

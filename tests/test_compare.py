@@ -1,0 +1,77 @@
+"""bench/compare.py: the grid it runs, where it goes on, and what it draws of the rows."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from resnet_cifar import ResNet
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import compare
+
+    return compare
+
+
+@pytest.fixture
+def run(compare, tmp_path, monkeypatch):
+    """Runs the bench on eight random images; returns the rows that its results file then holds."""
+    generator = np.random.default_rng(0)
+    arrays = {f"x_{part}": generator.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8) for part in ("train", "test")}
+    np.savez(tmp_path / "images.npz", **arrays, y_train=np.arange(8), y_test=np.arange(8))
+    torch.save(ResNet(20, 10).state_dict(), tmp_path / "resnet20.pt")
+    flags = ["--checkpoint", tmp_path / "resnet20.pt", "--dset", tmp_path / "images.npz", "--images", 4]
+    flags += ["--out", tmp_path / "grid.json", "--sweeps", 1, "--k_step", 1, "--max_CG_iterations", 1]
+
+    def once(*more):
+        monkeypatch.setattr(sys, "argv", ["compare.py", "resnet20", *map(str, [*flags, *more])])
+        compare.main()
+        return json.loads((tmp_path / "grid.json").read_text())["rows"]
+
+    return once
+
+
+def test_a_grid_is_measured_once_and_goes_on_where_it_stopped(run, tmp_path, capsys):
+    grid = ["--masks", "MP", "Wanda", "--patterns", "2:4", "0.5", "--seeds", 0, 1, "--ways", "alone"]
+    rows = run(*grid[:-5], "--seeds", 0, "--ways", "alone")
+    assert [(row["run"]["pattern"], row["run"]["mask"]) for row in rows] == [
+        (pattern, mask) for pattern in ("2:4", "0.5") for mask in ("MP", "Wanda")
+    ]
+    assert rows[2]["sparsity"] >= 0.5 > rows[0]["sparsity"]
+    capsys.readouterr()
+    more = run(*grid)
+    assert more[:4] == rows
+    assert [row["run"]["mask"] for row in more[4:]] == ["Wanda"] * 2  # magnitude alone knows no seed
+    assert "1 of 2: 2:4 Wanda alone 1" in capsys.readouterr().out
+    assert run(*grid) == more
+    lines = (tmp_path / "grid.md").read_text().splitlines()
+    assert lines[0] == "| pattern | mask | alone |"
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [
+        [f"| {pattern}", mask] for pattern in ("0.5", "2:4") for mask in ("MP", "Wanda")
+    ]
+    assert ["±" in line for line in lines[2:]] == [False, True, False, True]
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_whole_grid_holds_every_method_and_other_options_are_other_rows(compare, run, tmp_path):
+    flags = ["resnet20", "--dset", "images.npz"]
+    runs = compare.grid(compare.parser().parse_args(flags))
+    assert len(runs) == 8 * (4 * 3 * 3 - 2)  # patterns, masks, ways, seeds
+    assert {run["pattern"] for run in runs} == {"0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "1:4", "2:8"}
+    grid = ["--masks", "MP", "--patterns", "2:4", "--seeds", 0, "--ways", "alone"]
+    run(*grid)
+    rows = run(*grid, "--images", 6)
+    assert [row["settings"]["images"] for row in rows] == [4, 6]
+    assert len((tmp_path / "grid.md").read_text().splitlines()) == 3
+
+
+def test_what_cannot_be_run_is_refused(compare, run):
+    with pytest.raises(compare.UsageError, match="pattern 'half' is neither N:M nor a sparsity"):
+        run("--patterns", "half")
+    with pytest.raises(compare.UsageError, match="outside"):
+        run("--patterns", "1.5")
