@@ -161,23 +161,23 @@ def solve(
     Raises:
         FloatingPointError: the loss, its gradient, a product or a preconditioned residual is NaN or infinite.
     """
-    before = check_finite(objective.loss(weight), "the loss").item()
-    result = Solution(weight, None, before, before)
+    result = Solution(weight)
     parts = [objective.on_batch(i) for i in range(len(objective))] if batching else [objective]
-    for _ in range(newton_steps):
+    for step in range(newton_steps):
         start = result.weight
         for part in parts:
-            damping, loss = _newton_step(
+            damping, before, after = _newton_step(
                 result, part, mask, precondition, damping, cg_tolerance, max_CG_iterations, 1 / len(parts)
             )
-        if batching:
-            loss = objective.loss(result.weight)
-        decrease = result.loss_after - loss.item()
-        if not decrease > 0:  # steps that each helped their own mini-batch may still hurt the whole
+        if batching:  # steps that each helped their own mini-batch may still hurt the whole
+            before, after = objective.loss(start), objective.loss(result.weight)
+        if step == 0:
+            result.loss_before = before.item()
+        result.loss_after = min(before, after).item()
+        if not after < before:
             result.weight = start
             break
-        result.loss_after = loss.item()
-        if decrease < STAGNATION * result.loss_after:
+        if before - after < STAGNATION * after:
             break
     return result
 
@@ -191,9 +191,10 @@ def _newton_step(
     tolerance: float,
     max_iterations: int,
     share: float,
-) -> tuple[float, Tensor]:
-    """One damped Newton step on one objective; updates `result` and returns (next damping, loss reached)."""
+) -> tuple[float, Tensor, Tensor]:
+    """One damped Newton step on one objective; updates `result` and returns (next damping, loss before, loss after)."""
     here = objective.linearise(result.weight)
+    check_finite(here.loss, "the loss")
     gradient = here.gradient * mask
     cg = conjugate_gradients(
         lambda v: here.product(v) * mask, -gradient, precondition, damping, tolerance, max_iterations
@@ -203,7 +204,7 @@ def _newton_step(
     result.products += cg.iterations * share
     result.residuals.append(cg.residuals)
     if not slope < 0:  # a zero gradient, or nothing found
-        return damping, here.loss
+        return damping, here.loss, here.loss
     search = backtrack(objective.loss, result.weight, cg.step, here.loss, slope)
     result.newton_steps += 1
     if search.length > 0:
@@ -212,5 +213,5 @@ def _newton_step(
     predicted = -(slope + dot(cg.step, cg.product) / 2)
     ratio = (here.loss - search.loss) / predicted
     if search.length < 1 or ratio < 0.25:
-        return damping * 4, search.loss
-    return (damping / 4 if ratio > 0.75 else damping), search.loss
+        return damping * 4, here.loss, search.loss
+    return (damping / 4 if ratio > 0.75 else damping), here.loss, search.loss
