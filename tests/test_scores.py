@@ -118,6 +118,17 @@ def test_every_mask_is_kept_to_and_solved_in_every_way(tiny, images, mask_alg, p
         assert removed == round(0.6 * sum(p.numel() for p in tiny.parameters()))
 
 
+@pytest.mark.parametrize("mask_alg", ["SparseGPT", "OBS"])
+def test_a_job_whose_masks_images_choose_goes_on_to_the_same_result(tiny, images, mask_alg):
+    options, steps = snows.Options(batch_size=2, schedule=1, sweeps=1), []
+    job = (tiny, images, snows.NM(1, 4), options)
+    whole = snows.prune(*job, mask_alg=mask_alg, on_step=lambda step, model: steps.append(step))
+    resumed = snows.prune(*job, mask_alg=mask_alg, finished=steps[:3])
+    assert len(steps) == 2 * len(whole.masks)
+    for name, weight in whole.model.named_parameters():
+        assert torch.equal(weight, resumed.model.get_parameter(name))
+
+
 def test_masks_that_images_choose_need_images_and_layers_that_show_theirs(tiny):
     with pytest.raises(snows.UsageError, match="calibration images are needed"):
         snows.prune(tiny, None, snows.NM(1, 2), mask_alg="Wanda", algo="MP")
