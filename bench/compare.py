@@ -1,7 +1,7 @@
 """The methods people compare with, in one table and one plot: masks x ways to set the survivors x patterns x seeds.
 
     python bench/compare.py resnet20 --checkpoint resnet20_cifar10.pt --dset cifar10.npz
-    python bench/compare.py vit --dset cifar10.npz --patterns 2:4 1:4 --masks MP Wanda --seeds 0 --images 256 --sweeps 1
+    python bench/compare.py vit --dset cifar10.npz --patterns 2:4 1:4 --masks MP Wanda --seeds 0 --schedule 0
 
 The networks are those of bench/cifar10.py. Each row is written as soon as it is measured, and a row that the results
 file already holds is not measured again, so an interrupted grid goes on where it stopped. Next to the results file lie

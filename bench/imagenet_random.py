@@ -17,7 +17,7 @@ from pathlib import Path
 import safetensors.torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = "--ngrads 64 --batch_size 16 --NM_N 2 --NM_M 4 --sweeps 1"
+SHARED = "--ngrads 64 --batch_size 16 --NM_N 2 --NM_M 4 --sweeps 1 --schedule 0"
 CNN = f"CNN_pruning/prune_NM.py {SHARED} --k_step 1 --max_CG_iterations 2"
 VIT = f"VIT_pruning/prune_NM.py {SHARED} --k_step 3 --max_CG_iterations 3 --layers_to_prune in_proj out_proj mlp"
 NETWORKS = ["mobilenet_v2", "timm/efficientnet_b0", "timm/densenet121", "timm/resnet50", "timm/convnext_tiny"]

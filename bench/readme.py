@@ -67,10 +67,10 @@ def spread(rows: list[dict]) -> str:
 
 def settings(name: str) -> str:
     """The rows of a table of settings, each named by what it changes."""
-    cells = []
-    for row in load(name)["rows"]:
-        changes = {k: v for k, v in row["run"].items() if k not in ("pattern", "algo", "images")}
-        named = ", ".join(f"`--{k} {v}`" for k, v in changes.items())
+    cells, rows = [], load(name)["rows"]
+    for row in rows:
+        same = {"pattern", "algo", "images"} if row is rows[0] else rows[0]["run"].items()
+        named = ", ".join(f"`--{k} {v}`" for k, v in row["run"].items() if k not in same and (k, v) not in same)
         cells.append([named, row["accuracy"], round(row["curvature_products"]), round(row["seconds"])])
     return table(["settings", "accuracy %", "products", "seconds"], cells)
 

@@ -33,7 +33,7 @@ def measure(images: int, k_step: int, depth: int, device: str) -> dict:
     """One run."""
     torch.manual_seed(0)
     model, calibration = ResNet(depth, 10), torch.randn(images, 3, 32, 32)
-    options = snows.Options(k_step=k_step, sweeps=1, batch_size=64)
+    options = snows.Options(k_step=k_step, sweeps=1, schedule=0, batch_size=64)
     pruned = snows.prune(model, calibration, snows.NM(1, 4), options, device=device)
     return {
         "seconds": pruned.seconds,

@@ -23,8 +23,10 @@ PRESETS = {
         preconditioner="none",
         biases=False,
         sweeps=1,
+        schedule=0,
         newton_steps=3,
         max_CG_iterations=20,
+        cg_tolerance=1e-2,
     ),
 }
 
@@ -41,7 +43,7 @@ class Options:
         UsageError: a value outside its range or its choices.
     """
 
-    k_step: int = option(8, "counted operations behind each layer whose features are matched; 0: layer-wise", low=0)
+    k_step: int = option(4, "counted operations behind each layer whose features are matched; 0: layer-wise", low=0)
     targets: str = option(
         "dense", "features to match: the dense network's own, or the dense network's on the same inputs (paper)",
         ("dense", "same"),
@@ -55,15 +57,13 @@ class Options:
         ("rows", "none"),
     )  # fmt: skip
     biases: bool = option(True, "solve the bias (or BatchNorm shift) behind a layer with its weights; it is not pruned")
-    sweeps: int = option(
-        2, "passes over the layers; from the second on, all the other layers are sparse already", low=1
-    )
+    sweeps: int = option(1, "passes over the layers at the target; the other layers are sparse already", low=1)
     schedule: int = option(
-        0, "sparsities on the way to the target, a sweep each; masks are chosen anew from the solved weights", low=0
+        2, "sparsities on the way to the target, a pass each; masks are chosen anew from the solved weights", low=0
     )
     newton_steps: int = option(1, "Newton steps per layer (with --batching True: passes over the batches)", low=1)
-    max_CG_iterations: int = option(5, "curvature products per Newton step, at most", low=1)
-    cg_tolerance: float = option(1e-2, "relative residual at which CG stops", low=0)
+    max_CG_iterations: int = option(10, "curvature products per Newton step, at most", low=1)
+    cg_tolerance: float = option(0.1, "relative residual at which CG stops: Newton's step is inexact", low=0)
     damping: float = option(1e-3, "first Levenberg-Marquardt damping, relative to the curvature", low=0)
     batching: bool = option(False, "True: a Newton step per mini-batch (paper); False: one for all the images")
     batch_size: int = option(128, "calibration images per mini-batch or micro-batch; bounds the memory", low=1)

@@ -129,7 +129,7 @@ def prune(
     calibration: images (n, channels, height, width) as the model wants them, or an iterable (a DataLoader) of such
         batches, bare or as (images, anything).
     pattern: Unstructured(...) or NM(...), or masks of your own: {layer name: boolean tensor, True where kept}, which
-        stay as they are (options.schedule does not apply).
+        stay as they are (options.schedule adds passes with the same masks).
     mask_alg: which weights survive: "MP" (magnitude), "Wanda", "SparseGPT" or "OBS"; see snows/scores.py.
     algo: how the survivors are set: "SNOWS"; "MP" (kept as they are); "MP+" (layer-wise least squares); "SparseGPT".
     layers: which layers to prune, by name; the others stay dense.
@@ -195,8 +195,8 @@ class Way:
 
 
 def sweeps(pattern: Pattern | Masks, options: Options) -> list[Pattern | Masks]:
-    """The pattern of each sweep: those on the way to the target, then the target."""
-    on_the_way = [] if isinstance(pattern, dict) else pattern.path(options.schedule)
+    """The pattern of each sweep: those on the way to the target, then the target; the caller's own masks in all."""
+    on_the_way = [pattern] * options.schedule if isinstance(pattern, dict) else pattern.path(options.schedule)
     return [*on_the_way, *[pattern] * options.sweeps]
 
 

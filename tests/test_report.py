@@ -11,7 +11,7 @@ from snows import report, screen
 from snows.errors import UsageError
 from snows.pipeline import LayerRecord
 
-FAST = ["--k_step", "1", "--max_CG_iterations", "2", "--ngrads", "16", "--sweeps", "1"]
+FAST = ["--k_step", "1", "--max_CG_iterations", "2", "--ngrads", "16", "--schedule", "0"]
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,7 @@ def test_masks_of_another_tool_are_solved_through_the_script(script, small, tmp_
 
 def test_methods_layers_and_their_sparsities_are_chosen_by_flags_and_masks_are_handed_on(script, small, tmp_path):
     (tmp_path / "rules.json").write_text(json.dumps({"layer1.*": 0.5, "layer2.0.conv1": "dense"}))
-    flags = [*cifar_flags(small), "--sweeps", 1]
+    flags = [*cifar_flags(small), "--schedule", 0]
     chosen = ["--mask_alg", "OBS", "--skip", "fc", "layer3.*.conv2", "--layer_sparsity", tmp_path / "rules.json"]
     chosen += ["--target_sparsity", 0.4, "--allocation", "erk", "--export_masks", tmp_path / "masks.safetensors"]
     out, _ = script("CNN_pruning/unstr.py", *flags, *chosen, "--out_dir", tmp_path / "first")
