@@ -33,7 +33,11 @@ LEAST_SQUARES = dict(
     sweeps=1, schedule=0, k_step=0, targets="same", curvature="ggn", newton_steps=1, batching=False, w_warm=False
 )
 LEAST_SQUARES |= dict(biases=False, preconditioner="rows", max_CG_iterations=100, cg_tolerance=1e-4, damping=0.0)
-SETTLED = {"MP": dict(sweeps=1, schedule=0), "MP+": LEAST_SQUARES, "SparseGPT": dict(sweeps=1)}  # options of each
+SETTLED = {
+    "MP": dict(sweeps=1, schedule=0),
+    "MP+": LEAST_SQUARES,
+    "SparseGPT": dict(sweeps=1, schedule=0),
+}  # options of each
 
 
 @dataclass
