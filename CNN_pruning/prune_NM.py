@@ -7,14 +7,14 @@ With no flags: the ResNet-20 that ships in checkpoints/, on scikit-learn's handw
 
 import utils
 
-from snows import experiment
+from snows import experiment, flags
 
 
 def main():
-    flags = experiment.parser(__doc__, arch="resnet20_digits")
-    experiment.add_nm_flags(flags)
-    args = experiment.parse(flags)
-    experiment.run(args, utils.KNOWN, experiment.nm(args))
+    parser = flags.parser(__doc__, arch="resnet20_digits")
+    flags.add_nm_flags(parser)
+    args = flags.parse(parser)
+    experiment.run(args, utils.KNOWN, flags.nm(args))
 
 
 if __name__ == "__main__":

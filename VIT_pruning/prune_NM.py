@@ -7,15 +7,15 @@ With no flags: the small ViT that ships in checkpoints/, on scikit-learn's handw
 
 import utils
 
-from snows import experiment
+from snows import experiment, flags
 
 
 def main():
-    flags = experiment.parser(__doc__, arch="vit_digits")
-    experiment.add_nm_flags(flags)
-    utils.add_layer_flag(flags)
-    args = experiment.parse(flags)
-    experiment.run(args, utils.KNOWN, experiment.nm(args), layers=utils.chosen(args.layers_to_prune))
+    parser = flags.parser(__doc__, arch="vit_digits")
+    flags.add_nm_flags(parser)
+    utils.add_layer_flag(parser)
+    args = flags.parse(parser)
+    experiment.run(args, utils.KNOWN, flags.nm(args), layers=utils.chosen(args.layers_to_prune))
 
 
 if __name__ == "__main__":

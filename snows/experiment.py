@@ -1,14 +1,11 @@
-"""One experiment from the shell: the flags that every script shares, and the run from dense accuracy to run folder."""
+"""One experiment from the shell, from the dense accuracy to the run folder."""
 
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
-import json
 import os
 import re
-import shlex
 import signal
 import sys
 import traceback
@@ -20,177 +17,19 @@ import torch
 from torch import nn
 
 from snows import evaluate, memory, options, run_folder, screen
-from snows.allocation import ALLOCATIONS
-from snows.data import DATASETS
 from snows.errors import Interrupted, SnowsError, Terminated, UsageError, WriteError, exit_code, first_line
+from snows.flags import check_mask_flags, resume_command, script, settings
 from snows.graph import Network
 from snows.journal import Journal, checksum
-from snows.layer_rules import Rules, check_patterns, read_rules
+from snows.layer_rules import check_patterns
 from snows.mask_files import read_masks
-from snows.masks import NM, Pattern, Unstructured
+from snows.masks import NM, Pattern
 from snows.permute import permute
-from snows.pipeline import ALGORITHMS, Pruned, Step, prune, sparsity
+from snows.pipeline import Pruned, Step, prune, sparsity
 from snows.registry import Known, load_classifier, load_data
 from snows.report import write_report
-from snows.scores import LAYER_WISE, MASK_ALGORITHMS
 
 FAR_FROM_STATED = 1.0  # percent points between measured and stated dense accuracy that call for a warning
-# Flags that have no bearing on a run's result, which may differ when it goes on.
-NO_SETTINGS = {"argv", "run", "resume", "out_dir", "data_dir", "num_workers", "test_batch_size", "verbose", "quiet"}
-NO_SETTINGS |= {"evaluate_layers", "export_masks"}
-ALGO_HELP = "how the survivors are set: SNOWS; MP, as they were; MP+, by layer-wise least squares; SparseGPT's own way"
-
-
-def whole(least: int) -> Callable[[str], int]:
-    """The type of a flag that takes a whole number, `least` or more and small enough for torch."""
-
-    def number(text: str) -> int:
-        value = int(text)
-        if not least <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"{text} is not between {least} and 2^63")
-        return value
-
-    return number
-
-
-def parser(description: str, arch: str) -> argparse.ArgumentParser:
-    """The flags that every script shares; `arch` is the network that ships with the repository."""
-    flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = flags.add_argument_group("network and images")
-    group.add_argument("--arch", default=arch, help=f"the network (default: {arch}, which ships with SNOWS)")
-    group.add_argument("--checkpoint", type=Path, help="local weights for --arch (.safetensors, .pt, .pth, .bin)")
-    group.add_argument("--random_weights", action="store_true", help="no trained weights: to try speed and memory")
-    group.add_argument(
-        "--num_classes", type=whole(1), help="classes of a torchvision or timm network, if not its usual"
-    )
-    group.add_argument("--mean", type=float, nargs="+", help="normalisation the network was trained with, per channel")
-    group.add_argument("--std", type=float, nargs="+", help="normalisation the network was trained with, per channel")
-    names = ", ".join(DATASETS)
-    group.add_argument("--dset", help=f"{names}, a folder with train/ and val/, or an .npz (default: what fits --arch)")
-    group.add_argument("--data_dir", type=Path, default=Path("data"), help="where datasets lie (default: data)")
-    group.add_argument("--ngrads", type=int, default=1000, help="number of calibration images (default: 1000)")
-    group.add_argument("--mirror", action="store_true", help="flip half of the calibration images left to right")
-    group.add_argument("--test_batch_size", type=whole(1), default=256, help="test images per batch (default: 256)")
-    group.add_argument("--num_workers", type=whole(0), default=0, help="processes that load images (default: 0)")
-    group = flags.add_argument_group("masks")
-    group.add_argument(
-        "--mask_alg",
-        default="MP",
-        choices=MASK_ALGORITHMS,
-        help="which weights survive: the largest (MP), those that Wanda or SparseGPT choose, or those that cost the "
-        "K-step loss most (OBS) (default: MP)",
-    )
-    group.add_argument("--masks", type=Path, help="masks of your own, or a sparse checkpoint whose zeros are the mask")
-    group.add_argument("--export_masks", type=Path, metavar="FILE", help="write the masks here, for --masks to read")
-    group.add_argument("--skip", nargs="+", default=[], metavar="PATTERN", help="layers left dense, as 'layer1.*' 'fc'")
-    group.add_argument(
-        "--layer_sparsity",
-        type=Path,
-        metavar="FILE",
-        help='json, layer name or pattern to sparsity (N:M: to a pattern): {"layer3.*": 0.9, "fc": "dense"}',
-    )
-    group = flags.add_argument_group("run")
-    group.add_argument("--algo", nargs="+", default=["SNOWS"], choices=ALGORITHMS, help=ALGO_HELP)
-    group.add_argument("--seed", type=whole(0), nargs="+", default=[0], help="one run for each (default: 0)")
-    group.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
-    )
-    group.add_argument("--deterministic", action="store_true", help="the same bits every time on a GPU too; slower")
-    group.add_argument("--skip_evaluation", action="store_true", help="measure no accuracies (random weights)")
-    group.add_argument("--evaluate_layers", action="store_true", help="measure the accuracy after each layer")
-    group.add_argument("--out_dir", type=Path, help="folder of the run (default: a new one under runs/)")
-    group.add_argument(
-        "--resume", type=Path, metavar="RUN_DIR", help="go on with the run of this folder, all its flags"
-    )
-    loudness = group.add_mutually_exclusive_group()
-    loudness.add_argument("--verbose", action="store_true", help="a line per layer on a terminal too; full tracebacks")
-    loudness.add_argument("--quiet", action="store_true", help="nothing per layer, only what the run ends with")
-    options.add_flags(flags)
-    return flags
-
-
-def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:
-    """The flags of the command; with --resume, those that the run began with.
-
-    Raises:
-        UsageError: --resume names no run of this script, or other flags contradict it.
-    """
-    argv = sys.argv[1:]
-    args = flags.parse_args(argv)
-    if args.resume is None:
-        args.argv = argv
-        return args
-    saved = run_folder.read_json(args.resume / "args.json", "script", "argv", "algo", "seed")
-    if saved["script"] != script():
-        raise UsageError(f"{args.resume} was begun by {saved['script']}: resume it with that.")
-    began = flags.parse_args(saved["argv"])
-    args = flags.parse_args(argv, copy.copy(began))
-    args.argv, args.run = saved["argv"], (saved["algo"], saved["seed"])
-    before, now = {**saved, "algo": began.algo, "seed": began.seed}, settings(args)
-    changed = [f"--{name} was {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]
-    if changed:
-        raise UsageError(f"{args.resume} has other settings: {'; '.join(changed)}. Leave those flags out.")
-    return args
-
-
-def settings(args: argparse.Namespace) -> dict:
-    """What decides the results of a command's runs, by flag, as JSON holds it."""
-    chosen = {**vars(options.from_flags(args, args.seed[0])), **vars(args)}
-    return json.loads(json.dumps({k: v for k, v in chosen.items() if k not in NO_SETTINGS}, default=str))
-
-
-def script() -> str:
-    """The script that runs, with its folder."""
-    return "/".join(Path(sys.argv[0]).resolve().parts[-2:])
-
-
-def resume_command(folder: Path) -> str:
-    return shlex.join(["python", sys.argv[0], "--resume", str(folder)])
-
-
-def add_unstructured_flags(flags: argparse.ArgumentParser, default: float) -> None:
-    group = flags.add_argument_group("pattern")
-    group.add_argument(
-        "--target_sparsity",
-        type=float,
-        default=default,
-        help=f"share of all parameters to set to zero (default: {default})",
-    )
-    group.add_argument("--max_layer_sparsity", type=float, help="cap per layer (default: halfway from the target to 1)")
-    group.add_argument(
-        "--allocation",
-        default="global",
-        choices=ALLOCATIONS,
-        help="sparsity of the layers: by comparing scores across them, equal, or Erdos-Renyi kernel (default: global)",
-    )
-    group.add_argument(
-        "--normalise",
-        type=options.boolean,
-        metavar="True|False",
-        help=f"global: compare scores as shares of their layer's sum (default: True for {' and '.join(LAYER_WISE)})",
-    )
-
-
-def unstructured(args: argparse.Namespace) -> Unstructured:
-    normalise = args.mask_alg in LAYER_WISE if args.normalise is None else args.normalise
-    return Unstructured(args.target_sparsity, args.max_layer_sparsity, args.allocation, normalise, layer_rules(args))
-
-
-def layer_rules(args: argparse.Namespace) -> Rules:
-    return {} if args.layer_sparsity is None else read_rules(args.layer_sparsity)
-
-
-def add_nm_flags(flags: argparse.ArgumentParser) -> None:
-    group = flags.add_argument_group("pattern")
-    group.add_argument("--NM_N", type=int, default=2, help="weights kept of every M (default: 2)")
-    group.add_argument("--NM_M", type=int, default=4, help="consecutive inputs in a group (default: 4)")
-    group.add_argument(
-        "--permute", action="store_true", help="first put input channels in an order that keeps more, where it can be"
-    )
-
-
-def nm(args: argparse.Namespace) -> NM:
-    return NM(args.NM_N, args.NM_M, layer_rules(args))
 
 
 def check_device(name: str) -> None:
@@ -210,23 +49,6 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
-
-
-def check_mask_flags(args: argparse.Namespace) -> None:
-    """Refuse flags of the masks that contradict each other.
-
-    Raises:
-        UsageError: it names them.
-    """
-    choosing = args.mask_alg != "MP" or args.layer_sparsity is not None or getattr(args, "permute", False)
-    if args.masks is not None and choosing:
-        raise UsageError("--masks says which weights survive: leave --mask_alg, --layer_sparsity and --permute out.")
-    if args.export_masks is not None and len(args.algo) * len(args.seed) > 1:
-        raise UsageError("--export_masks is for one run: give one --algo and one --seed.")
-    if args.export_masks is not None and not args.export_masks.parent.is_dir():
-        raise UsageError(f"--export_masks: there is no folder {args.export_masks.parent}.")
-    if args.export_masks is not None and args.export_masks.suffix != ".safetensors":
-        raise UsageError(f"--export_masks writes .safetensors: {args.export_masks} has another ending.")
 
 
 def permuted(model: nn.Module, pattern: NM, layers: Callable[[str], bool]) -> nn.Module:

@@ -8,7 +8,7 @@ from conftest import TinyCNN, randomise
 from torch import nn
 
 import snows
-from snows.pipeline import gather
+from snows.calibration import gather
 
 
 def fast(**changes):

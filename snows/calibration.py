@@ -1,0 +1,108 @@
+"""The calibration images: checked, in micro-batches, on their way through the pruned and through the dense network."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from snows.errors import SnowsError, TraceError, UsageError
+from snows.graph import Layer, Network, Stream
+
+T = TypeVar("T")
+log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
+
+
+class Streams:
+    """The calibration images on their way through the pruned and the dense network, cut again when memory runs out."""
+
+    def __init__(self, network: Network, batches: list[Tensor], device: torch.device | str):
+        self.network, self.batches, self.device = network, batches, device
+        self.dense_model = copy.deepcopy(network.model)
+        self.restart()
+
+    def restart(self) -> None:
+        """Both streams at the start of the line, for a new sweep."""
+        models = (self.network.model, self.dense_model)
+        self.sparse, self.dense = (Stream(self.network, model, self.batches, self.device) for model in models)
+
+    def advance(self, layer: Layer) -> None:
+        """Both streams up to a layer."""
+        self.sparse.advance(layer.node)
+        self.dense.advance(layer.node)
+
+    @property
+    def batch_size(self) -> int:
+        """Images in the largest micro-batch."""
+        return max(len(batch) for batch in self.batches)
+
+    def halve(self) -> None:
+        """Cut every micro-batch in two and start again."""
+        half = (self.batch_size + 1) // 2
+        self.batches = [part for batch in self.batches for part in batch.split(half)]
+        self.restart()
+
+    def shrink(self, batch_size: int) -> None:
+        """Cut the micro-batches as running out of memory once cut them."""
+        while self.batch_size > batch_size:
+            self.halve()
+
+
+def fitting(streams: Streams, place: str, work: Callable[[], T]) -> T:
+    """The result of `work`, done again with micro-batches of half the size as long as they need too much memory.
+
+    Raises:
+        SnowsError: single images do not fit either.
+    """
+    while True:
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            # On a GPU torch raises its own error; on a CPU the allocator a RuntimeError, or Python a MemoryError.
+            known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            if not known and "can't allocate memory" not in str(error):
+                raise
+            if streams.batch_size == 1:
+                raise SnowsError(f"out of memory at {place} with one image at a time: lower --k_step.") from error
+            streams.halve()
+            log.warning("out of memory at %s: going on with micro-batches of %d images", place, streams.batch_size)
+
+
+def micro_batches(network: Network, calibration: Tensor | Iterable, batch_size: int) -> list[Tensor]:
+    """The calibration images in micro-batches, the last one short, once they are known to run through the line."""
+    images = gather(calibration)
+    batches = list(images.split(min(batch_size, len(images))))
+    check(network, batches[0].to(next(network.model.parameters()).device))
+    return batches
+
+
+def gather(calibration: Tensor | Iterable) -> Tensor:
+    """All calibration images as one tensor (n, channels, height, width) on the host."""
+    if calibration is None:
+        raise UsageError("calibration images are needed by all but magnitude masks whose survivors stay as they are.")
+    if not isinstance(calibration, Tensor):
+        batches = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in calibration]
+        if not batches or not all(isinstance(batch, Tensor) for batch in batches):
+            raise UsageError("calibration must be a tensor, or batches of images (alone or first in a tuple).")
+        calibration = torch.cat([batch.cpu() for batch in batches])
+    if calibration.ndim != 4 or len(calibration) == 0:
+        raise UsageError(f"calibration images must have shape (n, c, h, w), not {tuple(calibration.shape)}.")
+    if not torch.isfinite(calibration).all():
+        bad = (~torch.isfinite(calibration)).flatten(1).any(1).nonzero().flatten().tolist()
+        raise UsageError(f"{len(bad)} calibration images hold NaN or infinity (the first is number {bad[0]}).")
+    return calibration.detach().cpu()
+
+
+@torch.no_grad()
+def check(network: Network, images: Tensor) -> None:
+    """Run the line once and compare it with the model itself: a trace must not have frozen a data-dependent choice."""
+    line = Stream(network, network.model, [images], images.device)
+    line.advance(network.nodes[-1])
+    ours, own = line[0][network.output], network.model(images)
+    tolerance = 1e-3 * own.nan_to_num(0, 0, 0).abs().max().item()
+    if not torch.allclose(ours, own, rtol=1e-3, atol=tolerance, equal_nan=True):
+        raise TraceError("the traced model computes something else than the model: its forward pass depends on data.")
