@@ -60,8 +60,8 @@ def test_the_default_prunes_the_network_that_ships_and_its_folder_loads_back(tmp
     assert {"name", "shape", "sparsity", "loss_before", "loss_after", "cg_iterations", "seconds"} <= set(layers[0])
     for layer in layers:
         assert float(layer["loss_after"]) <= float(layer["loss_before"])
-        assert float(layer["loss_after_2"]) <= float(layer["loss_before_2"])
-        assert int(layer["cg_iterations"]) == 4  # two in each sweep
+        assert float(layer["loss_after_3"]) <= float(layer["loss_before_3"])  # two sweeps on the way, one at the target
+        assert 3 <= int(layer["cg_iterations"]) <= 6  # at most two in each
 
     model, masks = run_folder.load(tmp_path / "run", ResNet(20, 10, channels=1))
     zeros = sum((p == 0).sum().item() for p in model.parameters())
