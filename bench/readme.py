@@ -6,6 +6,7 @@ python bench/readme.py
 import json
 import re
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -109,6 +110,28 @@ def networks() -> str:
     return table(header, cells)
 
 
+def products() -> str:
+    """One row per network and curvature: what a product costs, in forward passes of its window."""
+    kinds = {}
+    for row in load("products.json")["rows"]:
+        kinds.setdefault((row["network"], row["curvature"], row["batch"]), []).append(row["ratio"])
+    names = {"ggn": "Gauss-Newton", "hessian": "exact Hessian"}
+    cells = [
+        [f"`{network}`", names[curvature], batch, median(ratios), f"{min(ratios):.2f} to {max(ratios):.2f}"]
+        for (network, curvature, batch), ratios in kinds.items()
+    ]
+    return table(["network", "curvature", "images", "median of its layers", "lowest to highest"], cells)
+
+
+def checkpointing() -> str:
+    """One row per network: the share of a run's time that keeping every finished layer takes."""
+    cells = [
+        [row["network"], row["steps"], f"{row['bytes_written'] / 2**20:.1f}", f"{row['share']:.2%}"]
+        for row in load("checkpointing.json")["rows"]
+    ]
+    return table(["network", "layers written", "MiB written", "share of the run's time"], cells)
+
+
 TABLES = {
     "default": lambda: default("resnet20_digits.json"),
     "vit_default": lambda: default("vit_digits.json"),
@@ -117,6 +140,8 @@ TABLES = {
     "ablation": lambda: settings("resnet20_cifar10_ablation.json"),
     "vit": vit,
     "networks": networks,
+    "products": products,
+    "checkpointing": checkpointing,
 }
 
 

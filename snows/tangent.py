@@ -9,7 +9,9 @@ The other operations (attention, LayerNorm, products, reshapes) go through torch
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ class Tangents:
     """
 
     def __init__(self, window: Window, values: Values, parameters: dict[str, Tensor]):
+        first_use()
         self.window = window
         self.parameters = tree_map_only(Tensor, Tensor.detach, parameters)
         values = tree_map_only(Tensor, Tensor.detach, values)
@@ -159,6 +162,14 @@ class Tangents:
             return tree_map(tangent_of, result)
 
         return rule
+
+
+@cache
+def first_use() -> None:
+    """Use torch's forward mode once without its warning, there, that it still compiles with torch.jit.script itself."""
+    with warnings.catch_warnings(), forward_mode.dual_level():
+        warnings.simplefilter("ignore", FutureWarning)
+        forward_mode.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 def total(parts: list[Tensor]) -> Tensor | None:

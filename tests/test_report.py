@@ -48,7 +48,7 @@ def test_a_run_leaves_a_page_that_needs_nothing_else(runs, monkeypatch, capsys):
     assert "max_CG_iterations" in page
     assert metrics["options"]["k_step"] == 1
     records = json.loads((runs[0] / "layers.json").read_text())
-    assert all(0 <= record["accuracy"] <= 100 and len(record["residuals"][0]) == 2 for record in records)
+    assert all(0 <= record["accuracy"] <= 100 and 1 <= len(record["residuals"][0]) <= 2 for record in records)
     assert records[-1]["accuracy"] == metrics["accuracy"]
     (runs[0] / "report.html").unlink()
     assert module(monkeypatch, capsys, runs[0]) == str(runs[0] / "report.html")
