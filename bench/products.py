@@ -110,8 +110,8 @@ def main():
         torch.manual_seed(0)
         network = Network(build(), args.device)
         images = torch.randn(batch, 3, pixels, pixels)
-        step = max(1, len(network.layers) // args.layers)
-        for layer in network.layers[step // 2 :: step][: args.layers]:
+        spacing = len(network.layers) / args.layers
+        for layer in dict.fromkeys(network.layers[int((i + 0.5) * spacing)] for i in range(args.layers)):
             for curvature in args.curvatures:
                 rows.append({"network": name, **measure(network, layer, images, args, curvature)})
                 print(f"{name:<18} {layer.name:<50} {curvature:<8} {rows[-1]['ratio']:.2f}", flush=True)

@@ -76,7 +76,7 @@ def environment(device: torch.device | str) -> dict:
         "machine": machine(device),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if cuda else None,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(Path(arg).name if arg.startswith("/") else arg for arg in sys.argv),
     }
 
 
