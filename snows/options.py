@@ -57,10 +57,11 @@ class Options:
         ("rows", "none"),
     )  # fmt: skip
     biases: bool = option(True, "solve the bias (or BatchNorm shift) behind a layer with its weights; it is not pruned")
-    sweeps: int = option(1, "passes over the layers at the target; the other layers are sparse already", low=1)
+    sweeps: int = option(1, "passes over the layers at the target; all of them are sparse already", low=1, high=1000)
     schedule: int = option(
-        2, "sparsities on the way to the target, a pass each; masks are chosen anew from the solved weights", low=0
-    )
+        2, "sparsities on the way to the target, a pass each; masks are chosen anew from the solved weights",
+        low=0, high=1000,
+    )  # fmt: skip
     newton_steps: int = option(1, "Newton steps per layer (with --batching True: passes over the batches)", low=1)
     max_CG_iterations: int = option(10, "curvature products per Newton step, at most", low=1)
     cg_tolerance: float = option(0.1, "relative residual at which CG stops: Newton's step is inexact", low=0)
@@ -80,6 +81,8 @@ class Options:
                 raise UsageError(f"{name} must be one of {', '.join(f.metadata['choices'])}, not {value!r}.")
             if not value >= f.metadata.get("low", value):
                 raise UsageError(f"{name} must be at least {f.metadata['low']}, not {value!r}.")
+            if not value <= f.metadata.get("high", value):
+                raise UsageError(f"{name} must be at most {f.metadata['high']}, not {value!r}.")
 
     @classmethod
     def preset(cls, name: str, **changes) -> Options:

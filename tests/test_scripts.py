@@ -227,6 +227,7 @@ BAD = {
     "no images": (["--ngrads", "0"], "cannot draw 0 calibration images"),
     "a mean without std": (["--mean", "0.5"], "--mean and --std go together"),
     "negative K": (["--k_step", "-1"], "k_step must be at least 0"),
+    "endless sweeps": (["--sweeps", "1000000000"], "sweeps must be at most 1000"),
     "not a boolean": (["--batching", "maybe"], "neither True nor False"),
     "a pattern that matches nothing": (["--skip", "fc", "fd*"], "--skip: no prunable layer is named fd*; those are"),
     "no file of layer sparsities": (["--layer_sparsity", "nowhere.json"], "cannot read nowhere.json"),
