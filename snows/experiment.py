@@ -318,7 +318,8 @@ def shell(main: Callable[[], object]) -> None:
 
 
 def fail(message: str, code: int) -> None:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    line = " ".join(message.split()).encode(errors="backslashreplace").decode()  # names need not be text
+    print("error:", line, file=sys.stderr)
     sys.exit(code)
 
 
