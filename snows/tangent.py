@@ -2,8 +2,9 @@
 
 Once a window is linearised, every operation in it is a linear map of its inputs' tangents. A convolution or linear map
 is applied to the tangent as it is; an activation multiplies it by its slope, taken once; a sum adds. None of these
-computes anything of the forward pass again, so that the tangent pass costs about one forward pass, the least it can.
-The other operations (attention, LayerNorm, products, reshapes) go through torch's forward mode, which repeats them.
+computes anything of the forward pass again, nor does attention, whose weights are kept, so that the tangent pass costs
+about one forward pass, the least it can. The other operations (LayerNorm, products, reshapes, masked attention) go
+through torch's forward mode, which repeats them.
 """
 
 from __future__ import annotations
