@@ -35,7 +35,7 @@ ABLATION += [{"targets": "same"}, {"curvature": "hessian"}, {"depth_weights": "m
 ABLATION += [{"preconditioner": "none"}, {"biases": False}]
 ABLATION += [{"sweeps": 2}, {"schedule": 2}, {"schedule": 2, "sweeps": 2}]
 VIT_PATTERNS = ("2:4", "1:4", "4:8", "unstructured 0.5", "unstructured 0.6", "unstructured 0.7")
-VIT_SOLVER = {"sweeps": 1, "schedule": 0, "max_CG_iterations": 10}
+VIT_SOLVER = {"sweeps": 1, "schedule": 0, "max_CG_iterations": 10, "cg_tolerance": 0.01}
 VIT_RUNS = [{"algo": "MP"}, {"algo": "MP+"}, *({"algo": "SNOWS", "k_step": k, **VIT_SOLVER} for k in (0, 3, 8))]
 
 
