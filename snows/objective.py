@@ -70,16 +70,11 @@ class Objective:
 
     def join(self, weight: Tensor, shift: float | Tensor = 0.0) -> Tensor:
         """The unknown made of a weight (or a mask) and a shift per output."""
-        if not self.biases:
-            return weight
-        column = torch.zeros_like(weight[:, :1].flatten(1)[:, :1]) + shift
-        return torch.cat([weight.flatten(1), column.to(weight.dtype)], dim=1)
+        return with_shift(weight, shift) if self.biases else weight
 
     def split(self, unknown: Tensor) -> tuple[Tensor, Tensor | None]:
         """(weight, shift (out,) or None)."""
-        if not self.biases:
-            return unknown, None
-        return unknown[:, :-1].reshape(self.window.layer.shape), unknown[:, -1]
+        return without_shift(unknown, self.window.layer) if self.biases else (unknown, None)
 
     def features(self, values: Values, unknown: Tensor) -> list[Tensor]:
         """f_0 .. f_K of one micro-batch."""
@@ -89,7 +84,8 @@ class Objective:
         def size(target: Tensor) -> float:
             return target.numel() if self.depth_weights == "mean" else target.square().sum(dtype=torch.float64).item()
 
-        totals = [sum(size(target) for target in depth) for depth in zip(*(b.targets for b in self.batches))]
+        sizes = [[size(target) for target in self.batch(i)[1]] for i in range(len(self))]
+        totals = [sum(depth) for depth in zip(*sizes)]
         return [1 / total if total > 0 else 0.0 for total in totals]
 
     def batch(self, index: int) -> tuple[Values, list[Tensor]]:
@@ -113,6 +109,17 @@ class Objective:
     def linearise(self, weight: Tensor) -> Linearisation:
         """Loss, gradient and curvature products at `weight`."""
         return Linearisation(self, weight)
+
+
+def with_shift(weight: Tensor, shift: float | Tensor = 0.0) -> Tensor:
+    """The rows of a weight with one more column, a shift per output: (out, in + 1)."""
+    column = torch.zeros_like(weight[:, :1].flatten(1)[:, :1]) + shift
+    return torch.cat([weight.flatten(1), column.to(weight.dtype)], dim=1)
+
+
+def without_shift(rows: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
+    """(weight, shift (out,)) of rows (out, in + 1)."""
+    return rows[:, :-1].reshape(layer.shape), rows[:, -1]
 
 
 class Linearisation:

@@ -24,6 +24,7 @@ PRESETS = {
         biases=False,
         sweeps=1,
         schedule=0,
+        joint_steps=0,
         newton_steps=3,
         max_CG_iterations=20,
         cg_tolerance=1e-2,
@@ -62,6 +63,10 @@ class Options:
         2, "sparsities on the way to the target, a pass each; masks are chosen anew from the solved weights",
         low=0, high=1000,
     )  # fmt: skip
+    joint_steps: int = option(
+        4, "Newton steps on all the layers together after the last pass, whose loss looks at the whole line", low=0
+    )
+    joint_CG_iterations: int = option(20, "curvature products per joint step, at most", low=1)
     newton_steps: int = option(1, "Newton steps per layer (with --batching True: passes over the batches)", low=1)
     max_CG_iterations: int = option(10, "curvature products per Newton step, at most", low=1)
     cg_tolerance: float = option(0.1, "relative residual at which CG stops: Newton's step is inexact", low=0)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 from snows.calibration import Streams, fitting, micro_batches
 from snows.errors import Interrupted, UsageError
 from snows.graph import Layer, Network
+from snows.joint import JointObjective, layer_inverses
 from snows.masks import NM, Masks, Pattern, Selection, given
 from snows.memory import forget_peak, peak_memory
-from snows.objective import reconstruction
+from snows.objective import Objective, reconstruction
 from snows.options import Options
 from snows.preconditioner import can_factor, row_inverses
 from snows.scores import MASK_ALGORITHMS, check_inputs, input_moment, scores
-from snows.solver import Solution, check_finite, solve
+from snows.solver import Preconditioner, Solution, check_finite, solve
 from snows.sparsegpt import choose_mask, update
 
 log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
@@ -29,13 +31,21 @@ log = logging.getLogger("snows")  # without a handler of the caller's own, a war
 ALGORITHMS = ("SNOWS", "MP", "MP+", "SparseGPT")
 # MP+ and --w_warm: each layer's least squares on its support, which is the objective with K = 0 solved to the end.
 LEAST_SQUARES = dict(
-    sweeps=1, schedule=0, k_step=0, targets="same", curvature="ggn", newton_steps=1, batching=False, w_warm=False
+    sweeps=1,
+    schedule=0,
+    joint_steps=0,
+    k_step=0,
+    targets="same",
+    curvature="ggn",
+    newton_steps=1,
+    batching=False,
+    w_warm=False,
 )
 LEAST_SQUARES |= dict(biases=False, preconditioner="rows", max_CG_iterations=100, cg_tolerance=1e-4, damping=0.0)
 SETTLED = {
-    "MP": dict(sweeps=1, schedule=0),
+    "MP": dict(sweeps=1, schedule=0, joint_steps=0),
     "MP+": LEAST_SQUARES,
-    "SparseGPT": dict(sweeps=1, schedule=0),
+    "SparseGPT": dict(sweeps=1, schedule=0, joint_steps=0),
 }  # options of each
 
 
@@ -68,6 +78,9 @@ class Step:
     mask: Tensor
     weight: Tensor
     shift: Tensor | None = None  # (out,), added to the layer's bias, where biases are solved too
+
+
+Group = list[tuple[Layer, Step, bool]]  # layers set at a time; True: now, False: taken from what was finished
 
 
 @dataclass
@@ -171,16 +184,18 @@ def prune(
         steps = layer_by_layer(streams(), stages, first.masks, choose, way, options, iter(finished))
     result = Pruned(copy.deepcopy(model), {}, left_dense={**network.refused, **selection.left_dense})
     try:
-        for layer, step, solved in steps:
-            for owner in (network.model, result.model):
-                write(owner, layer, step)
-            result.masks[layer.name] = step.mask
-            result.layers.append(step.record)
-            if solved:
-                on_step(step, result.model)
-            else:
-                earlier += step.record.seconds
-            on_layer(step.record, len(selection.masks) * len(stages))
+        for group in steps:
+            for layer, step, _ in group:
+                for owner in (network.model, result.model):
+                    write(owner, layer, step)
+                result.masks[layer.name] = step.mask
+                result.layers.append(step.record)
+            for _, step, solved in group:
+                if solved:
+                    on_step(step, result.model)
+                else:
+                    earlier += step.record.seconds
+                on_layer(step.record, len(selection.masks) * (len(stages) + (options.joint_steps > 0)))
     except KeyboardInterrupt as stop:
         raise Interrupted(f"interrupted after {len(result.layers)} layers", stop, result) from None
     finally:
@@ -203,13 +218,13 @@ def sweeps(pattern: Pattern | Masks, options: Options) -> list[Pattern | Masks]:
     return [*on_the_way, *[pattern] * options.sweeps]
 
 
-def masked_only(network: Network, masks: Masks) -> Iterator[tuple[Layer, Step, bool]]:
+def masked_only(network: Network, masks: Masks) -> Iterator[Group]:
     """Every layer with its mask applied and nothing solved."""
     for layer in network.layers:
         if layer.name in masks:
             mask = masks[layer.name]
             weight = masked(network, layer, mask)
-            yield layer, Step(LayerRecord(layer.name, 0, tuple(layer.shape), zeros(weight)), mask, weight), False
+            yield [(layer, Step(LayerRecord(layer.name, 0, tuple(layer.shape), zeros(weight)), mask, weight), False)]
 
 
 def masked(network: Network, layer: Layer, mask: Tensor) -> Tensor:
@@ -225,15 +240,16 @@ def layer_by_layer(
     way: Way,
     options: Options,
     finished: Iterator[Step],
-) -> Iterator[tuple[Layer, Step, bool]]:
+) -> Iterator[Group]:
     """Set the layers in execution order, each on the pruned network as it stands, in a sweep for each stage.
+
+    Behind the last, all of them are solved together, if that is asked for.
 
     masks: those of the first stage. A new stage's are chosen from the weights as the last one left them: its zeros,
         the smallest, stay zeros. Where they are `sequential`, they only say how many weights each layer loses; which
         ones is chosen when it is the layer's turn.
 
-    Yields each layer, its step, and whether it was solved now or taken from `finished`. The caller writes each new
-    weight back before it asks for the next.
+    Yields the layers that were set at a time. The caller writes the new weights back before it asks for the next.
     """
     for sweep, stage in enumerate(stages):
         new = sweep == 0 or stage is not stages[sweep - 1]
@@ -251,7 +267,69 @@ def layer_by_layer(
                 check_finished(step, layer, sweep, mask if rule is None else step.mask)
                 streams.shrink(step.record.batch_size)
             masks[layer.name] = step.mask
-            yield layer, step, solved
+            yield [(layer, step, solved)]
+    if options.joint_steps:
+        layers = [layer for layer in streams.network.layers if layer.name in masks]
+        yield together(layers, masks, streams, way.solver, options, len(stages), list(islice(finished, len(layers))))
+
+
+def together(
+    layers: list[Layer],
+    masks: Masks,
+    streams: Streams,
+    solver: Callable[..., Solution],
+    options: Options,
+    sweep: int,
+    finished: list[Step],
+) -> Group:
+    """Solve all the layers at once, from their weights as they stand; a share of the effort is booked to each.
+
+    finished: where it holds only some of the layers, all of them are solved again, to the same weights.
+    """
+    for layer, step in zip(layers, finished):
+        check_finished(step, layer, sweep, masks[layer.name])
+    if len(finished) == len(layers):
+        return [(layer, step, False) for layer, step in zip(layers, finished)]
+    started = time.perf_counter()
+    forget_peak(streams.device)
+    solution, parts = fitting(
+        streams, "the joint steps", lambda: solve_jointly(layers, masks, streams, solver, options)
+    )
+    seconds, group = time.perf_counter() - started, []
+    for i, (layer, weight, shift) in enumerate(zip(layers, *parts, strict=True)):
+        record = LayerRecord(
+            layer.name,
+            sweep,
+            tuple(layer.shape),
+            zeros(weight),
+            solution.loss_before,
+            solution.loss_after,
+            solution.newton_steps,
+            solution.cg_iterations,
+            solution.products / len(layers),
+            seconds / len(layers),
+            peak_memory(streams.device),
+            streams.batch_size,
+            solution.residuals,
+        )
+        step = Step(record, masks[layer.name], weight, shift)
+        group.append((layer, *((finished[i], False) if i < len(finished) else (step, True))))
+    return group
+
+
+def solve_jointly(
+    layers: list[Layer], masks: Masks, streams: Streams, solver: Callable[..., Solution], options: Options
+) -> tuple[Solution, tuple[list[Tensor], list[Tensor | None]]]:
+    """(what it took, (the layers' weights, the shifts of their biases)); nothing is written back."""
+    objective = JointObjective(layers, streams, options)
+    start = objective.join([masked(streams.network, layer, masks[layer.name]) for layer in layers])
+    support = objective.join([masks[layer.name] for layer in layers], True)
+    precondition = layer_inverses(objective, start, support, options.seed) if options.preconditioner == "rows" else None
+    options = options.but(newton_steps=options.joint_steps, max_CG_iterations=options.joint_CG_iterations)
+    solution = minimised(objective, start, support, precondition, options, solver, "the layers keep their weights")
+    weights, shifts = objective.split(solution.weight)
+    scales = [objective.window.output_scale(layer) for layer in layers]
+    return solution, (weights, [behind_batch_norm(shift, scale) for shift, scale in zip(shifts, scales)])
 
 
 def how_many(layer: Layer, mask: Tensor, pattern: Pattern) -> NM | int:
@@ -335,10 +413,27 @@ def solve_layer(
     precondition = None
     if options.preconditioner == "rows" and can_factor(network, layer):
         precondition = row_inverses(objective, unknown, support, options.seed)
+    kept = f"layer {layer.name} keeps its masked weights"
+    solution = minimised(objective, unknown, support, precondition, options, solver, kept)
+    solution.weight, shift = objective.split(solution.weight)
+    solution.shift = behind_batch_norm(shift, objective.window.output_scale(layer))
+    return solution
+
+
+def minimised(
+    objective: Objective,
+    start: Tensor,
+    support: Tensor,
+    precondition: Preconditioner | None,
+    options: Options,
+    solver: Callable[..., Solution],
+    otherwise: str,
+) -> Solution:
+    """The solver's solution; the start, and a line that says `otherwise`, where something is not finite."""
     try:
         solution = solver(
             objective,
-            unknown,
+            start,
             support,
             precondition,
             newton_steps=options.newton_steps,
@@ -349,13 +444,14 @@ def solve_layer(
         )
         check_finite(solution.weight, "the solution")
     except FloatingPointError as error:
-        log.warning("layer %s keeps its masked weights: %s", layer.name, error)
-        solution = Solution(unknown, problem=str(error))
-    solution.weight, shift = objective.split(solution.weight)
-    if shift is not None:  # the bias behind a BatchNorm sees it scaled
-        scale = objective.window.output_scale()
-        solution.shift = shift if scale is None else scale * shift
+        log.warning("%s: %s", otherwise, error)
+        return Solution(start, problem=str(error))
     return solution
+
+
+def behind_batch_norm(shift: Tensor | None, scale: Tensor | None) -> Tensor | None:
+    """A shift of a layer's output as the bias behind it sees it: a BatchNorm's comes after the scaling."""
+    return shift if shift is None or scale is None else scale * shift
 
 
 @torch.no_grad()

@@ -45,13 +45,13 @@ class RowInverses:
         max_bytes: int = MAX_BYTES,
     ):
         rows = mask.flatten(1)
-        self.columns = len(rows[0])
         self.scale = scale / scale.mean().clamp_min(torch.finfo(scale.dtype).tiny) + damping
         size = int(rows.sum(1).max())
         # Row i's support, padded with columns off the support, which `kept` cancels.
         self.support = rows.int().argsort(dim=1, descending=True, stable=True)[:, :size]
         self.kept = rows.gather(1, self.support).to(moment.dtype)
         group = torch.arange(len(rows), device=mask.device) // (len(rows) // len(moment))
+        self.magnitude = scale.mean() * moment.diagonal(dim1=1, dim2=2).mean()  # of the curvature, left out below
         moment = moment / moment.diagonal(dim1=1, dim2=2).mean().clamp_min(torch.finfo(moment.dtype).tiny)
         width = max(1, min(size, max_bytes // max(1, len(rows) * size * moment.element_size())))
         self.blocks = [
@@ -116,11 +116,16 @@ def input_moment(objective: Objective) -> Tensor:
     layer, total = objective.window.layer, 0.0
     module = objective.window.network.module(layer.node)
     for i in sample(objective):
-        x = columns(module, objective.batch(i)[0][layer.node.args[0]])
-        if objective.biases:
-            x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        total = total + x @ x.transpose(1, 2)
+        total = total + second_moment(module, objective.batch(i)[0][layer.node.args[0]], objective.biases)
     return total
+
+
+def second_moment(module: nn.Module | None, x: Tensor, biases: bool) -> Tensor:
+    """The sum of x x^T over a layer's input columns, (groups, in, in); x ends in 1 if biases are solved."""
+    x = columns(module, x)
+    if biases:
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+    return x @ x.transpose(1, 2)
 
 
 def output_scale(objective: Objective, weight: Tensor, seed: int) -> Tensor:
@@ -132,9 +137,14 @@ def output_scale(objective: Objective, weight: Tensor, seed: int) -> Tensor:
     for i in sample(objective):
         values, _ = objective.batch(i)
         pulled = pull_back_probe(objective.window, values, weight, objective.coefficients, generator)
-        channels_last = pulled.movedim(1, -1) if len(objective.window.layer.shape) > 2 else pulled
-        total = total + channels_last.flatten(0, -2).square().sum(0)
+        total = total + by_channel(pulled, objective.window.layer).square().sum(0)
     return total
+
+
+def by_channel(output: Tensor, layer: Layer) -> Tensor:
+    """A layer's output as (images and positions, out)."""
+    channels_last = output.movedim(1, -1) if len(layer.shape) > 2 else output
+    return channels_last.flatten(0, -2)
 
 
 def pull_back_probe(
@@ -146,12 +156,19 @@ def pull_back_probe(
     output.requires_grad_()
     with torch.enable_grad():
         features = window.behind(values, output)
+    return pull_back(features, [output], coefficients, generator)[0]
+
+
+def pull_back(
+    features: list[Tensor], outputs: list[Tensor], coefficients: list[float], generator: torch.Generator
+) -> tuple[Tensor, ...]:
+    """J^T C^1/2 u for random signs u, by each of the outputs that the features were computed from."""
     signs = [
         torch.randint(0, 2, f.shape, generator=generator).to(f).mul_(2).sub_(1) * c**0.5
         for f, c in zip(features, coefficients)
     ]
     features, signs = zip(*((f, sign) for f, sign in zip(features, signs) if f.requires_grad))
-    return grad(features, output, signs)[0]
+    return grad(features, outputs, signs)
 
 
 def row_inverses(objective: Objective, weight: Tensor, mask: Tensor, seed: int) -> RowInverses:

@@ -86,7 +86,7 @@ class Tangents:
         no_bias = {bias: own[weight].new_zeros(len(own[weight]))}
         if module.bias is None and bias not in self.parameters:
             no_bias = {}
-        x = values[source] if weight == self.window.layer.parameter else None
+        x = values[source] if weight in self.window.varied else None
 
         def rule(tangents):
             parts = []
@@ -148,11 +148,7 @@ class Tangents:
 
     def _forward_mode(self, node: fx.Node, values: Values) -> Rule:
         inputs = {read: values[read] for read in node.all_input_nodes}
-        own = [
-            name
-            for name in (self.window.layer.parameter, self.window.bias)
-            if name and self.window.network.reads(node, name)
-        ]
+        own = [name for name in sorted(self.window.varied) if self.window.network.reads(node, name)]
 
         def rule(tangents):
             if not own and not any(read in tangents for read in inputs):

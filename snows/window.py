@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,14 +52,24 @@ class Window:
     weight (a shortcut branch, the other input of a concatenation) is computed once per micro-batch, by `enter`.
     Inside the window a BatchNorm is an affine map, folded into the convolution it follows, and attention uses the
     kernel that has second derivatives. `model` holds the weights of everything but the layer itself.
+
+    others: further layers, behind the first, whose weights the features are a function of as well.
     """
 
-    def __init__(self, network: Network, layer: Layer, k_step: int, model: nn.Module | None = None):
+    def __init__(
+        self,
+        network: Network,
+        layer: Layer,
+        k_step: int,
+        model: nn.Module | None = None,
+        others: Sequence[Layer] = (),
+    ):
         self.network, self.layer, self.model = network, layer, network.model if model is None else model
+        self.layers = (layer, *others)
         start = network.position[layer.node]
-        own = {layer.parameter, layer.bias}
-        behind = {n for n in network.nodes if n.op == "get_attr" and n.target in own}  # what depends on the weight
-        behind |= {n for n in network.nodes if network.reads(n, layer.parameter)}
+        own = {name for each in self.layers for name in (each.parameter, each.bias)}
+        behind = {n for n in network.nodes if n.op == "get_attr" and n.target in own}  # what depends on the weights
+        behind |= {n for n in network.nodes for each in self.layers if network.reads(n, each.parameter)}
         counted = []
         for node in network.nodes[start:]:
             if node in behind or behind.intersection(node.all_input_nodes):
@@ -79,7 +90,10 @@ class Window:
         self.folded = {n: network.batch_norm_of[n] for n in self.nodes if n in network.batch_norm_of}
         self.applied = set(self.folded.values())
         self.constants = self._fold_constants()
-        self.bias = f"{layer.node.target}.bias" if layer.node in self.folded else layer.bias
+        self.biases = {
+            each: f"{each.node.target}.bias" if each.node in self.folded else each.bias for each in self.layers
+        }
+        self.varied = {each.parameter for each in self.layers} | {bias for bias in self.biases.values() if bias}
 
     def _fold_constants(self) -> dict[str, Tensor]:
         """Weights and biases of the window's convolutions, the BatchNorm behind each folded in."""
@@ -113,25 +127,27 @@ class Window:
 
     def direction(self, weight: Tensor, shift: Tensor | None = None) -> dict[str, Tensor]:
         """What a weight and a shift of the layer's output are in the window's parameters; linear in both."""
-        scale = self.output_scale()
-        moved = {self.layer.parameter: weight if scale is None else weight * per_output(scale, weight)}
+        return self.direction_of(self.layer, weight, shift)
+
+    def direction_of(self, layer: Layer, weight: Tensor, shift: Tensor | None) -> dict[str, Tensor]:
+        scale = self.output_scale(layer)
+        moved = {layer.parameter: weight if scale is None else weight * per_output(scale, weight)}
         if shift is not None:
-            moved[self.bias] = shift if scale is None else scale * shift
+            moved[self.biases[layer]] = shift if scale is None else scale * shift
         return moved
 
     def parameters(self, weight: Tensor, shift: Tensor | None = None) -> dict[str, Tensor]:
         """The parameters that differ from the model's, by full name."""
         moved = self.direction(weight, shift)
-        if shift is not None:
-            folded = self.layer.node in self.folded
-            moved[self.bias] = moved[self.bias] + (
-                self.constants[self.bias] if folded else self.model.get_parameter(self.bias)
-            )
+        for layer, bias in self.biases.items():
+            if bias in moved:
+                folded = layer.node in self.folded
+                moved[bias] = moved[bias] + (self.constants[bias] if folded else self.model.get_parameter(bias))
         return {**self.constants, **moved}
 
-    def output_scale(self) -> Tensor | None:
-        """The factor (out,) by which the BatchNorm behind the layer scales its output; None without one."""
-        batch_norm = self.folded.get(self.layer.node)
+    def output_scale(self, layer: Layer) -> Tensor | None:
+        """The factor (out,) by which the BatchNorm behind a layer scales its output; None without one."""
+        batch_norm = self.folded.get(layer.node)
         return None if batch_norm is None else affine_of(self.module(batch_norm))[0]
 
     def output(self, values: Values, weight: Tensor) -> Tensor:

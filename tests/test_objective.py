@@ -37,7 +37,7 @@ def dense_reference(objective, weight):
             (f, y, c)
             for i in range(len(objective))
             for f, y, c in zip(
-                objective.features(objective.batches[i].values, w), objective.batches[i].targets, objective.coefficients
+                objective.features(objective.batches[i].values, w), objective.batch(i)[1], objective.coefficients
             )
         ]
 

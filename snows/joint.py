@@ -1,0 +1,137 @@
+"""All the layers at once: the K-step objective of the whole line, whose unknown is every layer's support.
+
+Layer by layer, each solution takes the layers behind it as they stand, and what they could make good together stays
+undone. Here one Newton step moves all the surviving weights at a time: the features of every counted operation of the
+line, the logits among them, are to match the dense network's. The loss, its products and the solver are those of a
+single layer; a product costs a tangent pass and a backward pass of the whole network, for all of its layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from snows.calibration import Streams
+from snows.graph import Layer, to
+from snows.objective import MicroBatch, Objective, with_shift, without_shift
+from snows.options import Options
+from snows.preconditioner import SAMPLE, RowInverses, by_channel, can_factor, pull_back, second_moment
+from snows.solver import Preconditioner
+from snows.trace import Values
+from snows.window import Window
+
+
+class Line(Window):
+    """The line behind the first of several layers, as a function of the weights and shifts of them all."""
+
+    def direction(self, weights: list[Tensor], shifts: list[Tensor | None]) -> dict[str, Tensor]:
+        moved = {}
+        for layer, weight, shift in zip(self.layers, weights, shifts, strict=True):
+            moved |= self.direction_of(layer, weight, shift)
+        return moved
+
+
+class JointObjective(Objective):
+    """L of all the layers' weights, which are joined to one flat vector.
+
+    Nothing in front of the first layer is pruned, so that both networks begin with the same values there. The targets
+    are computed when they are asked for, twice in a Newton step, and not kept: they would be features of every layer.
+    """
+
+    def __init__(self, layers: list[Layer], streams: Streams, options: Options):
+        network, first = streams.network, layers[0]
+        streams.restart()
+        streams.sparse.advance(first.node)
+        self.teacher = Window(network, first, len(network.nodes), streams.dense_model)
+        window = Line(network, first, len(network.nodes), others=layers[1:])
+        sparse = streams.sparse
+        batches = [MicroBatch(to(window.enter(sparse[i]), "cpu"), []) for i in range(len(sparse))]
+        self.shifted = [options.biases and layer.bias is not None for layer in layers]
+        super().__init__(
+            window, batches, options.depth_weights, options.curvature, streams.device, biases=options.biases
+        )
+
+    def batch(self, index: int) -> tuple[Values, list[Tensor]]:
+        values, _ = super().batch(index)
+        with torch.no_grad():
+            return values, self.teacher(values, self.teacher.model.get_parameter(self.window.layer.parameter))
+
+    def join(self, weights: list[Tensor], shift: float | Tensor = 0.0) -> Tensor:
+        """The unknown made of all the layers' weights (or masks), with one value for all their shifts."""
+        parts = [with_shift(w, shift) if shifted else w for w, shifted in zip(weights, self.shifted, strict=True)]
+        return torch.cat([part.flatten() for part in parts])
+
+    def parts(self, unknown: Tensor) -> list[Tensor]:
+        """The unknown of each layer: its weight, or (out, in + 1) with the shifts in the last column."""
+        shapes = [
+            (layer.shape[0], layer.shape[1:].numel() + 1) if shifted else layer.shape
+            for layer, shifted in zip(self.window.layers, self.shifted)
+        ]
+        parts = unknown.split([torch.Size(shape).numel() for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes)]
+
+    def split(self, unknown: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+        """(weights, shifts) of the layers, in order."""
+        pairs = [
+            without_shift(part, layer) if shifted else (part, None)
+            for part, layer, shifted in zip(self.parts(unknown), self.window.layers, self.shifted)
+        ]
+        weights, shifts = zip(*pairs)
+        return list(weights), list(shifts)
+
+
+class LayerInverses:
+    """The preconditioner of all the layers: each one's own, in the proportion of their curvatures.
+
+    A layer whose inputs cannot be had is scaled by the others' mean curvature.
+    """
+
+    def __init__(self, objective: JointObjective, inverses: list[RowInverses | None], magnitudes: list[Tensor]):
+        self.objective = objective
+        known = torch.stack([m for inverse, m in zip(inverses, magnitudes) if inverse is not None])
+        known = known.clamp_min(known.max() * 1e-6).clamp_min(torch.finfo(known.dtype).tiny)  # a dead layer's is zero
+        usual, rest = known.log().mean().exp(), iter(known)
+        self.blocks = [(inverse, usual if inverse is None else next(rest)) for inverse in inverses]
+
+    def __call__(self, residual: Tensor) -> Tensor:
+        parts = zip(self.objective.parts(residual), self.blocks, strict=True)
+        solved = ((part if inverse is None else inverse(part)) / magnitude for part, (inverse, magnitude) in parts)
+        return torch.cat([part.flatten() for part in solved])
+
+
+def layer_inverses(objective: JointObjective, unknown: Tensor, mask: Tensor, seed: int) -> Preconditioner | None:
+    """The preconditioner at `unknown`; None if no layer's inputs can be had.
+
+    Costs one forward and one backward pass of a sample of the images, for all the layers, and what inverses cost.
+    """
+    window, generator = objective.window, torch.Generator().manual_seed(seed)
+    network, seen = window.network, 0
+    factored = [layer for layer in window.layers if can_factor(network, layer)]
+    if not factored:
+        return None
+    moments, scales, positions = (dict.fromkeys(window.layers, 0.0) for _ in range(3))
+    shifted = dict(zip(window.layers, objective.shifted))
+    for batch in objective.batches:
+        if seen >= SAMPLE:
+            break
+        values = to(batch.values, objective.device)
+        with torch.enable_grad():
+            parameters = window.parameters(*objective.split(unknown.detach().requires_grad_()))
+            values = window.run(window.nodes, values, parameters)
+        features = [values[node] for node in window.features]
+        outputs = [values[layer.node] for layer in factored]
+        seen += len(features[0])
+        for layer, pulled in zip(factored, pull_back(features, outputs, objective.coefficients, generator)):
+            scale = window.output_scale(layer)
+            pulled = by_channel(pulled, layer) * (1 if scale is None else scale)
+            module, x = network.module(layer.node), values[layer.node.args[0]].detach()
+            scales[layer] += pulled.square().sum(0)
+            moments[layer] += second_moment(module, x, shifted[layer])
+            positions[layer] += len(pulled)
+    inverses, magnitudes = [], []
+    for layer, support in zip(window.layers, objective.parts(mask)):
+        known = layer in factored
+        inverse = RowInverses(moments[layer] / positions[layer], scales[layer], support.bool()) if known else None
+        inverses.append(inverse)
+        magnitudes.append(inverse.magnitude if known else None)
+    return LayerInverses(objective, inverses, magnitudes)
