@@ -62,8 +62,9 @@ def accuracy(runs: dict[str, dict]) -> str:
 
 
 def last_sweep(records: Records) -> list[LayerRecord]:
-    """The last record of each layer."""
-    return list({record.name: record for record in records}.values())
+    """The last record of each layer by itself: one of all the layers together tells nothing of each."""
+    alone = [record for record in records if not record.joint]
+    return list({record.name: record for record in alone}.values())
 
 
 def bars(names: Sequence[str], values: dict[str, Sequence[float]], label: str, log: bool = False) -> str:

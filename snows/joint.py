@@ -42,8 +42,11 @@ class JointObjective(Objective):
         network, first = streams.network, layers[0]
         streams.restart()
         streams.sparse.advance(first.node)
-        self.teacher = Window(network, first, len(network.nodes), streams.dense_model)
-        window = Line(network, first, len(network.nodes), others=layers[1:])
+        window, self.teacher = (
+            Line(network, first, len(network.nodes), model, layers[1:])
+            for model in (network.model, streams.dense_model)
+        )
+        self.dense_weights = [streams.dense_model.get_parameter(layer.parameter) for layer in layers]
         sparse = streams.sparse
         batches = [MicroBatch(to(window.enter(sparse[i]), "cpu"), []) for i in range(len(sparse))]
         self.shifted = [options.biases and layer.bias is not None for layer in layers]
@@ -54,7 +57,7 @@ class JointObjective(Objective):
     def batch(self, index: int) -> tuple[Values, list[Tensor]]:
         values, _ = super().batch(index)
         with torch.no_grad():
-            return values, self.teacher(values, self.teacher.model.get_parameter(self.window.layer.parameter))
+            return values, self.teacher(values, self.dense_weights, [None] * len(self.dense_weights))
 
     def join(self, weights: list[Tensor], shift: float | Tensor = 0.0) -> Tensor:
         """The unknown made of all the layers' weights (or masks), with one value for all their shifts."""

@@ -67,6 +67,7 @@ class LayerRecord:
     batch_size: int = 0  # images in the largest micro-batch, once it fitted the memory
     residuals: list[list[float]] = field(default_factory=list)  # relative, one list per CG solve
     problem: str = ""  # why the layer kept its masked (or warm-started) weights, if it did
+    joint: bool = False  # solved with all the others: loss, steps and residuals are of them all, effort is a share
     accuracy: float | None = None  # percent, of the network as it stood behind this layer, where it was measured
 
 
@@ -243,7 +244,7 @@ def layer_by_layer(
 ) -> Iterator[Group]:
     """Set the layers in execution order, each on the pruned network as it stands, in a sweep for each stage.
 
-    Behind the last, all of them are solved together, if that is asked for.
+    Behind the last, all of them but those that could not be solved are solved together, if that is asked for.
 
     masks: those of the first stage. A new stage's are chosen from the weights as the last one left them: its zeros,
         the smallest, stay zeros. Where they are `sequential`, they only say how many weights each layer loses; which
@@ -251,6 +252,7 @@ def layer_by_layer(
 
     Yields the layers that were set at a time. The caller writes the new weights back before it asks for the next.
     """
+    failed = set()
     for sweep, stage in enumerate(stages):
         new = sweep == 0 or stage is not stages[sweep - 1]
         if sweep > 0:
@@ -267,9 +269,10 @@ def layer_by_layer(
                 check_finished(step, layer, sweep, mask if rule is None else step.mask)
                 streams.shrink(step.record.batch_size)
             masks[layer.name] = step.mask
+            failed |= {layer.name} if step.record.problem else set()
             yield [(layer, step, solved)]
-    if options.joint_steps:
-        layers = [layer for layer in streams.network.layers if layer.name in masks]
+    layers = [layer for layer in streams.network.layers if layer.name in masks.keys() - failed]
+    if options.joint_steps and layers:
         yield together(layers, masks, streams, way.solver, options, len(stages), list(islice(finished, len(layers))))
 
 
@@ -311,6 +314,7 @@ def together(
             peak_memory(streams.device),
             streams.batch_size,
             solution.residuals,
+            joint=True,
         )
         step = Step(record, masks[layer.name], weight, shift)
         group.append((layer, *((finished[i], False) if i < len(finished) else (step, True))))
@@ -325,7 +329,9 @@ def solve_jointly(
     start = objective.join([masked(streams.network, layer, masks[layer.name]) for layer in layers])
     support = objective.join([masks[layer.name] for layer in layers], True)
     precondition = layer_inverses(objective, start, support, options.seed) if options.preconditioner == "rows" else None
-    options = options.but(newton_steps=options.joint_steps, max_CG_iterations=options.joint_CG_iterations)
+    options = options.but(
+        newton_steps=options.joint_steps, max_CG_iterations=options.joint_CG_iterations, batching=False
+    )
     solution = minimised(objective, start, support, precondition, options, solver, "the layers keep their weights")
     weights, shifts = objective.split(solution.weight)
     scales = [objective.window.output_scale(layer) for layer in layers]

@@ -31,7 +31,7 @@ class Progress:
             disable=style == "quiet" or not terminal,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n}/{total} layers, {remaining} left{postfix}",
         )
-        self.earlier, self.products = earlier, 0.0
+        self.earlier, self.products, self.joint = earlier, 0.0, False
 
     def __call__(self, layer: LayerRecord, layers: int) -> None:
         self.bar.total = layers
@@ -39,7 +39,8 @@ class Progress:
         if self.earlier > 0:
             self.earlier -= 1
             return
-        if self.lines:
+        again, self.joint = layer.joint and self.joint, layer.joint
+        if self.lines and not again:
             tqdm.write(line(layer), file=sys.stdout)
         elif layer.problem and not self.bar.disable:
             self.bar.clear()  # the warning above it stays
@@ -56,10 +57,12 @@ def losses(layer: LayerRecord) -> str:
 
 def line(layer: LayerRecord) -> str:
     """What is said of a finished layer."""
-    text = f"  {layer.name:<28} {layer.sparsity:6.1%} zero"
+    text = f"  {'all layers together':<40}" if layer.joint else f"  {layer.name:<28} {layer.sparsity:6.1%} zero"
     if layer.products:
         text += f"   loss {layer.loss_before:9.3g} -> {layer.loss_after:9.3g}"
-        text += f"   {layer.newton_steps} steps, {layer.cg_iterations:3d} CG iterations, {layer.seconds:6.1f} s"
+        text += f"   {layer.newton_steps} steps, {layer.cg_iterations:3d} CG iterations"
+    if layer.products and not layer.joint:
+        text += f", {layer.seconds:6.1f} s"
     if layer.problem:
         text += f"   not solved: {layer.problem}"
     if layer.accuracy is not None:

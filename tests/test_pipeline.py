@@ -12,7 +12,7 @@ from snows.calibration import gather
 
 
 def fast(**changes):
-    return snows.Options(**{"batch_size": 2, "schedule": 0, **changes})
+    return snows.Options(**{"batch_size": 2, "schedule": 0, "joint_steps": 0, **changes})
 
 
 @pytest.mark.parametrize("algo", ["MP", "MP+", "SNOWS"])
@@ -109,7 +109,7 @@ def test_128_images_at_batch_128_still_give_a_step():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
     for batching in (True, False):
-        options = snows.Options(batch_size=128, batching=batching, newton_steps=1)
+        options = snows.Options(batch_size=128, batching=batching, newton_steps=1, joint_steps=1)
         pruned = snows.prune(model, torch.randn(128, 2, 2, 2), snows.NM(1, 2), options)
         assert all(layer.newton_steps == 1 and layer.loss_after < layer.loss_before for layer in pruned.layers)
 
@@ -227,7 +227,9 @@ def test_presets():
     "failure", [torch.OutOfMemoryError, "[enforce fail] DefaultCPUAllocator: can't allocate memory"]
 )
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(tiny, images, failure, monkeypatch, caplog):
-    options = snows.Options(batch_size=5, preconditioner="none")  # whose random probes depend on the micro-batches
+    options = snows.Options(
+        batch_size=5, joint_steps=0, preconditioner="none"
+    )  # whose random probes depend on the micro-batches
     expected = snows.prune(tiny, images, snows.NM(1, 2), options)
     linearise, sizes = snows.objective.Objective.linearise, []
 
@@ -307,7 +309,7 @@ def test_a_job_goes_on_with_the_micro_batches_that_fitted(tiny, images, monkeypa
             raise MemoryError
         return linearise(objective, weight)
 
-    options = snows.Options(batch_size=5)
+    options = snows.Options(batch_size=5, joint_steps=0)
     with monkeypatch.context() as patched:
         patched.setattr(snows.objective.Objective, "linearise", small_memory)
         whole = snows.prune(tiny, images, snows.NM(1, 2), options, on_step=lambda step, model: steps.append(step))
@@ -361,7 +363,7 @@ def broken_from(name, what, bad):
 @pytest.mark.parametrize("what", ["loss", "gradient", "product", "step", "solution"])
 def test_what_is_not_finite_leaves_one_layer_masked_and_the_job_goes_on(tiny, images, what, bad, caplog):
     solver = broken_from("grouped", what, bad)
-    pruned = snows.prune(tiny, images, snows.NM(1, 2), fast(sweeps=1), solver=solver)
+    pruned = snows.prune(tiny, images, snows.NM(1, 2), fast(sweeps=1, joint_steps=2), solver=solver)
     assert list(pruned.problems) == ["grouped"]
     assert "not finite" in pruned.problems["grouped"]
     assert "layer grouped keeps its masked weights" in caplog.text

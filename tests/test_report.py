@@ -11,7 +11,20 @@ from snows import report, screen
 from snows.errors import UsageError
 from snows.pipeline import LayerRecord
 
-FAST = ["--k_step", "1", "--max_CG_iterations", "2", "--ngrads", "16", "--schedule", "0"]
+FAST = [
+    "--k_step",
+    "1",
+    "--max_CG_iterations",
+    "2",
+    "--ngrads",
+    "16",
+    "--schedule",
+    "0",
+    "--joint_steps",
+    "1",
+    "--joint_CG_iterations",
+    "2",
+]
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ from snows.journal import Journal
 from snows.pipeline import LayerRecord, Step
 
 SMALL = ["--k_step", "2", "--max_CG_iterations", "1", "--ngrads", "32", "--schedule", "1", "--sweeps", "1"]
-LAYERS = 22 * 2  # of the ResNet-20, in a sweep of the schedule and one at the target
+SMALL += ["--joint_steps", "1", "--joint_CG_iterations", "1"]
+LAYERS = 22 * 2  # of the ResNet-20, in a sweep of the schedule and one at the target; then all of them together
 
 
 def start(*flags, **settings):
@@ -87,7 +88,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole, script, tmp_path):
     out, _ = script(*command)
     assert out.count(" zero ") <= 10  # what was solved is not solved again
     assert same_bits(folder, whole)
-    assert len(json.loads((folder / "layers.json").read_text())) == LAYERS
+    assert len(json.loads((folder / "layers.json").read_text())) == LAYERS + 22
     assert json.loads((folder / "args.json").read_text())["schedule"] == 1
     out, _ = script(*command)
     assert "finished already" in out

@@ -124,7 +124,7 @@ def test_a_job_whose_masks_images_choose_goes_on_to_the_same_result(tiny, images
     job = (tiny, images, snows.NM(1, 4), options)
     whole = snows.prune(*job, mask_alg=mask_alg, on_step=lambda step, model: steps.append(step))
     resumed = snows.prune(*job, mask_alg=mask_alg, finished=steps[:3])
-    assert len(steps) == 2 * len(whole.masks)
+    assert len(steps) == 3 * len(whole.masks)
     for name, weight in whole.model.named_parameters():
         assert torch.equal(weight, resumed.model.get_parameter(name))
 
