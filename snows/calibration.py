@@ -67,7 +67,9 @@ def fitting(streams: Streams, place: str, work: Callable[[], T]) -> T:
             if not known and "can't allocate memory" not in str(error):
                 raise
             if streams.batch_size == 1:
-                raise SnowsError(f"out of memory at {place} with one image at a time: lower --k_step.") from error
+                raise SnowsError(
+                    f"out of memory at {place} with one image at a time: lower --k_step or raise --memory_budget."
+                ) from error
             streams.halve()
             log.warning("out of memory at %s: going on with micro-batches of %d images", place, streams.batch_size)
 

@@ -51,7 +51,13 @@ class JointObjective(Objective):
         batches = [MicroBatch(to(window.enter(sparse[i]), "cpu"), []) for i in range(len(sparse))]
         self.shifted = [options.biases and layer.bias is not None for layer in layers]
         super().__init__(
-            window, batches, options.depth_weights, options.curvature, streams.device, biases=options.biases
+            window,
+            batches,
+            options.depth_weights,
+            options.curvature,
+            streams.device,
+            options.biases,
+            options.memory_budget,
         )
 
     def batch(self, index: int) -> tuple[Values, list[Tensor]]:

@@ -26,6 +26,31 @@ def free_memory(device: torch.device | str) -> int:
         return 4 * 2**30
 
 
+class _Heap(ctypes.Structure):
+    """The struct mallinfo2 of malloc.h."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def used_memory(device: torch.device | str) -> int:
+    """Bytes of a device that this process uses now; what the C library keeps for later use does not count."""
+    if is_gpu(device):
+        return torch.cuda.memory_allocated(device)
+    try:
+        mallinfo = ctypes.CDLL(None).mallinfo2
+    except (OSError, TypeError, AttributeError):  # not glibc, or an old one
+        return peak_memory(device)
+    mallinfo.restype = _Heap
+    heap = mallinfo()
+    return heap.uordblks + heap.hblkhd
+
+
 def peak_memory(device: torch.device | str) -> int:
     """Most bytes in use since `forget_peak`: of the GPU where there is one, else of this process."""
     if is_gpu(device):

@@ -19,7 +19,7 @@ from torch.autograd import grad
 
 from snows.errors import SnowsError
 from snows.graph import Layer, Stream, to
-from snows.memory import free_memory
+from snows.memory import free_memory, used_memory
 from snows.tangent import Tangents
 from snows.trace import Values
 from snows.window import Window
@@ -43,6 +43,7 @@ class Objective:
 
     depth_weights: "mean" gives c_k = 1 / numel(Y_k), "relative" gives c_k = 1 / ||Y_k||^2, both over all the images.
     curvature: "ggn" (Gauss-Newton) or "hessian".
+    memory_budget: GiB that a linearisation may keep on the device; 0: half of what is free.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Objective:
         curvature: str,
         device: torch.device | str,
         biases: bool = False,
+        memory_budget: float = 0.0,
     ):
-        self.window, self.batches, self.device = window, batches, device
+        self.window, self.batches, self.device, self.memory_budget = window, batches, device, memory_budget
         self.biases = biases and window.layer.bias is not None
         self.depth_weights, self.curvature = depth_weights, curvature
         self.coefficients = self._coefficients()
@@ -65,7 +67,13 @@ class Objective:
     def on_batch(self, index: int) -> Objective:
         """The same loss on one micro-batch alone (for one Newton step per mini-batch)."""
         return Objective(
-            self.window, [self.batches[index]], self.depth_weights, self.curvature, self.device, self.biases
+            self.window,
+            [self.batches[index]],
+            self.depth_weights,
+            self.curvature,
+            self.device,
+            self.biases,
+            self.memory_budget,
         )
 
     def join(self, weight: Tensor, shift: float | Tensor = 0.0) -> Tensor:
@@ -126,10 +134,13 @@ class Linearisation:
     """Loss, gradient and curvature products of an objective at one weight.
 
     The forward pass of each micro-batch and the graph of its first derivative are kept, so that a product costs one
-    tangent pass and one backward pass and recomputes nothing. Micro-batches whose graphs do not fit in half of the
-    free memory are linearised again at every product: slower, the same result.
+    tangent pass and one backward pass and recomputes nothing. Micro-batches whose graphs do not fit in the memory
+    budget are linearised again at every product: slower, the same result.
 
     loss: float64 scalar. gradient: as the weight, not masked.
+
+    Raises:
+        MemoryError: the first micro-batch alone exceeds the budget that was asked for.
     """
 
     def __init__(self, objective: Objective, weight: Tensor):
@@ -137,12 +148,16 @@ class Linearisation:
         self.loss = torch.zeros((), dtype=torch.float64, device=objective.device)
         self.gradient = torch.zeros_like(weight)
         self.products: list[Product | None] = []
-        reserve = free_memory(objective.device) / 2
+        budget = objective.memory_budget * 2**30 or free_memory(objective.device) / 2
+        before = used_memory(objective.device)
         for i in range(len(objective)):
             loss, gradient, product = self._linearise(i)
             self.loss += loss
             self.gradient += gradient
-            self.products.append(product if free_memory(objective.device) > reserve else None)
+            kept = used_memory(objective.device) - before
+            if i == 0 and objective.memory_budget and kept > budget:
+                raise MemoryError
+            self.products.append(product if kept <= budget else None)
 
     def _linearise(self, index: int) -> tuple[Tensor, Tensor, Product]:
         objective = self.objective
@@ -213,6 +228,7 @@ def reconstruction(
     depth_weights: str,
     curvature: str,
     biases: bool = False,
+    memory_budget: float = 0.0,
 ) -> Objective:
     """The objective of a layer, both streams standing at it.
 
@@ -228,7 +244,7 @@ def reconstruction(
             source = dense[i] if targets == "dense" else sparse[i]
             features = teacher(teacher.enter(source), dense_weight)
             batches.append(MicroBatch(to(window.enter(sparse[i]), "cpu"), to(features, "cpu")))
-    return Objective(window, batches, depth_weights, curvature, sparse.device, biases)
+    return Objective(window, batches, depth_weights, curvature, sparse.device, biases, memory_budget)
 
 
 @contextmanager

@@ -73,6 +73,10 @@ class Options:
     damping: float = option(1e-3, "first Levenberg-Marquardt damping, relative to the curvature", low=0)
     batching: bool = option(False, "True: a Newton step per mini-batch (paper); False: one for all the images")
     batch_size: int = option(128, "calibration images per mini-batch or micro-batch; bounds the memory", low=1)
+    memory_budget: float = option(
+        0.0, "GiB for what products reuse; micro-batches that need more are halved; 0: half of what is free",
+        low=0,
+    )  # fmt: skip
     w_warm: bool = option(False, "start each layer at its layer-wise least-squares solution on the support")
     seed: int = option(0, "seed of the calibration sample and of the preconditioner's probes", low=0)
 

@@ -413,7 +413,15 @@ def solve_layer(
     if options.w_warm:
         start = solve_layer(layer, mask, streams, options.but(**LEAST_SQUARES), solve).weight
     objective = reconstruction(
-        layer, sparse, dense, options.k_step, options.targets, options.depth_weights, options.curvature, options.biases
+        layer,
+        sparse,
+        dense,
+        options.k_step,
+        options.targets,
+        options.depth_weights,
+        options.curvature,
+        options.biases,
+        options.memory_budget,
     )
     unknown, support = objective.join(start), objective.join(mask, True)
     precondition = None
