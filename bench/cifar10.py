@@ -29,13 +29,15 @@ PATTERNS = {f"unstructured {share}": snows.Unstructured(share) for share in (0.5
 PATTERNS |= {"2:4": snows.NM(2, 4), "1:4": snows.NM(1, 4), "4:8": snows.NM(4, 8)}
 ALGORITHMS = ("MP", "SNOWS", "MP+")
 # Few images, so that a table takes minutes.
-ABLATED = {"images": 256, "k_step": 8, "sweeps": 1, "schedule": 0, "max_CG_iterations": 5, "cg_tolerance": 0.01}
+ABLATED = {"images": 256, "k_step": 8, "sweeps": 1, "schedule": 0, "joint_steps": 0}
+ABLATED |= {"max_CG_iterations": 5, "cg_tolerance": 0.01}
 ABLATION = [{}, *({"k_step": k} for k in (0, 2, 4, 16))]  # each row changes one choice of the first, or two
 ABLATION += [{"targets": "same"}, {"curvature": "hessian"}, {"depth_weights": "mean"}, {"batching": True}]
 ABLATION += [{"preconditioner": "none"}, {"biases": False}]
 ABLATION += [{"sweeps": 2}, {"schedule": 2}, {"schedule": 2, "sweeps": 2}]
+ABLATION += [{"joint_steps": 4}, {"schedule": 2, "joint_steps": 4}]
 VIT_PATTERNS = ("2:4", "1:4", "4:8", "unstructured 0.5", "unstructured 0.6", "unstructured 0.7")
-VIT_SOLVER = {"sweeps": 1, "schedule": 0, "max_CG_iterations": 10, "cg_tolerance": 0.01}
+VIT_SOLVER = {"sweeps": 1, "schedule": 0, "joint_steps": 0, "max_CG_iterations": 10, "cg_tolerance": 0.01}
 VIT_RUNS = [{"algo": "MP"}, {"algo": "MP+"}, *({"algo": "SNOWS", "k_step": k, **VIT_SOLVER} for k in (0, 3, 8))]
 
 

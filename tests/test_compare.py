@@ -27,6 +27,7 @@ def run(compare, tmp_path, monkeypatch):
     torch.save(ResNet(20, 10).state_dict(), tmp_path / "resnet20.pt")
     flags = ["--checkpoint", tmp_path / "resnet20.pt", "--dset", tmp_path / "images.npz", "--images", 4]
     flags += ["--out", tmp_path / "grid.json", "--schedule", 0, "--k_step", 1, "--max_CG_iterations", 1]
+    flags += ["--joint_steps", 1, "--joint_CG_iterations", 1]
 
     def once(*more):
         monkeypatch.setattr(sys, "argv", ["compare.py", "resnet20", *map(str, [*flags, *more])])

@@ -86,6 +86,7 @@ def odd(tmp_path_factory):
 
 SMALL = ["--arch", "resnet20_cifar10", "--checkpoint", "resnet20.pt", "--dset", "images.npz", "--ngrads", "4"]
 SMALL += ["--k_step", "0", "--schedule", "0", "--max_CG_iterations", "1", "--preconditioner", "none"]
+SMALL += ["--joint_steps", "1", "--joint_CG_iterations", "1"]
 
 
 def try_command(script, odd, monkeypatch, words):
