@@ -38,20 +38,24 @@ def default(name: str) -> str:
 
 
 def accuracy() -> str:
-    """One row per pattern: every algorithm's accuracy, its mean over the seeds and how far they spread."""
+    """One row per pattern: every method's accuracy, its mean over the seeds and how far they spread."""
     rows = load("resnet20_cifar10_accuracy.json")["rows"]
     zeros = {row["run"]["pattern"]: row["sparsity"] for row in rows}
+    columns = {
+        "MP (mask only)": {"algo": "MP"},
+        "MP+": {"algo": "MP+"},
+        "SNOWS, layer by layer": {"algo": "SNOWS", "joint_steps": 0},
+        "**SNOWS**": {"algo": "SNOWS"},
+    }
     cells = []
     for pattern in sorted(zeros, key=lambda pattern: (":" in pattern, zeros[pattern])):  # unstructured first
-        found = {
-            algo: [row for row in rows if (row["run"]["pattern"], row["run"]["algo"]) == (pattern, algo)]
-            for algo in ("MP", "MP+", "SNOWS")
-        }
-        effort = [mean(found["SNOWS"], figure) for figure in ("curvature_products", "seconds")]
-        cells.append(
-            [pattern, f"{zeros[pattern]:.2%}", *(spread(f) for f in found.values()), *(f and round(f) for f in effort)]
-        )
-    return table(["pattern", "zeros", "MP (mask only)", "MP+", "**SNOWS**", "products", "seconds"], cells)
+        found = [
+            [row for row in rows if row["run"] == {"pattern": pattern, **run, "images": 1024}]
+            for run in columns.values()
+        ]
+        products = mean(found[-1], "curvature_products")
+        cells.append([pattern, f"{zeros[pattern]:.2%}", *(spread(f) for f in found), products and round(products)])
+    return table(["pattern", "zeros", *columns, "products"], cells)
 
 
 def mean(rows: list[dict], figure: str) -> float | str:

@@ -34,20 +34,21 @@ class Line(Window):
 class JointObjective(Objective):
     """L of all the layers' weights, which are joined to one flat vector.
 
-    Nothing in front of the first layer is pruned, so that both networks begin with the same values there. The targets
-    are computed when they are asked for, twice in a Newton step, and not kept: they would be features of every layer.
+    The targets are computed when they are asked for, twice in a Newton step, and not kept: they would be features of
+    every layer.
     """
 
     def __init__(self, layers: list[Layer], streams: Streams, options: Options):
-        network, first = streams.network, layers[0]
+        network, (first, *others) = streams.network, layers
         streams.restart()
         streams.sparse.advance(first.node)
+        streams.dense.advance(first.node)
+        sparse, dense = streams.sparse, streams.dense if options.targets == "dense" else streams.sparse
         window, self.teacher = (
-            Line(network, first, len(network.nodes), model, layers[1:])
-            for model in (network.model, streams.dense_model)
+            Line(network, first, len(network.nodes), model, others) for model in (network.model, streams.dense_model)
         )
         self.dense_weights = [streams.dense_model.get_parameter(layer.parameter) for layer in layers]
-        sparse = streams.sparse
+        self.dense_values = [to(self.teacher.enter(dense[i]), "cpu") for i in range(len(dense))]
         batches = [MicroBatch(to(window.enter(sparse[i]), "cpu"), []) for i in range(len(sparse))]
         self.shifted = [options.biases and layer.bias is not None for layer in layers]
         super().__init__(
@@ -60,10 +61,10 @@ class JointObjective(Objective):
             options.memory_budget,
         )
 
+    @torch.no_grad()
     def batch(self, index: int) -> tuple[Values, list[Tensor]]:
-        values, _ = super().batch(index)
-        with torch.no_grad():
-            return values, self.teacher(values, self.dense_weights, [None] * len(self.dense_weights))
+        values, dense_values = to(self.batches[index].values, self.device), to(self.dense_values[index], self.device)
+        return values, self.teacher(dense_values, self.dense_weights, [None] * len(self.dense_weights))
 
     def join(self, weights: list[Tensor], shift: float | Tensor = 0.0) -> Tensor:
         """The unknown made of all the layers' weights (or masks), with one value for all their shifts."""

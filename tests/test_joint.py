@@ -1,5 +1,7 @@
 """All the layers solved at once: the objective against a dense reference, its preconditioner, and the pass in a job."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -50,6 +52,20 @@ def test_products_equal_the_dense_matrix_through_a_transformer():
     vector = torch.randn(unknown.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(here.gradient, gradient)
     torch.testing.assert_close(here.product(vector), gauss_newton @ vector)
+
+
+@pytest.mark.parametrize("targets", ["dense", "same"])
+def test_targets_where_a_layer_in_front_is_pruned_and_not_solved(tiny, images, targets):
+    network = Network(tiny)
+    streams = Streams(network, list(images.split(2)), "cpu")
+    network.model.stem.weight.data[0] = 0
+    objective = JointObjective(network.layers[1:], streams, snows.Options(targets=targets))
+    expected = tiny
+    if targets == "same":
+        expected = copy.deepcopy(tiny)
+        expected.stem.weight.data[0] = 0
+    logits = torch.cat([objective.batch(i)[1][-1] for i in range(len(objective))])
+    torch.testing.assert_close(logits, expected(images))
 
 
 def test_the_unknown_is_every_layer_in_order(tiny, images):
