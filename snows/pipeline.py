@@ -298,24 +298,11 @@ def together(
     solution, parts = fitting(
         streams, "the joint steps", lambda: solve_jointly(layers, masks, streams, solver, options)
     )
-    seconds, group = time.perf_counter() - started, []
+    share = (time.perf_counter() - started) / len(layers)
+    solution.products /= len(layers)
+    group = []
     for i, (layer, weight, shift) in enumerate(zip(layers, *parts, strict=True)):
-        record = LayerRecord(
-            layer.name,
-            sweep,
-            tuple(layer.shape),
-            zeros(weight),
-            solution.loss_before,
-            solution.loss_after,
-            solution.newton_steps,
-            solution.cg_iterations,
-            solution.products / len(layers),
-            seconds / len(layers),
-            peak_memory(streams.device),
-            streams.batch_size,
-            solution.residuals,
-            joint=True,
-        )
+        record = recorded(layer, sweep, solution, weight, share, streams, joint=True)
         step = Step(record, masks[layer.name], weight, shift)
         group.append((layer, *((finished[i], False) if i < len(finished) else (step, True))))
     return group
@@ -367,23 +354,31 @@ def timed_step(
     if rule is not None:
         mask = fitting(streams, f"layer {layer.name}", lambda: choose_mask(*sparsegpt_problem(layer, streams), rule))
     solution = fitting(streams, f"layer {layer.name}", lambda: set_layer(layer, mask, streams, way, options))
-    record = LayerRecord(
+    record = recorded(layer, sweep, solution, solution.weight, time.perf_counter() - started, streams)
+    return Step(record, mask, solution.weight, solution.shift)
+
+
+def recorded(
+    layer: Layer, sweep: int, solution: Solution, weight: Tensor, seconds: float, streams: Streams, joint: bool = False
+) -> LayerRecord:
+    """What a solution took, for the layer whose new weight is given."""
+    return LayerRecord(
         layer.name,
         sweep,
         tuple(layer.shape),
-        zeros(solution.weight),
+        zeros(weight),
         solution.loss_before,
         solution.loss_after,
         solution.newton_steps,
         solution.cg_iterations,
         solution.products,
-        time.perf_counter() - started,
+        seconds,
         peak_memory(streams.device),
         streams.batch_size,
         solution.residuals,
-        solution.problem,
+        "" if joint else solution.problem,
+        joint,
     )
-    return Step(record, mask, solution.weight, solution.shift)
 
 
 def sparsegpt_problem(layer: Layer, streams: Streams) -> tuple[Tensor, Tensor]:
