@@ -66,7 +66,7 @@ def measure(build: Callable, folder: Path, device: str) -> dict:
     model, images, job = build()
     journal, seconds = Journal(folder), []
 
-    def keep(step: snows.pipeline.Step, _: nn.Module) -> None:
+    def keep(step: snows.result.Step, _: nn.Module) -> None:
         started = time.perf_counter()
         journal.append(step)
         seconds.append(time.perf_counter() - started)

@@ -49,8 +49,6 @@ def rows_of(table: str) -> list[dict]:
         return [{"pattern": pattern, **run, "images": 1024} for run in ACCURACY_RUNS for pattern in patterns]
     if table == "vit":
         return [{"pattern": pattern, **run, "images": 2048} for pattern in VIT_PATTERNS for run in VIT_RUNS]
-    if table == "presets":
-        return [{"pattern": "1:4", "algo": "SNOWS", "images": 128, "preset": p} for p in ("paper", "best")]
     return [{"pattern": "1:4", "algo": "SNOWS", **ABLATED, **change} for change in ABLATION]
 
 
@@ -77,7 +75,7 @@ class Bench:
         """One row's figures."""
         row = dict(row)
         pattern, algo, images = row.pop("pattern"), row.pop("algo"), row.pop("images")
-        options = snows.Options.preset(row.pop("preset", "best"), **row, seed=seed)
+        options = snows.Options(**row, seed=seed)
         calibration, _ = self.data.calibration(images, seed)
         pruned = snows.prune(
             self.model, calibration, PATTERNS[pattern], options, algo=algo, layers=self.layers, device=self.device
@@ -112,7 +110,7 @@ def markdown(rows: list[dict]) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("accuracy", "presets", "ablation", "vit"))
+    parser.add_argument("table", choices=("accuracy", "ablation", "vit"))
     parser.add_argument("--checkpoint", type=Path, help="weights of the ResNet-20 (required) or of the ViT")
     parser.add_argument("--dset", type=Path, required=True, help="an .npz of CIFAR-10")
     parser.add_argument("--device", default="cpu")

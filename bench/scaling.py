@@ -2,7 +2,7 @@
 
     python bench/scaling.py [--device cuda] [--out FILE]
 
-ResNets of section 4.2 of He et al. with random weights on random 32 x 32 images, 1:4, one sweep of the defaults, each
+ResNets of section 4.2 of He et al. with random weights on random 32 x 32 images, 1:4, one pass layer by layer, each
 run in a process of its own. A slope of 1 is linear, of 0 constant. Writes {"machine": ..., "slopes": ..., "rows":
 [...]} and a plot.
 """
@@ -33,7 +33,7 @@ def measure(images: int, k_step: int, depth: int, device: str) -> dict:
     """One run."""
     torch.manual_seed(0)
     model, calibration = ResNet(depth, 10), torch.randn(images, 3, 32, 32)
-    options = snows.Options(k_step=k_step, sweeps=1, schedule=0, batch_size=64)
+    options = snows.Options(k_step=k_step, schedule=0, joint_steps=0, batch_size=64)
     pruned = snows.prune(model, calibration, snows.NM(1, 4), options, device=device)
     return {
         "seconds": pruned.seconds,

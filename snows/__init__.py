@@ -3,7 +3,8 @@
 from snows.errors import SnowsError, TraceError, UsageError
 from snows.masks import NM, Unstructured
 from snows.options import Options
-from snows.pipeline import LayerRecord, Pruned, prune, sparsity
+from snows.pipeline import prune
+from snows.result import LayerRecord, Pruned, sparsity
 
 __all__ = [
     "NM",

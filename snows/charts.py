@@ -10,7 +10,7 @@ import matplotlib.ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from snows.pipeline import LayerRecord
+from snows.result import LayerRecord
 
 DENSE, BEFORE, AFTER = "#8a94a0", "#dd9c3c", "#2463a6"  # the dense network; masked only; solved
 STYLE = {

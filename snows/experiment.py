@@ -25,9 +25,10 @@ from snows.layer_rules import check_patterns
 from snows.mask_files import read_masks
 from snows.masks import NM, Pattern
 from snows.permute import permute
-from snows.pipeline import Pruned, Step, prune, sparsity
+from snows.pipeline import prune
 from snows.registry import Known, load_classifier, load_data
 from snows.report import write_report
+from snows.result import Pruned, Step, sparsity
 
 FAR_FROM_STATED = 1.0  # percent points between measured and stated dense accuracy that call for a warning
 

@@ -18,8 +18,8 @@ from snows.data import DATASETS
 from snows.errors import UsageError
 from snows.layer_rules import Rules, read_rules
 from snows.masks import NM, Unstructured
-from snows.pipeline import ALGORITHMS
 from snows.scores import LAYER_WISE, MASK_ALGORITHMS
+from snows.survivors import ALGORITHMS
 
 # Flags that have no bearing on a run's result, which may differ when it goes on.
 NO_SETTINGS = {"argv", "run", "resume", "out_dir", "data_dir", "num_workers", "test_batch_size", "verbose", "quiet"}

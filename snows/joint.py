@@ -8,15 +8,19 @@ single layer; a product costs a tangent pass and a backward pass of the whole ne
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from snows.calibration import Streams
 from snows.graph import Layer, to
+from snows.masks import Masks
 from snows.objective import MicroBatch, Objective, with_shift, without_shift
 from snows.options import Options
 from snows.preconditioner import SAMPLE, RowInverses, by_channel, can_factor, pull_back, second_moment
-from snows.solver import Preconditioner
+from snows.solver import Preconditioner, Solution
+from snows.survivors import behind_batch_norm, masked, minimised
 from snows.trace import Values
 from snows.window import Window
 
@@ -145,3 +149,20 @@ def layer_inverses(objective: JointObjective, unknown: Tensor, mask: Tensor, see
         inverses.append(inverse)
         magnitudes.append(inverse.magnitude if known else None)
     return LayerInverses(objective, inverses, magnitudes)
+
+
+def solve_jointly(
+    layers: list[Layer], masks: Masks, streams: Streams, solver: Callable[..., Solution], options: Options
+) -> tuple[Solution, tuple[list[Tensor], list[Tensor | None]]]:
+    """(what it took, (the layers' weights, the shifts of their biases)); nothing is written back."""
+    objective = JointObjective(layers, streams, options)
+    start = objective.join([masked(streams.network, layer, masks[layer.name]) for layer in layers])
+    support = objective.join([masks[layer.name] for layer in layers], True)
+    precondition = layer_inverses(objective, start, support, options.seed) if options.preconditioner == "rows" else None
+    options = options.but(
+        newton_steps=options.joint_steps, max_CG_iterations=options.joint_CG_iterations, batching=False
+    )
+    solution = minimised(objective, start, support, precondition, options, solver, "the layers keep their weights")
+    weights, shifts = objective.split(solution.weight)
+    scales = [objective.window.output_scale(layer) for layer in layers]
+    return solution, (weights, [behind_batch_norm(shift, scale) for shift, scale in zip(shifts, scales)])

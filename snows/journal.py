@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from snows.errors import UsageError, WriteError
-from snows.pipeline import LayerRecord, Step
+from snows.result import LayerRecord, Step
 from snows.run_folder import write
 
 

@@ -1,12 +1,10 @@
-"""Layer by layer: mask, window, targets, solve, write back, advance both streams. The only orchestration."""
+"""Layer by layer: mask, solve, write back, advance both streams; then all together. The only orchestration."""
 
 from __future__ import annotations
 
 import copy
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import islice
 
@@ -16,113 +14,15 @@ from torch import Tensor, nn
 from snows.calibration import Streams, fitting, micro_batches
 from snows.errors import Interrupted, UsageError
 from snows.graph import Layer, Network
-from snows.joint import JointObjective, layer_inverses
-from snows.masks import NM, Masks, Pattern, Selection, given
+from snows.joint import solve_jointly
+from snows.masks import NM, Masks, Pattern, Selection
 from snows.memory import forget_peak, peak_memory
-from snows.objective import Objective, reconstruction
 from snows.options import Options
-from snows.preconditioner import can_factor, row_inverses
-from snows.scores import MASK_ALGORITHMS, check_inputs, input_moment, scores
-from snows.solver import Preconditioner, Solution, check_finite, solve
-from snows.sparsegpt import choose_mask, update
-
-log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
-
-ALGORITHMS = ("SNOWS", "MP", "MP+", "SparseGPT")
-# MP+ and --w_warm: each layer's least squares on its support, which is the objective with K = 0 solved to the end.
-LEAST_SQUARES = dict(
-    sweeps=1,
-    schedule=0,
-    joint_steps=0,
-    k_step=0,
-    targets="same",
-    curvature="ggn",
-    newton_steps=1,
-    batching=False,
-    w_warm=False,
-)
-LEAST_SQUARES |= dict(biases=False, preconditioner="rows", max_CG_iterations=100, cg_tolerance=1e-4, damping=0.0)
-SETTLED = {
-    "MP": dict(sweeps=1, schedule=0, joint_steps=0),
-    "MP+": LEAST_SQUARES,
-    "SparseGPT": dict(sweeps=1, schedule=0, joint_steps=0),
-}  # options of each
-
-
-@dataclass
-class LayerRecord:
-    """What happened to one pruned layer."""
-
-    name: str
-    sweep: int
-    shape: tuple[int, ...]
-    sparsity: float  # counted from the weight that was written
-    loss_before: float = float("nan")
-    loss_after: float = float("nan")
-    newton_steps: int = 0
-    cg_iterations: int = 0
-    products: float = 0.0  # curvature products, in units of the whole calibration set
-    seconds: float = 0.0
-    peak_memory_bytes: int = 0  # of the device, while this layer was solved
-    batch_size: int = 0  # images in the largest micro-batch, once it fitted the memory
-    residuals: list[list[float]] = field(default_factory=list)  # relative, one list per CG solve
-    problem: str = ""  # why the layer kept its masked (or warm-started) weights, if it did
-    joint: bool = False  # solved with all the others: loss, steps and residuals are of them all, effort is a share
-    accuracy: float | None = None  # percent, of the network as it stood behind this layer, where it was measured
-
-
-@dataclass
-class Step:
-    """A finished layer: what is written into the network, and how it was found. A job can go on from these alone."""
-
-    record: LayerRecord
-    mask: Tensor
-    weight: Tensor
-    shift: Tensor | None = None  # (out,), added to the layer's bias, where biases are solved too
-
-
-Group = list[tuple[Layer, Step, bool]]  # layers set at a time; True: now, False: taken from what was finished
-
-
-@dataclass
-class Pruned:
-    """A pruned network and how it came about."""
-
-    model: nn.Module  # a sparse copy of the caller's model, of the same class, on the same device
-    masks: Masks
-    layers: list[LayerRecord] = field(default_factory=list)
-    left_dense: dict[str, str] = field(default_factory=dict)  # layer name -> reason
-    seconds: float = 0.0
-
-    @property
-    def sparsity(self) -> float:
-        """Share of all the parameters that are zero, counted."""
-        return sparsity(self.model)
-
-    @property
-    def curvature_products(self) -> float:
-        """Curvature products spent, in units of the whole calibration set."""
-        return sum(layer.products for layer in self.layers)
-
-    @property
-    def problems(self) -> dict[str, str]:
-        """The layers that kept their masked (or warm-started) weights, and why."""
-        return {layer.name: layer.problem for layer in self.layers if layer.problem}
-
-    @property
-    def peak_memory_bytes(self) -> int:
-        """The most that any layer needed."""
-        return max((layer.peak_memory_bytes for layer in self.layers), default=0)
-
-
-def sparsity(model: nn.Module) -> float:
-    """Share of a model's parameters that are exactly zero."""
-    return sum((p == 0).sum().item() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
-
-
-def zeros(weight: Tensor) -> float:
-    """Share of a weight's entries that are exactly zero."""
-    return (weight == 0).double().mean().item()
+from snows.result import Group, LayerRecord, Pruned, Step, zeros
+from snows.scores import MASK_ALGORITHMS, check_inputs, select
+from snows.solver import Solution, solve
+from snows.sparsegpt import choose_mask
+from snows.survivors import ALGORITHMS, SETTLED, Way, masked, set_layer, sparsegpt_problem
 
 
 def prune(
@@ -204,15 +104,6 @@ def prune(
     return result
 
 
-@dataclass(frozen=True)
-class Way:
-    """How the layers are set (`algo`, with what solver), and whether each one's mask is chosen when it is its turn."""
-
-    algo: str
-    solver: Callable[..., Solution]
-    sequential: bool
-
-
 def sweeps(pattern: Pattern | Masks, options: Options) -> list[Pattern | Masks]:
     """The pattern of each sweep: those on the way to the target, then the target; the caller's own masks in all."""
     on_the_way = [pattern] * options.schedule if isinstance(pattern, dict) else pattern.path(options.schedule)
@@ -226,11 +117,6 @@ def masked_only(network: Network, masks: Masks) -> Iterator[Group]:
             mask = masks[layer.name]
             weight = masked(network, layer, mask)
             yield [(layer, Step(LayerRecord(layer.name, 0, tuple(layer.shape), zeros(weight)), mask, weight), False)]
-
-
-def masked(network: Network, layer: Layer, mask: Tensor) -> Tensor:
-    """A layer's weight where its mask keeps it, else zero, even where it was NaN."""
-    return network.model.get_parameter(layer.parameter).where(mask, 0)
 
 
 def layer_by_layer(
@@ -308,23 +194,6 @@ def together(
     return group
 
 
-def solve_jointly(
-    layers: list[Layer], masks: Masks, streams: Streams, solver: Callable[..., Solution], options: Options
-) -> tuple[Solution, tuple[list[Tensor], list[Tensor | None]]]:
-    """(what it took, (the layers' weights, the shifts of their biases)); nothing is written back."""
-    objective = JointObjective(layers, streams, options)
-    start = objective.join([masked(streams.network, layer, masks[layer.name]) for layer in layers])
-    support = objective.join([masks[layer.name] for layer in layers], True)
-    precondition = layer_inverses(objective, start, support, options.seed) if options.preconditioner == "rows" else None
-    options = options.but(
-        newton_steps=options.joint_steps, max_CG_iterations=options.joint_CG_iterations, batching=False
-    )
-    solution = minimised(objective, start, support, precondition, options, solver, "the layers keep their weights")
-    weights, shifts = objective.split(solution.weight)
-    scales = [objective.window.output_scale(layer) for layer in layers]
-    return solution, (weights, [behind_batch_norm(shift, scale) for shift, scale in zip(shifts, scales)])
-
-
 def how_many(layer: Layer, mask: Tensor, pattern: Pattern) -> NM | int:
     """What SparseGPT's mask of a layer must keep to: its N:M, or as many weights removed as `mask` removes."""
     return pattern.of(layer.name) if isinstance(pattern, NM) else int((~mask).sum())
@@ -381,88 +250,6 @@ def recorded(
     )
 
 
-def sparsegpt_problem(layer: Layer, streams: Streams) -> tuple[Tensor, Tensor]:
-    """(weight, second moment of its inputs) of a layer on the pruned network as it stands."""
-    streams.sparse.advance(layer.node)
-    return streams.network.model.get_parameter(layer.parameter), input_moment(layer, streams.sparse)
-
-
-def set_layer(layer: Layer, mask: Tensor, streams: Streams, way: Way, options: Options) -> Solution:
-    """A layer's surviving weights, in the way that was asked for."""
-    match way.algo:
-        case "MP":
-            return Solution(masked(streams.network, layer, mask))
-        case "SparseGPT":
-            return Solution(update(*sparsegpt_problem(layer, streams), mask))
-        case _:
-            return solve_layer(layer, mask, streams, options, way.solver)
-
-
-def solve_layer(
-    layer: Layer, mask: Tensor, streams: Streams, options: Options, solver: Callable[..., Solution]
-) -> Solution:
-    """Advance both streams to a layer and solve it on its support, from its masked weight; nothing is written back."""
-    streams.advance(layer)
-    network, sparse, dense = streams.network, streams.sparse, streams.dense
-    start = masked(network, layer, mask)
-    if options.w_warm:
-        start = solve_layer(layer, mask, streams, options.but(**LEAST_SQUARES), solve).weight
-    objective = reconstruction(
-        layer,
-        sparse,
-        dense,
-        options.k_step,
-        options.targets,
-        options.depth_weights,
-        options.curvature,
-        options.biases,
-        options.memory_budget,
-    )
-    unknown, support = objective.join(start), objective.join(mask, True)
-    precondition = None
-    if options.preconditioner == "rows" and can_factor(network, layer):
-        precondition = row_inverses(objective, unknown, support, options.seed)
-    kept = f"layer {layer.name} keeps its masked weights"
-    solution = minimised(objective, unknown, support, precondition, options, solver, kept)
-    solution.weight, shift = objective.split(solution.weight)
-    solution.shift = behind_batch_norm(shift, objective.window.output_scale(layer))
-    return solution
-
-
-def minimised(
-    objective: Objective,
-    start: Tensor,
-    support: Tensor,
-    precondition: Preconditioner | None,
-    options: Options,
-    solver: Callable[..., Solution],
-    otherwise: str,
-) -> Solution:
-    """The solver's solution; the start, and a line that says `otherwise`, where something is not finite."""
-    try:
-        solution = solver(
-            objective,
-            start,
-            support,
-            precondition,
-            newton_steps=options.newton_steps,
-            max_CG_iterations=options.max_CG_iterations,
-            cg_tolerance=options.cg_tolerance,
-            damping=options.damping,
-            batching=options.batching,
-        )
-        check_finite(solution.weight, "the solution")
-    except FloatingPointError as error:
-        log.warning("%s: %s", otherwise, error)
-        return Solution(start, problem=str(error))
-    return solution
-
-
-def behind_batch_norm(shift: Tensor | None, scale: Tensor | None) -> Tensor | None:
-    """A shift of a layer's output as the bias behind it sees it: a BatchNorm's comes after the scaling."""
-    return shift if shift is None or scale is None else scale * shift
-
-
 @torch.no_grad()
 def write(model: nn.Module, layer: Layer, step: Step) -> None:
     """Write a finished layer into a model."""
@@ -470,39 +257,3 @@ def write(model: nn.Module, layer: Layer, step: Step) -> None:
     if step.shift is not None:
         bias = model.get_parameter(layer.bias)
         bias.add_(step.shift.to(bias.device))
-
-
-def select(
-    network: Network,
-    layers: Callable[[str], bool],
-    mask_alg: str,
-    streams: Callable[[], Streams],
-    options: Options,
-    pattern: Pattern | Masks,
-) -> Selection:
-    """The masks that a pattern chooses for the chosen layers of a network, or the caller's own masks, checked.
-
-    streams: asked for only where the scores need images; they are at the start of the line before and after.
-    """
-    if not network.layers:
-        raise UsageError("nothing to prune: the model has no Conv2d or Linear layer.")
-    chosen = [layer for layer in network.layers if layers(layer.name)]
-    if not chosen:
-        raise UsageError(f"nothing to prune: no layer was selected of {', '.join(n.name for n in network.layers)}.")
-    weights = {layer.name: network.model.get_parameter(layer.parameter) for layer in chosen}
-    if isinstance(pattern, dict):
-        if mask_alg != "MP":
-            raise UsageError(f"the masks are given: there is nothing for {mask_alg} to choose.")
-        selection = given(pattern, weights)
-    else:
-        if mask_alg != "MP":
-            check_inputs(mask_alg, chosen, network)
-        if mask_alg in ("Wanda", "OBS") or (mask_alg == "SparseGPT" and pattern.compares_layers):
-            weights = fitting(streams(), "the scores", lambda: scores(mask_alg, chosen, streams().sparse, options))
-            streams().restart()
-        total = sum(p.numel() for p in network.model.parameters())
-        selection = pattern.select(weights, total, by_row=mask_alg == "Wanda")
-    if not selection.masks:
-        raise UsageError(f"nothing to prune: {selection.left_dense}.")
-    selection.left_dense |= {layer.name: "not selected" for layer in network.layers if layer not in chosen}
-    return selection

@@ -16,7 +16,7 @@ from pathlib import Path
 from snows import charts
 from snows.errors import UsageError
 from snows.journal import Journal
-from snows.pipeline import LayerRecord
+from snows.result import LayerRecord
 from snows.run_folder import read_json, write
 from snows.screen import percent
 

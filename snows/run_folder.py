@@ -27,7 +27,7 @@ from torch import nn
 
 from snows.errors import SnowsError, UsageError, WriteError
 from snows.masks import Masks
-from snows.pipeline import LayerRecord, Pruned
+from snows.result import LayerRecord, Pruned
 
 
 def new_folder(path: Path | None, name: str) -> Path:

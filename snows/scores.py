@@ -13,14 +13,16 @@ but MP need the inputs of every layer: one pass of a stream along the network.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from snows.calibration import Streams, fitting
 from snows.errors import SnowsError, UsageError
 from snows.graph import Layer, Network, Stream
 from snows.layer_rules import listed
+from snows.masks import Masks, Pattern, Selection, given
 from snows.objective import reconstruction
 from snows.options import Options
 from snows.preconditioner import can_factor, columns, output_scale
@@ -124,3 +126,39 @@ def damped_inverse(moment: Tensor, damping: float = RELATIVE_DAMPING) -> Tensor:
 def by_weight(layer: Layer, by_column: Tensor) -> Tensor:
     """A number per input column (groups, in), spread out to the weight's shape."""
     return by_column.repeat_interleave(layer.shape[0] // len(by_column), dim=0).view(layer.shape)
+
+
+def select(
+    network: Network,
+    layers: Callable[[str], bool],
+    mask_alg: str,
+    streams: Callable[[], Streams],
+    options: Options,
+    pattern: Pattern | Masks,
+) -> Selection:
+    """The masks that a pattern chooses for the chosen layers of a network, or the caller's own masks, checked.
+
+    streams: asked for only where the scores need images; they are at the start of the line before and after.
+    """
+    if not network.layers:
+        raise UsageError("nothing to prune: the model has no Conv2d or Linear layer.")
+    chosen = [layer for layer in network.layers if layers(layer.name)]
+    if not chosen:
+        raise UsageError(f"nothing to prune: no layer was selected of {', '.join(n.name for n in network.layers)}.")
+    weights = {layer.name: network.model.get_parameter(layer.parameter) for layer in chosen}
+    if isinstance(pattern, dict):
+        if mask_alg != "MP":
+            raise UsageError(f"the masks are given: there is nothing for {mask_alg} to choose.")
+        selection = given(pattern, weights)
+    else:
+        if mask_alg != "MP":
+            check_inputs(mask_alg, chosen, network)
+        if mask_alg in ("Wanda", "OBS") or (mask_alg == "SparseGPT" and pattern.compares_layers):
+            weights = fitting(streams(), "the scores", lambda: scores(mask_alg, chosen, streams().sparse, options))
+            streams().restart()
+        total = sum(p.numel() for p in network.model.parameters())
+        selection = pattern.select(weights, total, by_row=mask_alg == "Wanda")
+    if not selection.masks:
+        raise UsageError(f"nothing to prune: {selection.left_dense}.")
+    selection.left_dense |= {layer.name: "not selected" for layer in network.layers if layer not in chosen}
+    return selection

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from snows.pipeline import LayerRecord
+from snows.result import LayerRecord
 
 
 class Progress:

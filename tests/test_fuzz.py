@@ -21,7 +21,7 @@ from snows.errors import SnowsError
 from snows.graph import Network
 from snows.journal import Journal
 from snows.mask_files import read_masks
-from snows.pipeline import LayerRecord, Step
+from snows.result import LayerRecord, Step
 
 CHECKS = dict(deadline=None, suppress_health_check=list(HealthCheck))
 FEW = settings(max_examples=12, derandomize=True, **CHECKS)

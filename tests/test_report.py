@@ -9,7 +9,7 @@ import pytest
 
 from snows import report, screen
 from snows.errors import UsageError
-from snows.pipeline import LayerRecord
+from snows.result import LayerRecord
 
 FAST = [
     "--k_step",

@@ -19,7 +19,7 @@ from conftest import ROOT
 from snows import run_folder
 from snows.errors import UsageError
 from snows.journal import Journal
-from snows.pipeline import LayerRecord, Step
+from snows.result import LayerRecord, Step
 
 SMALL = ["--k_step", "2", "--max_CG_iterations", "1", "--ngrads", "32", "--schedule", "1", "--sweeps", "1"]
 SMALL += ["--joint_steps", "1", "--joint_CG_iterations", "1"]

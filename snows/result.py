@@ -1,0 +1,86 @@
+"""What pruning gives back: the finished layers, one by one, and the network that they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from snows.graph import Layer
+from snows.masks import Masks
+
+
+@dataclass
+class LayerRecord:
+    """What happened to one pruned layer."""
+
+    name: str
+    sweep: int
+    shape: tuple[int, ...]
+    sparsity: float  # counted from the weight that was written
+    loss_before: float = float("nan")
+    loss_after: float = float("nan")
+    newton_steps: int = 0
+    cg_iterations: int = 0
+    products: float = 0.0  # curvature products, in units of the whole calibration set
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0  # of the device, while this layer was solved
+    batch_size: int = 0  # images in the largest micro-batch, once it fitted the memory
+    residuals: list[list[float]] = field(default_factory=list)  # relative, one list per CG solve
+    problem: str = ""  # why the layer kept its masked (or warm-started) weights, if it did
+    joint: bool = False  # solved with all the others: loss, steps and residuals are of them all, effort is a share
+    accuracy: float | None = None  # percent, of the network as it stood behind this layer, where it was measured
+
+
+@dataclass
+class Step:
+    """A finished layer: what is written into the network, and how it was found. A job can go on from these alone."""
+
+    record: LayerRecord
+    mask: Tensor
+    weight: Tensor
+    shift: Tensor | None = None  # (out,), added to the layer's bias, where biases are solved too
+
+
+Group = list[tuple[Layer, Step, bool]]  # layers set at a time; True: now, False: taken from what was finished
+
+
+@dataclass
+class Pruned:
+    """A pruned network and how it came about."""
+
+    model: nn.Module  # a sparse copy of the caller's model, of the same class, on the same device
+    masks: Masks
+    layers: list[LayerRecord] = field(default_factory=list)
+    left_dense: dict[str, str] = field(default_factory=dict)  # layer name -> reason
+    seconds: float = 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """Share of all the parameters that are zero, counted."""
+        return sparsity(self.model)
+
+    @property
+    def curvature_products(self) -> float:
+        """Curvature products spent, in units of the whole calibration set."""
+        return sum(layer.products for layer in self.layers)
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """The layers that kept their masked (or warm-started) weights, and why."""
+        return {layer.name: layer.problem for layer in self.layers if layer.problem}
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The most that any layer needed."""
+        return max((layer.peak_memory_bytes for layer in self.layers), default=0)
+
+
+def sparsity(model: nn.Module) -> float:
+    """Share of a model's parameters that are exactly zero."""
+    return sum((p == 0).sum().item() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
+
+
+def zeros(weight: Tensor) -> float:
+    """Share of a weight's entries that are exactly zero."""
+    return (weight == 0).double().mean().item()

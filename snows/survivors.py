@@ -1,0 +1,136 @@
+"""The surviving weights of one layer, in the way that was asked for; SNOWS is one of the ways."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from snows.calibration import Streams
+from snows.graph import Layer, Network
+from snows.objective import Objective, reconstruction
+from snows.options import Options
+from snows.preconditioner import can_factor, row_inverses
+from snows.scores import input_moment
+from snows.solver import Preconditioner, Solution, check_finite, solve
+from snows.sparsegpt import update
+
+log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
+
+ALGORITHMS = ("SNOWS", "MP", "MP+", "SparseGPT")
+# MP+ and --w_warm: each layer's least squares on its support, which is the objective with K = 0 solved to the end.
+LEAST_SQUARES = dict(
+    sweeps=1,
+    schedule=0,
+    joint_steps=0,
+    k_step=0,
+    targets="same",
+    curvature="ggn",
+    newton_steps=1,
+    batching=False,
+    w_warm=False,
+)
+LEAST_SQUARES |= dict(biases=False, preconditioner="rows", max_CG_iterations=100, cg_tolerance=1e-4, damping=0.0)
+SETTLED = {
+    "MP": dict(sweeps=1, schedule=0, joint_steps=0),
+    "MP+": LEAST_SQUARES,
+    "SparseGPT": dict(sweeps=1, schedule=0, joint_steps=0),
+}  # options of each
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the layers are set (`algo`, with what solver), and whether each one's mask is chosen when it is its turn."""
+
+    algo: str
+    solver: Callable[..., Solution]
+    sequential: bool
+
+
+def set_layer(layer: Layer, mask: Tensor, streams: Streams, way: Way, options: Options) -> Solution:
+    """A layer's surviving weights, in the way that was asked for."""
+    match way.algo:
+        case "MP":
+            return Solution(masked(streams.network, layer, mask))
+        case "SparseGPT":
+            return Solution(update(*sparsegpt_problem(layer, streams), mask))
+        case _:
+            return solve_layer(layer, mask, streams, options, way.solver)
+
+
+def solve_layer(
+    layer: Layer, mask: Tensor, streams: Streams, options: Options, solver: Callable[..., Solution]
+) -> Solution:
+    """Advance both streams to a layer and solve it on its support, from its masked weight; nothing is written back."""
+    streams.advance(layer)
+    network, sparse, dense = streams.network, streams.sparse, streams.dense
+    start = masked(network, layer, mask)
+    if options.w_warm:
+        start = solve_layer(layer, mask, streams, options.but(**LEAST_SQUARES), solve).weight
+    objective = reconstruction(
+        layer,
+        sparse,
+        dense,
+        options.k_step,
+        options.targets,
+        options.depth_weights,
+        options.curvature,
+        options.biases,
+        options.memory_budget,
+    )
+    unknown, support = objective.join(start), objective.join(mask, True)
+    precondition = None
+    if options.preconditioner == "rows" and can_factor(network, layer):
+        precondition = row_inverses(objective, unknown, support, options.seed)
+    kept = f"layer {layer.name} keeps its masked weights"
+    solution = minimised(objective, unknown, support, precondition, options, solver, kept)
+    solution.weight, shift = objective.split(solution.weight)
+    solution.shift = behind_batch_norm(shift, objective.window.output_scale(layer))
+    return solution
+
+
+def minimised(
+    objective: Objective,
+    start: Tensor,
+    support: Tensor,
+    precondition: Preconditioner | None,
+    options: Options,
+    solver: Callable[..., Solution],
+    otherwise: str,
+) -> Solution:
+    """The solver's solution; the start, and a line that says `otherwise`, where something is not finite."""
+    try:
+        solution = solver(
+            objective,
+            start,
+            support,
+            precondition,
+            newton_steps=options.newton_steps,
+            max_CG_iterations=options.max_CG_iterations,
+            cg_tolerance=options.cg_tolerance,
+            damping=options.damping,
+            batching=options.batching,
+        )
+        check_finite(solution.weight, "the solution")
+    except FloatingPointError as error:
+        log.warning("%s: %s", otherwise, error)
+        return Solution(start, problem=str(error))
+    return solution
+
+
+def behind_batch_norm(shift: Tensor | None, scale: Tensor | None) -> Tensor | None:
+    """A shift of a layer's output as the bias behind it sees it: a BatchNorm's comes after the scaling."""
+    return shift if shift is None or scale is None else scale * shift
+
+
+def sparsegpt_problem(layer: Layer, streams: Streams) -> tuple[Tensor, Tensor]:
+    """(weight, second moment of its inputs) of a layer on the pruned network as it stands."""
+    streams.sparse.advance(layer.node)
+    return streams.network.model.get_parameter(layer.parameter), input_moment(layer, streams.sparse)
+
+
+def masked(network: Network, layer: Layer, mask: Tensor) -> Tensor:
+    """A layer's weight where its mask keeps it, else zero, even where it was NaN."""
+    return network.model.get_parameter(layer.parameter).where(mask, 0)
