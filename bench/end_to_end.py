@@ -39,8 +39,8 @@ def first_order(build):
             loss, variable.grad = 0.0, torch.zeros_like(variable)
             with torch.enable_grad():
                 for i in range(len(objective)):
-                    values, targets = objective.batch(i)
-                    part = objective.distance(objective.features(values, variable * mask), targets)
+                    features = objective.features(objective.inputs(i), variable * mask)
+                    part = objective.distance(features, objective.targets(i))
                     variable.grad += torch.autograd.grad(part, variable)[0]
                     loss = loss + part.detach()
             losses.append(loss.item())

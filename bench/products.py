@@ -51,7 +51,7 @@ def measure(network: Network, layer: Layer, images: torch.Tensor, args: argparse
     objective = reconstruction(layer, stream, stream, args.k_step, "same", "relative", curvature, biases=True)
     weight = objective.join(network.model.get_parameter(layer.parameter).clone())
     here, vector = objective.linearise(weight), torch.randn_like(weight)
-    values, _ = objective.batch(0)
+    values = objective.inputs(0)
 
     @torch.no_grad()
     def forward():

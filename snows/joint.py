@@ -21,7 +21,6 @@ from snows.options import Options
 from snows.preconditioner import SAMPLE, RowInverses, by_channel, can_factor, pull_back, second_moment
 from snows.solver import Preconditioner, Solution
 from snows.survivors import behind_batch_norm, masked, minimised
-from snows.trace import Values
 from snows.window import Window
 
 
@@ -66,9 +65,9 @@ class JointObjective(Objective):
         )
 
     @torch.no_grad()
-    def batch(self, index: int) -> tuple[Values, list[Tensor]]:
-        values, dense_values = to(self.batches[index].values, self.device), to(self.dense_values[index], self.device)
-        return values, self.teacher(dense_values, self.dense_weights, [None] * len(self.dense_weights))
+    def targets(self, index: int) -> list[Tensor]:
+        dense_values = to(self.dense_values[index], self.device)
+        return self.teacher(dense_values, self.dense_weights, [None] * len(self.dense_weights))
 
     def join(self, weights: list[Tensor], shift: float | Tensor = 0.0) -> Tensor:
         """The unknown made of all the layers' weights (or masks), with one value for all their shifts."""

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from snows.trace import Values
 from snows.window import Window
 
 Product = Callable[[Tensor], Tensor]
+FirstOrder = Callable[[], tuple[Tensor, Tensor]]  # the loss and its gradient, when asked for
 
 
 @dataclass
@@ -92,13 +94,17 @@ class Objective:
         def size(target: Tensor) -> float:
             return target.numel() if self.depth_weights == "mean" else target.square().sum(dtype=torch.float64).item()
 
-        sizes = [[size(target) for target in self.batch(i)[1]] for i in range(len(self))]
+        sizes = [[size(target) for target in self.targets(i)] for i in range(len(self))]
         totals = [sum(depth) for depth in zip(*sizes)]
         return [1 / total if total > 0 else 0.0 for total in totals]
 
-    def batch(self, index: int) -> tuple[Values, list[Tensor]]:
-        """Micro-batch `index` on the device: (what the window reads, the targets)."""
-        return to(self.batches[index].values, self.device), to(self.batches[index].targets, self.device)
+    def inputs(self, index: int) -> Values:
+        """What the window reads for micro-batch `index`, on the device."""
+        return to(self.batches[index].values, self.device)
+
+    def targets(self, index: int) -> list[Tensor]:
+        """Y_0 .. Y_K of micro-batch `index`, on the device."""
+        return to(self.batches[index].targets, self.device)
 
     def distance(self, features: list[Tensor], targets: list[Tensor]) -> Tensor:
         """sum_k c_k || Y_k - f_k ||^2, a float64 scalar (differentiable)."""
@@ -110,8 +116,7 @@ class Objective:
         """L(weight), a float64 scalar on the device."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i in range(len(self)):
-            values, targets = self.batch(i)
-            total += self.distance(self.features(values, weight), targets)
+            total += self.distance(self.features(self.inputs(i), weight), self.targets(i))
         return total
 
     def linearise(self, weight: Tensor) -> Linearisation:
@@ -151,7 +156,8 @@ class Linearisation:
         budget = objective.memory_budget * 2**30 or free_memory(objective.device) / 2
         before = used_memory(objective.device)
         for i in range(len(objective)):
-            loss, gradient, product = self._linearise(i)
+            first, product = self._linearise(i)
+            loss, gradient = first()
             self.loss += loss
             self.gradient += gradient
             kept = used_memory(objective.device) - before
@@ -159,26 +165,26 @@ class Linearisation:
                 raise MemoryError
             self.products.append(product if kept <= budget else None)
 
-    def _linearise(self, index: int) -> tuple[Tensor, Tensor, Product]:
-        objective = self.objective
-        values, targets = objective.batch(index)
-        weight = self.weight.detach().requires_grad_()
+    def _linearise(self, index: int) -> tuple[FirstOrder, Product]:
+        objective, weight = self.objective, self.weight.detach().requires_grad_()
+        values, targets = objective.inputs(index), partial(objective.targets, index)
         with torch.enable_grad():
-            if objective.curvature == "hessian":
-                return hessian(objective.distance(objective.features(values, weight), targets), weight)
-            return gauss_newton(objective, values, targets, weight)
+            return (hessian if objective.curvature == "hessian" else gauss_newton)(objective, values, targets, weight)
 
     def product(self, vector: Tensor) -> Tensor:
         """B v over all the micro-batches; `vector` and the result are shaped as the weight."""
         total = torch.zeros_like(vector)
         with explained(self.objective.window.layer.name):
             for i, product in enumerate(self.products):
-                total += (product or self._linearise(i)[2])(vector)
+                total += (product or self._linearise(i)[1])(vector)
         return total
 
 
-def hessian(loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Product]:
-    """(loss, gradient, product) with the exact Hessian: H v is the gradient of <grad L, v>, as in the paper."""
+def hessian(
+    objective: Objective, values: Values, targets: Callable[[], list[Tensor]], weight: Tensor
+) -> tuple[FirstOrder, Product]:
+    """(loss and gradient, product) with the exact Hessian: H v is the gradient of <grad L, v>, as in the paper."""
+    loss = objective.distance(objective.features(values, weight), targets())
     (gradient,) = grad(loss, weight, create_graph=True)
 
     def product(vector: Tensor) -> Tensor:
@@ -187,15 +193,16 @@ def hessian(loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Product]:
         (result,) = grad(gradient, weight, vector, retain_graph=True, allow_unused=True)
         return torch.zeros_like(vector) if result is None else result
 
-    return loss.detach(), gradient.detach(), product
+    return lambda: (loss.detach(), gradient.detach()), product
 
 
 def gauss_newton(
-    objective: Objective, values: Values, targets: list[Tensor], weight: Tensor
-) -> tuple[Tensor, Tensor, Product]:
-    """(loss, gradient, product) with the Gauss-Newton matrix: B v = 2 sum_k c_k J_k^T J_k v, positive semi-definite.
+    objective: Objective, values: Values, targets: Callable[[], list[Tensor]], weight: Tensor
+) -> tuple[FirstOrder, Product]:
+    """(loss and gradient, product) with the Gauss-Newton matrix: B v = 2 sum_k c_k J_k^T J_k v, positive semi-definite.
 
-    J v is one tangent pass, J^T u one backward pass through the kept graph of the features.
+    J v is one tangent pass, J^T u one backward pass through the kept graph of the features. Only the loss and the
+    gradient need the targets.
     """
     window = objective.window
     parameters = window.parameters(*objective.split(weight))
@@ -214,9 +221,11 @@ def gauss_newton(
         moved, scaled = zip(*parts)
         return grad(moved, weight, scaled, retain_graph=True)[0]
 
-    residuals = [f.detach() - y for f, y in zip(features, targets)]
-    loss = objective.distance([f.detach() for f in features], targets)
-    return loss, transposed(residuals), lambda vector: transposed(tangents(*objective.split(vector)))
+    def first_order() -> tuple[Tensor, Tensor]:
+        found, wanted = [f.detach() for f in features], targets()
+        return objective.distance(found, wanted), transposed([f - y for f, y in zip(found, wanted)])
+
+    return first_order, lambda vector: transposed(tangents(*objective.split(vector)))
 
 
 def reconstruction(

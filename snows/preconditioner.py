@@ -116,7 +116,7 @@ def input_moment(objective: Objective) -> Tensor:
     layer, total = objective.window.layer, 0.0
     module = objective.window.network.module(layer.node)
     for i in sample(objective):
-        total = total + second_moment(module, objective.batch(i)[0][layer.node.args[0]], objective.biases)
+        total = total + second_moment(module, objective.inputs(i)[layer.node.args[0]], objective.biases)
     return total
 
 
@@ -135,7 +135,7 @@ def output_scale(objective: Objective, weight: Tensor, seed: int) -> Tensor:
     """
     generator, total = torch.Generator().manual_seed(seed), 0.0
     for i in sample(objective):
-        values, _ = objective.batch(i)
+        values = objective.inputs(i)
         pulled = pull_back_probe(objective.window, values, weight, objective.coefficients, generator)
         total = total + by_channel(pulled, objective.window.layer).square().sum(0)
     return total

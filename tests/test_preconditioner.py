@@ -85,7 +85,7 @@ def test_a_singular_moment_still_gives_a_finite_preconditioner():
 
 def test_moments_equal_dense_sums(tiny, images):
     objective, _, _ = build(tiny, images, 1, 4, "ggn")
-    batches = [objective.batch(i)[0] for i in range(len(objective))]
+    batches = [objective.inputs(i) for i in range(len(objective))]
     x = torch.cat([values[objective.window.layer.node.args[0]] for values in batches])
     patches = torch.nn.functional.unfold(x, 3, padding=1)  # (n, 4 * 9, positions)
     for group, moment in enumerate(input_moment(objective)):
@@ -97,7 +97,7 @@ def test_output_scale_estimates_the_diagonal_that_is_pulled_back(tiny, images):
     objective, weight, _ = build(tiny, images, 0, 4, "ggn")
     expected = torch.zeros(4, dtype=torch.float64)
     for i in range(len(objective)):
-        values, _ = objective.batch(i)
+        values = objective.inputs(i)
         output = objective.window.output(values, weight)
 
         def scaled(y, values=values):
