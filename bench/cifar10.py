@@ -40,6 +40,9 @@ ABLATION += [{"joint_steps": 4}, {"schedule": 2, "joint_steps": 4}]
 VIT_PATTERNS = ("2:4", "1:4", "4:8", "unstructured 0.5", "unstructured 0.6", "unstructured 0.7")
 VIT_SOLVER = {"sweeps": 1, "schedule": 0, "joint_steps": 0, "max_CG_iterations": 10, "cg_tolerance": 0.01}
 VIT_RUNS = [{"algo": "MP"}, {"algo": "MP+"}, *({"algo": "SNOWS", "k_step": k, **VIT_SOLVER} for k in (0, 3, 8))]
+VIT_ABLATED = {"images": 512, "schedule": 0, "joint_steps": 0}
+VIT_ABLATION = [{}, {"biases": False}, {"sweeps": 2}, {"schedule": 2}, {"joint_steps": 4}]
+VIT_ABLATION += [{"schedule": 2, "joint_steps": 4}]
 
 
 def rows_of(table: str) -> list[dict]:
@@ -49,6 +52,9 @@ def rows_of(table: str) -> list[dict]:
         return [{"pattern": pattern, **run, "images": 1024} for run in ACCURACY_RUNS for pattern in patterns]
     if table == "vit":
         return [{"pattern": pattern, **run, "images": 2048} for pattern in VIT_PATTERNS for run in VIT_RUNS]
+    if table == "vit_ablation":
+        patterns, base = ("2:4", "1:4"), {"algo": "SNOWS", **VIT_ABLATED}
+        return [{"pattern": pattern, **base, **change} for pattern in patterns for change in VIT_ABLATION]
     return [{"pattern": "1:4", "algo": "SNOWS", **ABLATED, **change} for change in ABLATION]
 
 
@@ -110,21 +116,22 @@ def markdown(rows: list[dict]) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("accuracy", "ablation", "vit"))
+    parser.add_argument("table", choices=("accuracy", "ablation", "vit", "vit_ablation"))
     parser.add_argument("--checkpoint", type=Path, help="weights of the ResNet-20 (required) or of the ViT")
     parser.add_argument("--dset", type=Path, required=True, help="an .npz of CIFAR-10")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, help="only these rows")
     parser.add_argument("--algo", nargs="+", choices=ALGORITHMS, help="only these rows")
-    parser.add_argument("--out", type=Path, help="default: results/resnet20_cifar10_TABLE.json")
+    parser.add_argument("--out", type=Path, help="default: results/NETWORK_cifar10_TABLE.json")
     args = parser.parse_args()
     keep_freed_memory()
-    vit = args.table == "vit"
+    vit = args.table.startswith("vit")
     checkpoint = args.checkpoint or (ROOT / "checkpoints" / "vit_cifar10.safetensors" if vit else None)
     if checkpoint is None:
         parser.error("--checkpoint is required for the ResNet-20")
-    out = args.out or ROOT / "results" / ("vit_cifar10.json" if vit else f"resnet20_cifar10_{args.table}.json")
+    network, table = ("vit_cifar10", args.table.removeprefix("vit")) if vit else ("resnet20_cifar10_", args.table)
+    out = args.out or ROOT / "results" / f"{network}{table}.json"
     rows = json.loads(out.read_text())["rows"] if out.exists() else []
     bench = Bench(vit, checkpoint, args.dset, args.device)
     for run in rows_of(args.table):
