@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning"), str(ROOT / "VIT_pruning")]
 from resnet_cifar import ResNet  # noqa: E402
 from vit_small import vit_cifar10  # noqa: E402
 
-from snows import NM, data, run_folder  # noqa: E402
+from snows import NM, Options, data, run_folder  # noqa: E402
 from snows.classifier import load_checkpoint  # noqa: E402
 from snows.graph import Layer, Network, Stream  # noqa: E402
 from snows.memory import keep_freed_memory  # noqa: E402
@@ -55,7 +55,7 @@ def curves(network: Network, layer: Layer, images: torch.Tensor, args: argparse.
     streams = [Stream(network, network.model, list(images.split(args.batch_size)), args.device) for _ in range(2)]
     for stream in streams:
         stream.advance(layer.node)
-    objective = reconstruction(layer, *streams, args.k_step, "dense", "relative", "ggn", biases=True)
+    objective = reconstruction(layer, *streams, Options(k_step=args.k_step))
     weight = network.model.get_parameter(layer.parameter)
     mask = NM(1, 4).mask(weight)
     unknown, support = objective.join(weight * mask), objective.join(mask, True)

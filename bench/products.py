@@ -24,6 +24,7 @@ from snows import run_folder  # noqa: E402
 from snows.graph import Layer, Network, Stream  # noqa: E402
 from snows.memory import keep_freed_memory  # noqa: E402
 from snows.objective import reconstruction  # noqa: E402
+from snows.options import Options  # noqa: E402
 
 NETWORKS = {  # name -> (builder, pixels, batch)
     "resnet20_cifar10": (lambda: ResNet(20, 10), 32, 128),
@@ -48,7 +49,7 @@ def measure(network: Network, layer: Layer, images: torch.Tensor, args: argparse
     """Median seconds of a forward pass and of a product of one layer's window."""
     stream = Stream(network, network.model, [images], args.device)
     stream.advance(layer.node)
-    objective = reconstruction(layer, stream, stream, args.k_step, "same", "relative", curvature, biases=True)
+    objective = reconstruction(layer, stream, stream, Options(k_step=args.k_step, targets="same", curvature=curvature))
     weight = objective.join(network.model.get_parameter(layer.parameter).clone())
     here, vector = objective.linearise(weight), torch.randn_like(weight)
     values = objective.inputs(0)

@@ -207,6 +207,7 @@ class Stream:
 
     def __init__(self, network: Network, model: nn.Module, batches: list[Tensor], device: torch.device | str):
         self.network, self.model, self.device = network, model, device
+        self.sizes = [len(batch) for batch in batches]  # images in each micro-batch
         self.values: list[Values] = [{network.input: laid_out(batch, device)} for batch in batches]
         self.cut = 1  # the position of the first node that has not run
 

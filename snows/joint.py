@@ -52,17 +52,9 @@ class JointObjective(Objective):
         )
         self.dense_weights = [streams.dense_model.get_parameter(layer.parameter) for layer in layers]
         self.dense_values = [to(self.teacher.enter(dense[i]), "cpu") for i in range(len(dense))]
-        batches = [MicroBatch(to(window.enter(sparse[i]), "cpu"), []) for i in range(len(sparse))]
+        batches = [MicroBatch(sparse.sizes[i], to(window.enter(sparse[i]), "cpu"), []) for i in range(len(sparse))]
         self.shifted = [options.biases and layer.bias is not None for layer in layers]
-        super().__init__(
-            window,
-            batches,
-            options.depth_weights,
-            options.curvature,
-            streams.device,
-            options.biases,
-            options.memory_budget,
-        )
+        super().__init__(window, batches, options, streams.device)
 
     @torch.no_grad()
     def targets(self, index: int) -> list[Tensor]:
@@ -118,22 +110,19 @@ def layer_inverses(objective: JointObjective, unknown: Tensor, mask: Tensor, see
     Costs one forward and one backward pass of a sample of the images, for all the layers, and what inverses cost.
     """
     window, generator = objective.window, torch.Generator().manual_seed(seed)
-    network, seen = window.network, 0
+    network = window.network
     factored = [layer for layer in window.layers if can_factor(network, layer)]
     if not factored:
         return None
     moments, scales, positions = (dict.fromkeys(window.layers, 0.0) for _ in range(3))
     shifted = dict(zip(window.layers, objective.shifted))
-    for batch in objective.batches:
-        if seen >= SAMPLE:
-            break
-        values = to(batch.values, objective.device)
+    for i in objective.sample(SAMPLE):
+        values = objective.inputs(i)
         with torch.enable_grad():
             parameters = window.parameters(*objective.split(unknown.detach().requires_grad_()))
             values = window.run(window.nodes, values, parameters)
         features = [values[node] for node in window.features]
         outputs = [values[layer.node] for layer in factored]
-        seen += len(features[0])
         for layer, pulled in zip(factored, pull_back(features, outputs, objective.coefficients, generator)):
             scale = window.output_scale(layer)
             pulled = by_channel(pulled, layer) * (1 if scale is None else scale)

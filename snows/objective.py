@@ -8,6 +8,7 @@ coefficient c_k per depth. Nothing here forms a curvature matrix: only its produ
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch.autograd import grad
 from snows.errors import SnowsError
 from snows.graph import Layer, Stream, to
 from snows.memory import free_memory, used_memory
+from snows.options import Options
 from snows.tangent import Tangents
 from snows.trace import Values
 from snows.window import Window
@@ -33,6 +35,7 @@ FirstOrder = Callable[[], tuple[Tensor, Tensor]]  # the loss and its gradient, w
 class MicroBatch:
     """What the objective needs of some calibration images, held on the host."""
 
+    images: int
     values: Values  # what the window reads, from the pruned network
     targets: list[Tensor]  # Y_0 .. Y_K, each (n, ...)
 
@@ -43,24 +46,14 @@ class Objective:
     The unknown is the weight; or, with `biases`, the rows of the weight with one more column, the shift of each output
     (out, in + 1), which the bias behind the layer takes up: see `join` and `split`.
 
-    depth_weights: "mean" gives c_k = 1 / numel(Y_k), "relative" gives c_k = 1 / ||Y_k||^2, both over all the images.
-    curvature: "ggn" (Gauss-Newton) or "hessian".
-    memory_budget: GiB that a linearisation may keep on the device; 0: half of what is free.
+    options: `depth_weights`: "mean" gives c_k = 1 / numel(Y_k), "relative" gives c_k = 1 / ||Y_k||^2, both over all the
+        images; and of the rest what says how to differentiate: `curvature`, `curvature_images`, `biases`,
+        `memory_budget`.
     """
 
-    def __init__(
-        self,
-        window: Window,
-        batches: list[MicroBatch],
-        depth_weights: str,
-        curvature: str,
-        device: torch.device | str,
-        biases: bool = False,
-        memory_budget: float = 0.0,
-    ):
-        self.window, self.batches, self.device, self.memory_budget = window, batches, device, memory_budget
-        self.biases = biases and window.layer.bias is not None
-        self.depth_weights, self.curvature = depth_weights, curvature
+    def __init__(self, window: Window, batches: list[MicroBatch], options: Options, device: torch.device | str = "cpu"):
+        self.window, self.batches, self.options, self.device = window, batches, options, device
+        self.biases = options.biases and window.layer.bias is not None
         self.coefficients = self._coefficients()
 
     def __len__(self) -> int:
@@ -68,15 +61,13 @@ class Objective:
 
     def on_batch(self, index: int) -> Objective:
         """The same loss on one micro-batch alone (for one Newton step per mini-batch)."""
-        return Objective(
-            self.window,
-            [self.batches[index]],
-            self.depth_weights,
-            self.curvature,
-            self.device,
-            self.biases,
-            self.memory_budget,
-        )
+        return Objective(self.window, [self.batches[index]], self.options, self.device)
+
+    def sample(self, images: int) -> list[int]:
+        """Micro-batches of about so many images, at least one, spread over the calibration set; 0: all of them."""
+        held = sum(batch.images for batch in self.batches)
+        count = min(len(self), math.ceil(len(self) * (images or held) / held))
+        return [i * len(self) // count for i in range(count)]
 
     def join(self, weight: Tensor, shift: float | Tensor = 0.0) -> Tensor:
         """The unknown made of a weight (or a mask) and a shift per output."""
@@ -92,7 +83,8 @@ class Objective:
 
     def _coefficients(self) -> list[float]:
         def size(target: Tensor) -> float:
-            return target.numel() if self.depth_weights == "mean" else target.square().sum(dtype=torch.float64).item()
+            mean = self.options.depth_weights == "mean"
+            return target.numel() if mean else target.square().sum(dtype=torch.float64).item()
 
         sizes = [[size(target) for target in self.targets(i)] for i in range(len(self))]
         totals = [sum(depth) for depth in zip(*sizes)]
@@ -142,7 +134,8 @@ class Linearisation:
     tangent pass and one backward pass and recomputes nothing. Micro-batches whose graphs do not fit in the memory
     budget are linearised again at every product: slower, the same result.
 
-    loss: float64 scalar. gradient: as the weight, not masked.
+    loss: float64 scalar. gradient: as the weight, not masked. share: of the images, those that products look at. The
+    loss and its gradient look at all of them; the curvature changes little with more (Byrd et al. 2011).
 
     Raises:
         MemoryError: the first micro-batch alone exceeds the budget that was asked for.
@@ -152,32 +145,42 @@ class Linearisation:
         self.objective, self.weight = objective, weight
         self.loss = torch.zeros((), dtype=torch.float64, device=objective.device)
         self.gradient = torch.zeros_like(weight)
-        self.products: list[Product | None] = []
-        budget = objective.memory_budget * 2**30 or free_memory(objective.device) / 2
-        before = used_memory(objective.device)
+        asked = objective.options.memory_budget * 2**30
+        budget, before = asked or free_memory(objective.device) / 2, used_memory(objective.device)
+        sample = objective.sample(objective.options.curvature_images)
+        self.products: dict[int, Product | None] = {}  # of each micro-batch in the sample; None: does not fit
+        self.share = sum(objective.batches[i].images for i in sample) / sum(b.images for b in objective.batches)
         for i in range(len(objective)):
-            first, product = self._linearise(i)
-            loss, gradient = first()
+            first_order, product = self._linearise(i) if i in sample else (partial(self._first_order, i), None)
+            loss, gradient = first_order()
             self.loss += loss
             self.gradient += gradient
             kept = used_memory(objective.device) - before
-            if i == 0 and objective.memory_budget and kept > budget:
+            if i == 0 and asked and kept > budget:
                 raise MemoryError
-            self.products.append(product if kept <= budget else None)
+            if i in sample:
+                self.products[i] = product if kept <= budget else None
+
+    def _first_order(self, index: int) -> tuple[Tensor, Tensor]:
+        objective, weight = self.objective, self.weight.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = objective.distance(objective.features(objective.inputs(index), weight), objective.targets(index))
+            return loss.detach(), grad(loss, weight)[0]
 
     def _linearise(self, index: int) -> tuple[FirstOrder, Product]:
         objective, weight = self.objective, self.weight.detach().requires_grad_()
         values, targets = objective.inputs(index), partial(objective.targets, index)
+        kind = hessian if objective.options.curvature == "hessian" else gauss_newton
         with torch.enable_grad():
-            return (hessian if objective.curvature == "hessian" else gauss_newton)(objective, values, targets, weight)
+            return kind(objective, values, targets, weight)
 
     def product(self, vector: Tensor) -> Tensor:
-        """B v over all the micro-batches; `vector` and the result are shaped as the weight."""
+        """B v over all the micro-batches, or the sample; `vector` and the result are shaped as the weight."""
         total = torch.zeros_like(vector)
         with explained(self.objective.window.layer.name):
-            for i, product in enumerate(self.products):
+            for i, product in self.products.items():
                 total += (product or self._linearise(i)[1])(vector)
-        return total
+        return total / self.share
 
 
 def hessian(
@@ -228,32 +231,23 @@ def gauss_newton(
     return first_order, lambda vector: transposed(tangents(*objective.split(vector)))
 
 
-def reconstruction(
-    layer: Layer,
-    sparse: Stream,
-    dense: Stream,
-    k_step: int,
-    targets: str,
-    depth_weights: str,
-    curvature: str,
-    biases: bool = False,
-    memory_budget: float = 0.0,
-) -> Objective:
+def reconstruction(layer: Layer, sparse: Stream, dense: Stream, options: Options) -> Objective:
     """The objective of a layer, both streams standing at it.
 
-    targets: "dense" takes the dense network's own features, so that the layer also repairs what the layers before it
-    broke; "same" runs the dense network on the pruned network's current features (the paper's choice).
+    options: besides what `Objective` takes, `k_step` and `targets`: "dense" takes the dense network's own features, so
+        that the layer also repairs what the layers before it broke; "same" runs the dense network on the pruned
+        network's current features (the paper's choice).
     """
-    window = Window(sparse.network, layer, k_step, sparse.model)
-    teacher = Window(dense.network, layer, k_step, dense.model)
+    window = Window(sparse.network, layer, options.k_step, sparse.model)
+    teacher = Window(dense.network, layer, options.k_step, dense.model)
     dense_weight = dense.model.get_parameter(layer.parameter)
     batches = []
     with torch.no_grad():
         for i in range(len(sparse)):
-            source = dense[i] if targets == "dense" else sparse[i]
+            source = dense[i] if options.targets == "dense" else sparse[i]
             features = teacher(teacher.enter(source), dense_weight)
-            batches.append(MicroBatch(to(window.enter(sparse[i]), "cpu"), to(features, "cpu")))
-    return Objective(window, batches, depth_weights, curvature, sparse.device, biases, memory_budget)
+            batches.append(MicroBatch(sparse.sizes[i], to(window.enter(sparse[i]), "cpu"), to(features, "cpu")))
+    return Objective(window, batches, options, sparse.device)
 
 
 @contextmanager

@@ -53,6 +53,9 @@ class Options:
         "relative", "weight of each depth: 1 / ||Y_k||^2, or the mean over its elements (paper)", ("relative", "mean")
     )
     curvature: str = option("ggn", "curvature: Gauss-Newton, or the exact Hessian (paper)", ("ggn", "hessian"))
+    curvature_images: int = option(
+        0, "calibration images that products look at, at least; loss and gradient look at all; 0: all", low=0
+    )
     preconditioner: str = option(
         "rows", "preconditioner of CG: inverses of each output row's curvature on its support, or none (paper)",
         ("rows", "none"),

@@ -101,21 +101,11 @@ def columns(module: nn.Conv2d | nn.Linear | None, x: Tensor) -> Tensor:
     return patches.view(n, module.groups, -1, positions).permute(1, 2, 0, 3).flatten(2)
 
 
-def sample(objective: Objective) -> range:
-    """The first micro-batches, enough to hold SAMPLE images: a preconditioner needs no more."""
-    seen = 0
-    for i, batch in enumerate(objective.batches):
-        seen += len(batch.targets[0])
-        if seen >= SAMPLE:
-            return range(i + 1)
-    return range(len(objective))
-
-
 def input_moment(objective: Objective) -> Tensor:
     """A: the sum of x x^T over sampled images and positions, (groups, in, in); x ends in 1 if biases are solved."""
     layer, total = objective.window.layer, 0.0
     module = objective.window.network.module(layer.node)
-    for i in sample(objective):
+    for i in objective.sample(SAMPLE):
         total = total + second_moment(module, objective.inputs(i)[layer.node.args[0]], objective.biases)
     return total
 
@@ -134,7 +124,7 @@ def output_scale(objective: Objective, weight: Tensor, seed: int) -> Tensor:
     Estimated with one probe of random signs u per image: the mean of (J^T C^1/2 u)^2 is that diagonal (Hutchinson).
     """
     generator, total = torch.Generator().manual_seed(seed), 0.0
-    for i in sample(objective):
+    for i in objective.sample(SAMPLE):
         values = objective.inputs(i)
         pulled = pull_back_probe(objective.window, values, weight, objective.coefficients, generator)
         total = total + by_channel(pulled, objective.window.layer).square().sum(0)

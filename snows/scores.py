@@ -68,7 +68,7 @@ def sparsegpt(layer: Layer, stream: Stream, options: Options) -> Tensor:
 
 def obs(layer: Layer, stream: Stream, options: Options) -> Tensor:
     """w_ij^2 g_i A_jj / 2, g_i being what the K steps behind the layer make of its output i."""
-    objective = reconstruction(layer, stream, stream, options.k_step, "same", options.depth_weights, "ggn")
+    objective = reconstruction(layer, stream, stream, options.but(targets="same", biases=False))
     weight = weight_of(layer, stream)
     scale = output_scale(objective, weight, options.seed)  # g, (out,)
     diagonal = by_weight(layer, mean_squares(layer, stream))

@@ -201,7 +201,7 @@ def _newton_step(
     )
     slope = dot(gradient, cg.step)
     result.cg_iterations += cg.iterations
-    result.products += cg.iterations * share
+    result.products += cg.iterations * here.share * share
     result.residuals.append(cg.residuals)
     if not slope < 0:  # a zero gradient, or nothing found
         return damping, here.loss, here.loss

@@ -69,17 +69,7 @@ def solve_layer(
     start = masked(network, layer, mask)
     if options.w_warm:
         start = solve_layer(layer, mask, streams, options.but(**LEAST_SQUARES), solve).weight
-    objective = reconstruction(
-        layer,
-        sparse,
-        dense,
-        options.k_step,
-        options.targets,
-        options.depth_weights,
-        options.curvature,
-        options.biases,
-        options.memory_budget,
-    )
+    objective = reconstruction(layer, sparse, dense, options)
     unknown, support = objective.join(start), objective.join(mask, True)
     precondition = None
     if options.preconditioner == "rows" and can_factor(network, layer):

@@ -6,24 +6,28 @@ import pytest
 import timm
 import torch
 from conftest import randomise
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
 
 import snows.objective
 from snows.errors import SnowsError
 from snows.graph import Network, Stream
-from snows.objective import reconstruction
+from snows.objective import MicroBatch, Objective, reconstruction
+from snows.options import Options
 from snows.preconditioner import output_scale
 
 
-def build(model, images, index, k_step, curvature, depth_weights="relative", batch=2, targets="same", biases=False):
+def build(model, images, index, k_step, curvature, batch=2, **options):
     """(objective, dense unknown, a perturbed unknown) of layer `index`."""
     network = Network(model)
     layer = network.layers[index]
     stream = Stream(network, network.model, list(images.split(batch)), "cpu")
     stream.advance(layer.node)
     weight = network.model.get_parameter(layer.parameter)
-    objective = reconstruction(layer, stream, stream, k_step, targets, depth_weights, curvature, biases)
+    options = Options(k_step=k_step, curvature=curvature, **{"targets": "same", "biases": False, **options})
+    objective = reconstruction(layer, stream, stream, options)
     weight = objective.join(weight)
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3), dtype=weight.dtype)
     return objective, weight, weight + 0.3 * noise
@@ -115,26 +119,54 @@ def test_gauss_newton_equals_the_hessian_where_the_residual_is_zero(tiny, images
     torch.testing.assert_close(*products, rtol=1e-7, atol=1e-12)
 
 
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+def test_sampled_curvature_is_that_of_the_sample_and_the_gradient_that_of_all_images(tiny, images, curvature):
+    whole, _, weight = build(tiny, images, 0, 4, curvature, batch=1)
+    sampled, _, _ = build(tiny, images, 0, 4, curvature, batch=1, curvature_images=2)
+    chosen = sampled.sample(2)
+    assert chosen == [0, 2]  # of five
+    here = sampled.linearise(weight)
+    loss, gradient, *_ = dense_reference(whole, weight)
+    torch.testing.assert_close((here.loss, here.gradient), (loss, gradient))
+    parts = [whole.on_batch(i) for i in chosen]
+    for part in parts:
+        part.coefficients = whole.coefficients
+    matrix = sum(dense_reference(part, weight)[2 if curvature == "hessian" else 3] for part in parts)
+    vector = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=weight.dtype)
+    torch.testing.assert_close(here.product(vector).flatten(), 5 / 2 * matrix @ vector.flatten())
+    assert here.share == 2 / 5
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(0, 120))
+def test_a_sample_is_spread_and_large_enough(sizes, wanted):
+    objective = Objective.__new__(Objective)
+    objective.batches = [MicroBatch(size, {}, []) for size in [max(sizes)] * (len(sizes) - 1) + [min(sizes)]]
+    chosen, held = objective.sample(wanted), sum(batch.images for batch in objective.batches)
+    assert sorted({0, *chosen}) == chosen
+    assert chosen[-1] < len(objective.batches)
+    assert sum(objective.batches[i].images for i in chosen) >= min(wanted or held, held) - 8  # the last is short
+
+
 def test_products_do_not_depend_on_the_micro_batch_nor_on_what_is_kept(tiny, images, monkeypatch):
     results = []
     for batch, free in ((5, 2**40), (2, 2**40), (3, -(2**40))):  # the last, shorter batch counts; < 0: nothing fits
         monkeypatch.setattr(snows.objective, "free_memory", lambda device, free=free: free)
         objective, _, weight = build(tiny, images, 0, 4, "ggn", batch=batch)
-        assert sum(len(b.targets[0]) for b in objective.batches) == 5
+        assert sum(b.images for b in objective.batches) == 5
         here = objective.linearise(weight)
-        assert [product is None for product in here.products] == [free < 0] * len(here.products)
+        assert [product is None for product in here.products.values()] == [free < 0] * len(here.products)
         results.append((here.loss, here.gradient, here.product(torch.ones_like(weight))))
     for other in results[1:]:
         torch.testing.assert_close(other, results[0])
 
 
 def test_depth_weights(tiny, images):
-    objective, weight, _ = build(tiny, images, 0, 3, "ggn", "relative")
+    objective, weight, _ = build(tiny, images, 0, 3, "ggn")
     torch.testing.assert_close(objective.loss(torch.zeros_like(weight)) > 0, torch.tensor(True))
     for k, c in enumerate(objective.coefficients):
         total = torch.cat([b.targets[k] for b in objective.batches])
         assert c == pytest.approx(1 / total.square().sum().item())
-    objective, *_ = build(tiny, images, 0, 3, "ggn", "mean")
+    objective, *_ = build(tiny, images, 0, 3, "ggn", depth_weights="mean")
     for k, c in enumerate(objective.coefficients):
         assert c == pytest.approx(1 / sum(b.targets[k].numel() for b in objective.batches))
 
@@ -152,10 +184,10 @@ def test_targets_dense_are_the_dense_networks_own_features(tiny, images):
     seen = []
     dense_model.gate.register_forward_hook(lambda m, i, o: seen.append(o))
     dense_model(images)
-    objective = reconstruction(layer, *streams, 1, "dense", "relative", "ggn")
+    objective = reconstruction(layer, *streams, Options(k_step=1, biases=False))
     torch.testing.assert_close(objective.batches[0].targets[0], seen[0])
     assert objective.loss(weight) > 1e-6
-    same = reconstruction(layer, *streams, 1, "same", "relative", "ggn")
+    same = reconstruction(layer, *streams, Options(k_step=1, biases=False, targets="same"))
     assert same.loss(dense_model.gate.weight) < 1e-20  # the dense network on the pruned network's features
     halved = functional_call(tiny, {"stem.weight": sparse_model.stem.weight}, images)
     assert not torch.allclose(halved, tiny(images))

@@ -10,6 +10,7 @@ from torch.autograd.functional import jvp
 
 from snows.graph import Network, Stream
 from snows.objective import reconstruction
+from snows.options import Options
 from snows.tangent import Tangents
 
 
@@ -88,7 +89,7 @@ def test_tangents_are_the_derivative_of_the_features(name, biases):
     stream = Stream(network, network.model, [images], "cpu")
     layer = network.layers[0]
     stream.advance(layer.node)
-    objective = reconstruction(layer, stream, stream, 9, "same", "relative", "ggn", biases)
+    objective = reconstruction(layer, stream, stream, Options(k_step=9, targets="same", biases=biases))
     unknown = objective.join(network.model.get_parameter(layer.parameter))
     vector = torch.randn(unknown.shape, generator=generator, dtype=torch.float64)
 
