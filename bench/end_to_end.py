@@ -1,4 +1,4 @@
-"""Accuracy and held-out loss against seconds and products: presets, MP+ and first-order solvers on one objective.
+"""Accuracy and held-out loss against seconds and products: both presets, MP+ and first-order solvers on one objective.
 
     python bench/end_to_end.py resnet20_cifar10 --checkpoint resnet20_cifar10.pt --dset cifar10.npz
     python bench/end_to_end.py vit_cifar10 --dset cifar10.npz
@@ -64,7 +64,8 @@ METHODS = {  # name -> arguments of snows.prune
     "best, one pass": {"options": ONE_PASS},
     "best, layer by layer": {"options": snows.Options(joint_steps=0)},
     "best": {},
-    "paper": {"options": snows.Options.preset("paper")},
+    "paper, K = 4": {"options": snows.Options.preset("paper")},
+    "paper, K = 8": {"options": snows.Options.preset("paper", k_step=8)},
     "Adam": {"options": ONE_PASS, "solver": first_order(lambda p: torch.optim.Adam(p, lr=3e-3))},
     "L-BFGS": {
         "options": ONE_PASS,

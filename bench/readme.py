@@ -70,14 +70,45 @@ def spread(rows: list[dict]) -> str:
     return f"{sum(found) / len(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
-def settings(name: str) -> str:
-    """The rows of a table of settings, each named by what it changes."""
-    cells, rows = [], load(name)["rows"]
+def ablation() -> str:
+    """One row per setting, each named by what it changes of the first."""
+    cells, rows = [], load("resnet20_cifar10_ablation.json")["rows"]
     for row in rows:
         same = {"pattern", "algo", "images"} if row is rows[0] else rows[0]["run"].items()
         named = ", ".join(f"`--{k} {v}`" for k, v in row["run"].items() if k not in same and (k, v) not in same)
         cells.append([named, row["accuracy"], round(row["curvature_products"]), round(row["seconds"])])
     return table(["settings", "accuracy %", "products", "seconds"], cells)
+
+
+def end_to_end() -> str:
+    """One row per method, in the order of their seconds."""
+    rows = sorted(load("end_to_end_resnet20_cifar10.json")["rows"], key=lambda row: row["seconds"])
+    cells = [
+        [row["method"], row["accuracy"], f"{row['held_out_loss']:.3f}", round(row["products"]), f"{row['seconds']:.1f}"]
+        for row in rows
+    ]
+    return table(["method", "accuracy %", "error of held-out logits", "products or gradients", "seconds"], cells)
+
+
+def convergence() -> str:
+    """One row per layer: loss and residual after few and many products, without the preconditioner and with it."""
+    cells, shown = [], (("none", 15), ("none", 100), ("rows", 5), ("rows", 10), ("rows", 15))
+    for network in ("resnet20_cifar10", "vit_cifar10"):
+        rows = load(f"convergence_{network}.json")["rows"]
+        found = {(row["layer"], row["preconditioner"], row["products"]): row for row in rows}
+        for layer in dict.fromkeys(row["layer"] for row in rows):
+            picked = [found[(layer, *each)] for each in shown]
+            cells.append([f"`{layer}`", *(f"{row['loss']:.4f} ({row['residual']:.0e})" for row in picked)])
+    names = {"none": "plain", "rows": "preconditioned"}
+    return table(["layer", *(f"{names[kind]}, {count}" for kind, count in shown)], cells)
+
+
+def scaling() -> str:
+    """One row per quantity: the exponents of time and memory."""
+    names = {"images": "calibration images", "k_step": "K", "depth": "layers of the network"}
+    slopes = load("scaling.json")["slopes"]
+    cells = [[names[name], fits["seconds"], fits["peak_memory_bytes"]] for name, fits in slopes.items()]
+    return table(["quantity", "exponent of the seconds", "exponent of the peak memory"], cells)
 
 
 def vit() -> str:
@@ -140,8 +171,10 @@ TABLES = {
     "default": lambda: default("resnet20_digits.json"),
     "vit_default": lambda: default("vit_digits.json"),
     "accuracy": accuracy,
-    "presets": lambda: settings("resnet20_cifar10_presets.json"),
-    "ablation": lambda: settings("resnet20_cifar10_ablation.json"),
+    "end_to_end": end_to_end,
+    "convergence": convergence,
+    "scaling": scaling,
+    "ablation": ablation,
     "vit": vit,
     "networks": networks,
     "products": products,

@@ -53,9 +53,6 @@ class Options:
         "relative", "weight of each depth: 1 / ||Y_k||^2, or the mean over its elements (paper)", ("relative", "mean")
     )
     curvature: str = option("ggn", "curvature: Gauss-Newton, or the exact Hessian (paper)", ("ggn", "hessian"))
-    curvature_images: int = option(
-        0, "calibration images that products look at, at least; loss and gradient look at all; 0: all", low=0
-    )
     preconditioner: str = option(
         "rows", "preconditioner of CG: inverses of each output row's curvature on its support, or none (paper)",
         ("rows", "none"),
@@ -70,6 +67,9 @@ class Options:
         4, "Newton steps on all the layers together after the last pass, whose loss looks at the whole line", low=0
     )
     joint_CG_iterations: int = option(20, "curvature products per joint step, at most", low=1)
+    joint_images: int = option(
+        256, "calibration images that the products of a joint step look at; its gradient looks at all; 0: all", low=0
+    )
     newton_steps: int = option(1, "Newton steps per layer (with --batching True: passes over the batches)", low=1)
     max_CG_iterations: int = option(10, "curvature products per Newton step, at most", low=1)
     cg_tolerance: float = option(0.1, "relative residual at which CG stops: Newton's step is inexact", low=0)
