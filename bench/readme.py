@@ -72,12 +72,29 @@ def spread(rows: list[dict]) -> str:
 
 def ablation() -> str:
     """One row per setting, each named by what it changes of the first."""
-    cells, rows = [], load("resnet20_cifar10_ablation.json")["rows"]
-    for row in rows:
-        same = {"pattern", "algo", "images"} if row is rows[0] else rows[0]["run"].items()
-        named = ", ".join(f"`--{k} {v}`" for k, v in row["run"].items() if k not in same and (k, v) not in same)
-        cells.append([named, row["accuracy"], round(row["curvature_products"]), round(row["seconds"])])
+    rows = load("resnet20_cifar10_ablation.json")["rows"]
+    cells = [
+        [changed(row["run"], rows[0]["run"]), row["accuracy"], round(row["curvature_products"]), round(row["seconds"])]
+        for row in rows
+    ]
     return table(["settings", "accuracy %", "products", "seconds"], cells)
+
+
+def changed(run: dict, first: dict) -> str:
+    """The flags of a run that the first of its table has not; all of them for that one."""
+    same = {"pattern", "algo", "images"} if run == first else first.items()
+    return ", ".join(f"`--{k} {v}`" for k, v in run.items() if k not in (*same, "pattern") and (k, v) not in same)
+
+
+def vit_ablation() -> str:
+    """One row per setting, with the accuracy at each pattern."""
+    rows = load("vit_cifar10_ablation.json")["rows"]
+    patterns = list(dict.fromkeys(row["run"]["pattern"] for row in rows))
+    cells = {}
+    for row in rows:
+        first = next(each["run"] for each in rows if each["run"]["pattern"] == row["run"]["pattern"])
+        cells.setdefault(changed(row["run"], first), []).append(row["accuracy"])
+    return table(["settings", *(f"{pattern}, accuracy %" for pattern in patterns)], [[k, *v] for k, v in cells.items()])
 
 
 def end_to_end() -> str:
@@ -176,6 +193,7 @@ TABLES = {
     "scaling": scaling,
     "ablation": ablation,
     "vit": vit,
+    "vit_ablation": vit_ablation,
     "networks": networks,
     "products": products,
     "checkpointing": checkpointing,

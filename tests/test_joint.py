@@ -12,7 +12,9 @@ import snows
 from snows.calibration import Streams
 from snows.graph import Network
 from snows.joint import JointObjective, layer_inverses
-from snows.solver import conjugate_gradients
+from snows.solver import conjugate_gradients, solve
+
+ONE_STEP = dict(newton_steps=1, max_CG_iterations=1, cg_tolerance=0.0, damping=1e-3, batching=False)
 
 
 def tiny_vit():
@@ -52,6 +54,19 @@ def test_products_equal_the_dense_matrix_through_a_transformer():
     vector = torch.randn(unknown.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(here.gradient, gradient)
     torch.testing.assert_close(here.product(vector), gauss_newton @ vector)
+
+
+def test_products_look_at_the_sampled_images_and_the_gradient_at_all(tiny, images):
+    whole, _, unknown = build(tiny, images, snows.Options(joint_images=0))
+    some, _, _ = build(tiny, images, snows.Options(joint_images=1))
+    here, all_of_them = some.linearise(unknown), whole.linearise(unknown)
+    torch.testing.assert_close((here.loss, here.gradient), (all_of_them.loss, all_of_them.gradient))
+    assert len(images) == 5
+    assert here.share == 2 / 5
+    vector = torch.ones_like(unknown)
+    expected = whole.linearise(unknown)._linearise(0)[1](vector)
+    torch.testing.assert_close(here.product(vector), 5 / 2 * expected)
+    assert solve(some, unknown, torch.ones_like(unknown), None, **ONE_STEP).products == pytest.approx(2 / 5)
 
 
 @pytest.mark.parametrize("targets", ["dense", "same"])
