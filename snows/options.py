@@ -68,7 +68,7 @@ class Options:
     )
     joint_CG_iterations: int = option(20, "curvature products per joint step, at most", low=1)
     joint_images: int = option(
-        256, "calibration images that the products of a joint step look at; its gradient looks at all; 0: all", low=0
+        0, "calibration images that the products of a joint step look at; its gradient looks at all; 0: all", low=0
     )
     newton_steps: int = option(1, "Newton steps per layer (with --batching True: passes over the batches)", low=1)
     max_CG_iterations: int = option(10, "curvature products per Newton step, at most", low=1)
