@@ -41,8 +41,8 @@ VIT_PATTERNS = ("2:4", "1:4", "4:8", "unstructured 0.5", "unstructured 0.6", "un
 VIT_SOLVER = {"sweeps": 1, "schedule": 0, "joint_steps": 0, "max_CG_iterations": 10, "cg_tolerance": 0.01}
 VIT_RUNS = [{"algo": "MP"}, {"algo": "MP+"}, *({"algo": "SNOWS", "k_step": k, **VIT_SOLVER} for k in (0, 3, 8))]
 VIT_ABLATED = {"images": 512, "schedule": 0, "joint_steps": 0}
-VIT_ABLATION = [{}, {"biases": False}, {"sweeps": 2}, {"schedule": 2}, {"joint_steps": 4}]
-VIT_ABLATION += [{"schedule": 2, "joint_steps": 4}]
+VIT_JOINT = {"joint_steps": 4, "joint_images": 256}
+VIT_ABLATION = [{}, {"biases": False}, {"sweeps": 2}, {"schedule": 2}, VIT_JOINT, {"schedule": 2, **VIT_JOINT}]
 
 
 def rows_of(table: str) -> list[dict]:
