@@ -64,6 +64,7 @@ METHODS = {  # name -> arguments of snows.prune
     "best, one pass": {"options": ONE_PASS},
     "best, layer by layer": {"options": snows.Options(joint_steps=0)},
     "best": {},
+    "best, longer joint steps": {"options": snows.Options(joint_CG_iterations=20)},
     "paper, K = 4": {"options": snows.Options.preset("paper")},
     "paper, K = 8": {"options": snows.Options.preset("paper", k_step=8)},
     "Adam": {"options": ONE_PASS, "solver": first_order(lambda p: torch.optim.Adam(p, lr=3e-3))},

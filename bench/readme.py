@@ -45,7 +45,7 @@ def accuracy() -> str:
         "MP (mask only)": {"algo": "MP"},
         "MP+": {"algo": "MP+"},
         "SNOWS, layer by layer": {"algo": "SNOWS", "joint_steps": 0},
-        "**SNOWS**": {"algo": "SNOWS"},
+        "**SNOWS**": {"algo": "SNOWS", "joint_CG_iterations": 20},
     }
     cells = []
     for pattern in sorted(zeros, key=lambda pattern: (":" in pattern, zeros[pattern])):  # unstructured first

@@ -66,7 +66,7 @@ class Options:
     joint_steps: int = option(
         4, "Newton steps on all the layers together after the last pass, whose loss looks at the whole line", low=0
     )
-    joint_CG_iterations: int = option(20, "curvature products per joint step, at most", low=1)
+    joint_CG_iterations: int = option(10, "curvature products per joint step, at most", low=1)
     joint_images: int = option(
         0, "calibration images that the products of a joint step look at; its gradient looks at all; 0: all", low=0
     )
