@@ -87,7 +87,7 @@ def check_products(model, images, index, parameter):
     hessian = torch.autograd.functional.hessian(loss, weight).reshape(n, n)
     vector = torch.randn(n, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for curvature, matrix in (("ggn", 2 * coefficient * jacobian.T @ jacobian), ("hessian", hessian)):
-        objective.curvature = curvature
+        objective.options = objective.options.but(curvature=curvature)
         here = objective.linearise(weight)
         torch.testing.assert_close(here.loss, loss(weight))
         torch.testing.assert_close(here.gradient, torch.autograd.functional.jacobian(loss, weight))
