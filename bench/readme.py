@@ -195,6 +195,7 @@ TABLES = {
     "vit": vit,
     "vit_ablation": vit_ablation,
     "networks": networks,
+    "compare": lambda: (RESULTS / "compare_resnet20.md").read_text().rstrip(),
     "products": products,
     "checkpointing": checkpointing,
 }
