@@ -3,7 +3,7 @@
     python bench/end_to_end.py resnet20_cifar10 --checkpoint resnet20_cifar10.pt --dset cifar10.npz
     python bench/end_to_end.py vit_cifar10 --dset cifar10.npz
 
-The defaults at three costs: one pass over the layers; all passes; and the joint steps behind them. Adam and L-BFGS
+The defaults at four costs: one pass over the layers; all passes; joint steps behind them; longer ones. Adam and L-BFGS
 (torch.optim) minimise the objective of the first, layer by layer, over the same images; their "products" are gradients,
 which cost about as much. held_out_loss is the squared error of the logits on the test images, relative to the dense
 network's. Writes {"machine": ..., "rows": [...]} and a plot; rows that the file already holds are not measured again.

@@ -52,7 +52,7 @@ class Objective:
 
     curvature_images = 0  # that products look at; 0: all, as loss and gradient always do
 
-    def __init__(self, window: Window, batches: list[MicroBatch], options: Options, device: torch.device | str = "cpu"):
+    def __init__(self, window: Window, batches: list[MicroBatch], options: Options, device: torch.device | str):
         self.window, self.batches, self.options, self.device = window, batches, options, device
         self.biases = options.biases and window.layer.bias is not None
         self.coefficients = self._coefficients()

@@ -64,7 +64,7 @@ def test_products_look_at_the_sampled_images_and_the_gradient_at_all(tiny, image
     assert len(images) == 5
     assert here.share == 2 / 5
     vector = torch.ones_like(unknown)
-    expected = whole.linearise(unknown)._linearise(0)[1](vector)
+    expected = all_of_them._linearise(0)[1](vector)
     torch.testing.assert_close(here.product(vector), 5 / 2 * expected)
     assert solve(some, unknown, torch.ones_like(unknown), None, **ONE_STEP).products == pytest.approx(2 / 5)
 
