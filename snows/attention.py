@@ -6,6 +6,7 @@ queries', keys' and values' joint `in_proj`, one weight of 3 d rows, and `out_pr
 
 from __future__ import annotations
 
+import inspect
 import operator
 
 import torch.nn.functional as F
@@ -27,11 +28,10 @@ def open_attention(graph: fx.Graph, model: nn.Module) -> None:
 
 def is_plain(node: fx.Node, module: nn.MultiheadAttention) -> bool:
     """Whether a call is self-attention without masks, of which only the output is used, not the attention weights."""
-    query, key, value = (*node.args, *(node.kwargs[name] for name in ("query", "key", "value") if name in node.kwargs))[
-        :3
-    ]
+    asked = inspect.signature(module.forward).bind(*node.args, **node.kwargs).arguments
+    query, key, value = (asked[name] for name in ("query", "key", "value"))
     only_output = all(is_output(user) or not user.users for user in node.users)
-    masked = len(node.args) > 3 or any(node.kwargs.get(name) is not None for name in ("key_padding_mask", "attn_mask"))
+    masked = any(asked.get(name) is not None for name in ("key_padding_mask", "attn_mask"))
     extended = module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn
     return query is key is value and only_output and not masked and not extended
 
@@ -52,7 +52,7 @@ def insert(graph: fx.Graph, node: fx.Node, module: nn.MultiheadAttention) -> fx.
     def transposed(x: fx.Node, first: int, second: int) -> fx.Node:
         return graph.call_method("transpose", (x, first, second))
 
-    tokens = node.args[0] if node.args else node.kwargs["query"]
+    tokens = node.args[0]
     if not module.batch_first:
         tokens = transposed(tokens, 0, -2)
     projected = linear(tokens, "in_proj_weight", "in_proj_bias")

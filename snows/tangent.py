@@ -112,7 +112,7 @@ class Tangents:
         return rule
 
     def _elementwise(self, node: fx.Node, values: Values) -> Rule:
-        source = node.args[0]
+        (source,) = node.all_input_nodes
         with torch.enable_grad():
             x = values[source].requires_grad_()
             (slope,) = grad(self.window.step(node, {**values, source: x}, self.parameters).sum(), x)

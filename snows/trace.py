@@ -23,6 +23,9 @@ IN_PLACE_OPERATORS = {
     getattr(operator, "i" + name): getattr(operator, name)
     for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul")
 }
+# What functions read, in order.
+INPUTS = dict.fromkeys((F.linear, F.conv2d), ("input", "weight", "bias"))
+INPUTS |= {F.scaled_dot_product_attention: ("query", "key", "value"), F.hardsigmoid: ("input",)}
 
 
 class _Tracer(fx.Tracer):
@@ -74,8 +77,8 @@ def trace(model: nn.Module) -> list[fx.Node]:
     for node in reversed(list(graph.nodes)):
         if node in defaults:
             graph.erase_node(node)
+    make_positional(graph, model)
     open_attention(graph, model)
-    make_positional(graph)
     make_out_of_place(graph, model)
     nodes = list(graph.nodes)
     if not isinstance(nodes[-1].args[0], fx.Node):
@@ -83,13 +86,17 @@ def trace(model: nn.Module) -> list[fx.Node]:
     return nodes
 
 
-def make_positional(graph: fx.Graph) -> None:
-    """Give every linear function its input, weight and bias by position, where layers are looked for."""
-    names = ("input", "weight", "bias")
+def make_positional(graph: fx.Graph, model: nn.Module) -> None:
+    """Give modules, linear maps and attention what they read by position, where it is looked for."""
     for node in graph.nodes:
-        if node.target is F.linear:
-            node.args = (*node.args, *(node.kwargs[name] for name in names[len(node.args) :] if name in node.kwargs))
-            node.kwargs = {}
+        names = INPUTS.get(node.target, ())
+        if node.op == "call_module":
+            names = tuple(inspect.signature(model.get_submodule(node.target).forward).parameters)
+        for name in names[len(node.args) :]:
+            if name not in node.kwargs:
+                break
+            node.args = (*node.args, node.kwargs[name])
+            node.kwargs = {key: value for key, value in node.kwargs.items() if key != name}
 
 
 def make_out_of_place(graph: fx.Graph, model: nn.Module) -> None:
@@ -113,7 +120,7 @@ def make_out_of_place(graph: fx.Graph, model: nn.Module) -> None:
             node.target = node.target[:-1]
         else:
             continue
-        overwritten = node.args[0]
+        overwritten = node.all_input_nodes[0]
         for user in list(overwritten.users):
             if position[user] > position[node]:
                 user.replace_input_with(overwritten, node)

@@ -37,6 +37,25 @@ def test_the_returned_model_is_the_one_that_was_solved(tiny, images, algo, patte
     assert not set(pruned.left_dense) & set(pruned.masks)
 
 
+class ByKeyword(TinyCNN):
+    def forward(self, x):
+        x = self.relu(input=self.bn(input=self.stem(input=x)))
+        y = self.bn2(input=self.grouped(input=x))
+        y += x
+        y = self.relu(input=y)
+        y = y * torch.sigmoid(input=self.gate(input=y))
+        return self.fc(input=y.mean((2, 3)))
+
+
+@pytest.mark.parametrize("mask_alg", ["MP", "SparseGPT", "OBS"])
+def test_inputs_by_keyword_are_found_like_those_by_position(tiny, images, mask_alg):
+    twin = ByKeyword().double().eval()
+    twin.load_state_dict(tiny.state_dict())
+    jobs = [snows.prune(model, images, snows.NM(1, 2), snows.Options(), mask_alg=mask_alg) for model in (tiny, twin)]
+    ours, reference = (job.model.state_dict() for job in jobs)
+    assert all(torch.equal(ours[name], value) for name, value in reference.items())
+
+
 FAMILIES = {
     "depthwise, squeeze-excite": lambda: timm.create_model("mobilenetv3_small_050", num_classes=8),
     "concatenation": lambda: torchvision.models.DenseNet(8, (2, 3), 16, num_classes=8),

@@ -53,6 +53,21 @@ class Attending(nn.Module):
         )
 
 
+class ByKeyword(nn.Module):
+    """Modules and functions that get their inputs by keyword, in place where they can."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = F.relu(input=self.bn(input=self.conv(input=x)), inplace=True)
+        x = F.hardsigmoid(input=F.conv2d(input=x, weight=self.conv.weight.transpose(0, 1), stride=2))
+        x = torch.cat([x, x.tanh()], 1).flatten(2).transpose(1, 2)
+        x = F.scaled_dot_product_attention(query=x, key=x, value=x)
+        return F.linear(input=x, weight=self.head.weight, bias=self.head.bias)
+
+
 def sequential(*behind):
     return lambda: nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), *(module() for module in behind))
 
@@ -71,6 +86,7 @@ OPERATIONS = {
     "norms": sequential(lambda: nn.GroupNorm(2, 4), lambda: nn.LayerNorm(4), nn.Dropout, nn.Identity, nn.Tanh),
     "sums": Sums,
     "twice": Twice,
+    "inputs by keyword": ByKeyword,
     "attention": lambda: Attending({0, 1, 2}),
     "attention with a scale": lambda: Attending({0, 1, 2}, scale=0.3),
     "attention, values alone": lambda: Attending({2}),

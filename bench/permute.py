@@ -1,0 +1,68 @@
+"""What an N:M-friendly order of the input channels is worth: magnitude kept, and accuracy with and without --permute.
+
+    python bench/permute.py --checkpoint resnet20_cifar10.pt --dset cifar10.npz [--images 256] [--seeds 0 1 2]
+
+The ResNet-20 and the ViT of bench/cifar10.py, magnitude masks, alone and with SNOWS in one pass. A row that the results
+file already holds is not measured again. Writes {"machine": ..., "rows": [...]}.
+"""
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+from statistics import mean
+
+from cifar10 import ROOT, Bench
+
+import snows
+from snows import run_folder
+from snows.evaluate import accuracy
+from snows.permute import permute
+
+PATTERNS = ("2:4", "1:4")
+ONE_PASS = snows.Options(schedule=0, joint_steps=0)
+
+
+def measure(bench: Bench, pattern: snows.NM, permuted: bool, seed: int, images: int) -> dict:
+    """The figures of one row; `kept` is the mean share over the layers that can be permuted."""
+    order = permute(bench.model, pattern, bench.layers)
+    model = order.model if permuted else bench.model
+    calibration, _ = bench.data.calibration(images, seed)
+    job = {"layers": bench.layers, "device": bench.device}
+    masked = snows.prune(model, None, pattern, algo="MP", **job)
+    solved = snows.prune(model, calibration, pattern, ONE_PASS.but(seed=seed), **job)
+    return {
+        "layers_permuted": len(order.kept),
+        "kept": mean(after if permuted else before for before, after in order.kept.values()),
+        "dense_accuracy": accuracy(model, bench.test, bench.device),
+        "masked_accuracy": accuracy(masked.model, bench.test, bench.device),
+        "accuracy": accuracy(solved.model, bench.test, bench.device),
+        "seconds": solved.seconds,
+        "environment": run_folder.environment(bench.device),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="weights of the ResNet-20")
+    parser.add_argument("--dset", type=Path, required=True, help="an .npz of CIFAR-10")
+    parser.add_argument("--images", type=int, default=256, help="calibration images (default: 256)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "permute.json")
+    args = parser.parse_args()
+    rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    checkpoints = {"resnet20_cifar10": args.checkpoint, "vit_cifar10": ROOT / "checkpoints" / "vit_cifar10.safetensors"}
+    for network, checkpoint in checkpoints.items():
+        bench = Bench(network == "vit_cifar10", checkpoint, args.dset, args.device)
+        for seed, pattern, permuted in itertools.product(args.seeds, PATTERNS, (False, True)):
+            run = {"network": network, "pattern": pattern, "permuted": permuted, "seed": seed, "images": args.images}
+            if any(run.items() <= row.items() for row in rows):
+                continue
+            rows.append(run | measure(bench, snows.NM.parse(pattern), permuted, seed, args.images))
+            run_folder.write_json(args.out, {"machine": run_folder.machine(args.device), "rows": rows})
+            print(*run.values(), *(f"{rows[-1][k]:.2f}" for k in ("kept", "masked_accuracy", "accuracy")), flush=True)
+
+
+if __name__ == "__main__":
+    main()
