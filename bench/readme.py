@@ -45,7 +45,7 @@ def accuracy() -> str:
         "MP (mask only)": {"algo": "MP"},
         "MP+": {"algo": "MP+"},
         "SNOWS, layer by layer": {"algo": "SNOWS", "joint_steps": 0},
-        "**SNOWS**": {"algo": "SNOWS", "joint_CG_iterations": 20},
+        "**SNOWS**": {"algo": "SNOWS"},
     }
     cells = []
     for pattern in sorted(zeros, key=lambda pattern: (":" in pattern, zeros[pattern])):  # unstructured first
@@ -145,6 +145,22 @@ def vit() -> str:
     return table(["pattern", "zeros", *columns, "recovered"], cells)
 
 
+def permuted() -> str:
+    """One row per network and pattern: the magnitude kept, and the mean accuracy over the seeds, without and with."""
+    cells = {}
+    for row in load("permute.json")["rows"]:
+        pair = cells.setdefault((row["network"], row["pattern"], row["layers_permuted"]), {False: [], True: []})
+        pair[row["permuted"]].append(row)
+    lines = []
+    for (network, pattern, layers), (without, with_) in ((key, pair.values()) for key, pair in cells.items()):
+        line = [f"`{network}`", pattern, layers]
+        for figure, digits in (("kept", ".1%"), ("masked_accuracy", ".2f"), ("accuracy", ".2f")):
+            line.append(" / ".join(format(mean(rows, figure), digits) for rows in (without, with_)))
+        lines.append(line)
+    figures = ["magnitude kept", "MP, accuracy %", "SNOWS, accuracy %"]
+    return table(["network", "pattern", "layers permuted", *figures], lines)
+
+
 def networks() -> str:
     """One row per network with random weights."""
     cells = [
@@ -196,6 +212,8 @@ TABLES = {
     "vit_ablation": vit_ablation,
     "networks": networks,
     "compare": lambda: (RESULTS / "compare_resnet20.md").read_text().rstrip(),
+    "compare_vit": lambda: (RESULTS / "compare_vit.md").read_text().rstrip(),
+    "permute": permuted,
     "products": products,
     "checkpointing": checkpointing,
 }

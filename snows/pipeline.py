@@ -89,7 +89,7 @@ def prune(
             for layer, step, _ in group:
                 for owner in (network.model, result.model):
                     write(owner, layer, step)
-                result.masks[layer.name] = step.mask
+                result.masks[layer.name] = step.mask.to(result.model.get_parameter(layer.parameter).device)
                 result.layers.append(step.record)
             for _, step, solved in group:
                 if solved:
