@@ -46,11 +46,11 @@ VIT_JOINT = {"joint_steps": 4, "joint_CG_iterations": 20, "joint_images": 256}
 VIT_ABLATION = [{}, {"biases": False}, {"sweeps": 2}, {"schedule": 2}, VIT_JOINT, {"schedule": 2, **VIT_JOINT}]
 
 
-def rows_of(table: str) -> list[dict]:
-    """What each row of a table runs."""
+def rows_of(table: str, images: int = 1024) -> list[dict]:
+    """What each row of a table runs; `accuracy` with so many images."""
     if table == "accuracy":
         patterns = [pattern for pattern in PATTERNS if pattern != "4:8"]
-        return [{"pattern": pattern, **run, "images": 1024} for run in ACCURACY_RUNS for pattern in patterns]
+        return [{"pattern": pattern, **run, "images": images} for run in ACCURACY_RUNS for pattern in patterns]
     if table == "vit":
         return [{"pattern": pattern, **run, "images": 2048} for pattern in VIT_PATTERNS for run in VIT_RUNS]
     if table == "vit_ablation":
@@ -124,6 +124,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, help="only these rows")
     parser.add_argument("--algo", nargs="+", choices=ALGORITHMS, help="only these rows")
+    parser.add_argument("--images", type=int, default=1024, help="calibration images of `accuracy` (default: 1024)")
     parser.add_argument("--out", type=Path, help="default: results/NETWORK_cifar10_TABLE.json")
     args = parser.parse_args()
     keep_freed_memory()
@@ -135,7 +136,7 @@ def main():
     out = args.out or ROOT / "results" / f"{network}{table}.json"
     rows = json.loads(out.read_text())["rows"] if out.exists() else []
     bench = Bench(vit, checkpoint, args.dset, args.device)
-    for run in rows_of(args.table):
+    for run in rows_of(args.table, args.images):
         wanted = run["pattern"] in (args.patterns or PATTERNS) and run["algo"] in (args.algo or ALGORITHMS)
         for seed in args.seeds if wanted else []:
             if (run, seed) not in [(row["run"], row["seed"]) for row in rows]:

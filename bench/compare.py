@@ -129,7 +129,7 @@ def plot(rows: list[dict]) -> bytes:
     axes[0].set(xlabel="sparsity, % of all parameters", ylabel="accuracy, %")
     axes[1].set(xlabel="pattern")
     axes[1].set_xticks(range(len(panels[1])), panels[1])
-    axes[1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes[1].legend(fontsize="x-small", handlelength=4, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
