@@ -27,8 +27,9 @@ from snows.memory import keep_freed_memory  # noqa: E402
 
 PATTERNS = {f"unstructured {share}": snows.Unstructured(share) for share in (0.5, 0.6, 0.7, 0.8, 0.9)}
 PATTERNS |= {"2:4": snows.NM(2, 4), "1:4": snows.NM(1, 4), "4:8": snows.NM(4, 8)}
-ALGORITHMS = ("MP", "SNOWS", "MP+")
-ACCURACY_RUNS = [{"algo": "MP"}, {"algo": "MP+"}, {"algo": "SNOWS", "joint_steps": 0}, {"algo": "SNOWS"}]
+LAYER_BY_LAYER = {"algo": "SNOWS", "joint_steps": 0}
+ACCURACY_RUNS = [{"algo": "MP"}, {"algo": "MP+"}, LAYER_BY_LAYER, {"algo": "SNOWS"}]
+METHODS = ("MP", "MP+", "layer-by-layer", "SNOWS")
 # Few images, so that a table takes minutes.
 ABLATED = {"images": 256, "k_step": 8, "sweeps": 1, "schedule": 0, "joint_steps": 0}
 ABLATED |= {"max_CG_iterations": 5, "cg_tolerance": 0.01}
@@ -57,6 +58,12 @@ def rows_of(table: str, images: int = 1024) -> list[dict]:
         patterns, base = ("2:4", "1:4"), {"algo": "SNOWS", **VIT_ABLATED}
         return [{"pattern": pattern, **base, **change} for pattern in patterns for change in VIT_ABLATION]
     return [{"pattern": "1:4", "algo": "SNOWS", **ABLATED, **change} for change in ABLATION]
+
+
+def method_of(run: dict) -> str:
+    """What `--methods` calls a row: in `accuracy`, SNOWS without joint steps has a name of its own."""
+    chosen = {key: value for key, value in run.items() if key not in ("pattern", "images")}
+    return "layer-by-layer" if chosen == LAYER_BY_LAYER else run["algo"]
 
 
 class Bench:
@@ -123,7 +130,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, help="only these rows")
-    parser.add_argument("--algo", nargs="+", choices=ALGORITHMS, help="only these rows")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these rows")
     parser.add_argument("--images", type=int, default=1024, help="calibration images of `accuracy` (default: 1024)")
     parser.add_argument("--out", type=Path, help="default: results/NETWORK_cifar10_TABLE.json")
     args = parser.parse_args()
@@ -137,7 +144,7 @@ def main():
     rows = json.loads(out.read_text())["rows"] if out.exists() else []
     bench = Bench(vit, checkpoint, args.dset, args.device)
     for run in rows_of(args.table, args.images):
-        wanted = run["pattern"] in (args.patterns or PATTERNS) and run["algo"] in (args.algo or ALGORITHMS)
+        wanted = run["pattern"] in (args.patterns or PATTERNS) and method_of(run) in (args.methods or METHODS)
         for seed in args.seeds if wanted else []:
             if (run, seed) not in [(row["run"], row["seed"]) for row in rows]:
                 rows.append({"run": run, **bench.measure(run, seed)})

@@ -4,8 +4,9 @@
     python bench/compare.py vit --dset cifar10.npz --patterns 2:4 1:4 --masks MP Wanda --seeds 0 --schedule 0
 
 The networks are those of bench/cifar10.py. Each row is written as soon as it is measured, and a row that the results
-file already holds is not measured again, so an interrupted grid goes on where it stopped. Next to the results file lie
-the Markdown table (.md) and the plot (.png), of the rows with the same number of images and the same options.
+file already holds is not measured again, so an interrupted grid goes on where it stopped; a row that the network does
+not allow is left out, and said. Next to the results file lie the Markdown table (.md) and the plot (.png), of the rows
+with the same number of images and the same options.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from snows import options, run_folder
 from snows.errors import UsageError
 from snows.evaluate import accuracy
 from snows.experiment import shell
+from snows.memory import keep_freed_memory
 from snows.scores import LAYER_WISE, MASK_ALGORITHMS
 
 PATTERNS = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "1:4", "2:8")
@@ -165,6 +167,7 @@ def main():
         raise UsageError("--checkpoint is required for the ResNet-20.")
     for pattern in args.patterns:
         pattern_of(pattern, "MP")
+    keep_freed_memory()
     chosen = options.from_flags(args, seed=0)
     settings = {"images": args.images, **{k: v for k, v in vars(chosen).items() if k != "seed"}}
     out = args.out or ROOT / "results" / f"compare_{args.network}.json"
@@ -175,11 +178,18 @@ def main():
         checkpoint = args.checkpoint or ROOT / "checkpoints" / "vit_cifar10.safetensors"
         bench = Bench(args.network == "vit", checkpoint, args.dset, args.device)
     for i, run in enumerate(missing, 1):
-        rows.append({"run": run, "settings": settings, **measure(bench, run, args.images, chosen)})
+        name = f"{i} of {len(missing)}: {' '.join(map(str, run.values()))}"
+        try:
+            figures = measure(bench, run, args.images, chosen)
+        except UsageError as error:  # a sparsity beyond what the network's prunable layers hold, say
+            print(f"{name}: left out: {error}", flush=True)
+            continue
+        rows.append({"run": run, "settings": settings, **figures})
         run_folder.write_json(out, {"rows": rows})
-        figures = f"{rows[-1]['accuracy']:.2f} %, {rows[-1]['seconds']:.0f} s"
-        print(f"{i} of {len(missing)}: {' '.join(map(str, run.values()))}: {figures}", flush=True)
+        print(f"{name}: {figures['accuracy']:.2f} %, {figures['seconds']:.0f} s", flush=True)
     shown = [row for row in rows if row["settings"] == settings]
+    if not shown:
+        raise UsageError("no row could be measured.")
     run_folder.write(out.with_suffix(".md"), table(shown))
     run_folder.write(out.with_suffix(".png"), plot(shown))
     print(table(shown))

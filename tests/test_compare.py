@@ -76,3 +76,15 @@ def test_what_cannot_be_run_is_refused(compare, run):
         run("--patterns", "half")
     with pytest.raises(compare.UsageError, match="outside"):
         run("--patterns", "1.5")
+
+
+def test_a_row_that_the_network_does_not_allow_is_left_out(run, capsys):
+    grid = ["--masks", "MP", "--seeds", 0, "--ways", "alone", "--patterns"]
+    rows = run(*grid, "0.999999", "0.5")
+    assert [row["run"]["pattern"] for row in rows] == ["0.5"]
+    assert "1 of 2: 0.999999 MP alone 0: left out: target sparsity 0.999999 is out of reach" in capsys.readouterr().out
+
+
+def test_a_grid_of_which_nothing_can_be_measured_is_refused(compare, run):
+    with pytest.raises(compare.UsageError, match="no row"):
+        run("--masks", "MP", "--seeds", 0, "--ways", "alone", "--patterns", "0.999999")
