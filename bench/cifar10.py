@@ -36,6 +36,7 @@ ABLATED |= {"max_CG_iterations": 5, "cg_tolerance": 0.01}
 ABLATION = [{}, *({"k_step": k} for k in (0, 2, 4, 16))]  # each row changes one choice of the first, or two
 ABLATION += [{"targets": "same"}, {"curvature": "hessian"}, {"depth_weights": "mean"}, {"batching": True}]
 ABLATION += [{"preconditioner": "none"}, {"biases": False}]
+ABLATION += [{"newton_steps": 3}, {"images": 768}]  # as many products: more of them on the images, or more images
 ABLATION += [{"sweeps": 2}, {"schedule": 2}, {"schedule": 2, "sweeps": 2}]
 ABLATION_JOINT = {"joint_steps": 4, "joint_CG_iterations": 20}
 ABLATION += [ABLATION_JOINT, {"schedule": 2, **ABLATION_JOINT}]

@@ -42,10 +42,15 @@ def pattern_of(text: str, mask: str) -> snows.NM | snows.Unstructured:
 
 
 def grid(args: argparse.Namespace) -> list[dict]:
-    """What each row runs; magnitude masks whose survivors stay as they are depend on no seed."""
+    """What each row runs.
+
+    MP+ is on magnitude masks, by its name. These depend on no seed where the survivors stay as they are. Under N:M, OBS
+    chooses as Wanda does: its factor for each output row does not change the order within a group.
+    """
     runs = [
         {"pattern": pattern, "mask": mask, "way": way, "seed": seed}
         for seed, pattern, mask, way in itertools.product(args.seeds, args.patterns, args.masks, args.ways)
+        if (way != "MP+" or mask == "MP") and (mask != "OBS" or ":" not in pattern or "Wanda" not in args.masks)
     ]
     return [run for run in runs if run["seed"] == args.seeds[0] or (run["mask"], run["way"]) != ("MP", "alone")]
 
@@ -91,7 +96,8 @@ def table(rows: list[dict]) -> str:
     lines = [["pattern", "mask", *ways], ["---"] * (2 + len(ways))]
     for pattern, mask in itertools.product(found(rows, "pattern", PATTERNS), found(rows, "mask", MASK_ALGORITHMS)):
         cells = [over_seeds(rows, pattern=pattern, mask=mask, way=way) for way in ways]
-        lines.append([pattern, mask, *map(cell, cells)])
+        if any(cells):
+            lines.append([pattern, mask, *map(cell, cells)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

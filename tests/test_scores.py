@@ -118,6 +118,14 @@ def test_every_mask_is_kept_to_and_solved_in_every_way(tiny, images, mask_alg, p
         assert removed == round(0.6 * sum(p.numel() for p in tiny.parameters()))
 
 
+@pytest.mark.parametrize("pattern", [snows.NM(1, 2), snows.NM(3, 4)], ids=str)
+def test_under_nm_obs_chooses_as_wanda_does(tiny, images, pattern):
+    """Its factor for each output row changes no order within a group: bench/compare.py runs only one of the two."""
+    wanda, obs = (snows.prune(tiny, images, pattern, mask_alg=by, algo="MP").masks for by in ("Wanda", "OBS"))
+    assert wanda.keys() == obs.keys()
+    assert all(torch.equal(wanda[name], obs[name]) for name in wanda)
+
+
 @pytest.mark.parametrize("mask_alg", ["SparseGPT", "OBS"])
 def test_a_job_whose_masks_images_choose_goes_on_to_the_same_result(tiny, images, mask_alg):
     options, steps = snows.Options(batch_size=2, schedule=1, sweeps=1), []
