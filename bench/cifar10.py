@@ -45,7 +45,9 @@ VIT_SOLVER = {"sweeps": 1, "schedule": 0, "joint_steps": 0, "max_CG_iterations":
 VIT_RUNS = [{"algo": "MP"}, {"algo": "MP+"}, *({"algo": "SNOWS", "k_step": k, **VIT_SOLVER} for k in (0, 3, 8))]
 VIT_ABLATED = {"images": 512, "schedule": 0, "joint_steps": 0}
 VIT_JOINT = {"joint_steps": 4, "joint_CG_iterations": 20, "joint_images": 256}
-VIT_ABLATION = [{}, {"biases": False}, {"sweeps": 2}, {"schedule": 2}, VIT_JOINT, {"schedule": 2, **VIT_JOINT}]
+VIT_SHORT_STEPS = {"newton_steps": 2, "max_CG_iterations": 5}
+VIT_ABLATION = [{}, {"biases": False}, VIT_SHORT_STEPS, {"sweeps": 2}, {"schedule": 2}]
+VIT_ABLATION += [VIT_JOINT, {"schedule": 2, **VIT_JOINT}]
 
 
 def rows_of(table: str, images: int = 1024) -> list[dict]:

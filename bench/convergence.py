@@ -3,8 +3,9 @@
     python bench/convergence.py resnet20_cifar10 --checkpoint resnet20_cifar10.pt --dset cifar10.npz
     python bench/convergence.py vit_cifar10 --dset cifar10.npz
 
-Three layers, masked to 1:4 one at a time in the dense network, so that each system stands for itself. Writes
-{"machine": ..., "rows": [...]} and a plot: the K-step loss after the line search, over products.
+Three layers, masked to 1:4 one at a time in the dense network, so that each system stands for itself. One Newton step
+of up to 100 products, plain and preconditioned; and several preconditioned steps of 5 products each. Writes {"machine":
+..., "rows": [...]} and a plot: the K-step loss after the line search, over products.
 """
 
 import argparse
@@ -25,13 +26,16 @@ from snows.graph import Layer, Network, Stream  # noqa: E402
 from snows.memory import keep_freed_memory  # noqa: E402
 from snows.objective import reconstruction  # noqa: E402
 from snows.preconditioner import row_inverses  # noqa: E402
-from snows.solver import backtrack, conjugate_gradients, dot  # noqa: E402
+from snows.solver import backtrack, conjugate_gradients, dot, solve  # noqa: E402
 
 NETWORKS = {  # name -> (builder, three layers)
     "resnet20_cifar10": (lambda: ResNet(20, 10), ["layer1.1.conv1", "layer2.1.conv2", "layer3.1.conv1"]),
     "vit_cifar10": (vit_cifar10, ["blocks.0.attn.qkv", "blocks.2.attn.proj", "blocks.4.mlp.fc1"]),
 }
 PRODUCTS = (1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 70, 100)
+DAMPING = 1e-3
+SHORT, STEPS = 5, (1, 2, 3, 4)  # products of each of several Newton steps, and how many of these
+KINDS = ("plain", "preconditioned", "several steps")
 
 
 class Replayed:
@@ -51,7 +55,7 @@ class Replayed:
 
 
 def curves(network: Network, layer: Layer, images: torch.Tensor, args: argparse.Namespace) -> list[dict]:
-    """One row for each preconditioner and number of products."""
+    """One row for each kind of solve and number of products."""
     streams = [Stream(network, network.model, list(images.split(args.batch_size)), args.device) for _ in range(2)]
     for stream in streams:
         stream.advance(layer.node)
@@ -59,36 +63,36 @@ def curves(network: Network, layer: Layer, images: torch.Tensor, args: argparse.
     weight = network.model.get_parameter(layer.parameter)
     mask = NM(1, 4).mask(weight)
     unknown, support = objective.join(weight * mask), objective.join(mask, True)
-    here = objective.linearise(unknown)
+    here, precondition = objective.linearise(unknown), row_inverses(objective, unknown, support, seed=0)
     gradient, rows = here.gradient * support, []
-    for name, precondition in (("rows", row_inverses(objective, unknown, support, seed=0)), ("none", None)):
+
+    def add(kind: str, products: float, residual: float, loss: float) -> None:
+        found = {"kind": kind, "products": round(products), "residual": residual, "loss": loss}
+        rows.append({"layer": layer.name, **found, "loss_before": here.loss.item()})
+        print(*rows[-1].values(), flush=True)
+
+    for kind, known in zip(KINDS, (None, precondition)):
         product = Replayed(lambda vector: here.product(vector) * support)
         for count in PRODUCTS:
             product.start()
-            cg = conjugate_gradients(product, -gradient, precondition, 1e-3, 0.0, count)
+            cg = conjugate_gradients(product, -gradient, known, DAMPING, 0.0, count)
             search = backtrack(objective.loss, unknown, cg.step, here.loss, dot(gradient, cg.step))
-            rows.append(
-                {
-                    "layer": layer.name,
-                    "preconditioner": name,
-                    "products": cg.iterations,
-                    "residual": cg.residuals[-1],
-                    "loss": search.loss.item(),
-                    "loss_before": here.loss.item(),
-                }
-            )
-            print(*rows[-1].values(), flush=True)
+            add(kind, cg.iterations, cg.residuals[-1], search.loss.item())
+    limits = dict(max_CG_iterations=SHORT, cg_tolerance=0.0, damping=DAMPING, batching=False)
+    for steps in STEPS:
+        found = solve(objective, unknown, support, precondition, newton_steps=steps, **limits)
+        add(KINDS[-1], found.products, found.residuals[-1][-1], found.loss_after)
     return rows
 
 
-def needed(rows: list[dict]) -> dict[str, int]:
-    """For each layer, the products after which the preconditioned loss is what plain CG reaches after the most."""
+def needed(rows: list[dict]) -> dict[str, dict[str, int | None]]:
+    """For each layer, the products after which each kind's loss is what plain CG reaches after the most."""
     result = {}
     for layer in dict.fromkeys(row["layer"] for row in rows):
-        plain = [row for row in rows if row["layer"] == layer and row["preconditioner"] == "none"]
-        ours = [row for row in rows if row["layer"] == layer and row["preconditioner"] == "rows"]
-        reached = [row["products"] for row in ours if row["loss"] <= plain[-1]["loss"]]
-        result[layer] = min(reached, default=None)
+        of = {kind: [row for row in rows if (row["layer"], row["kind"]) == (layer, kind)] for kind in KINDS}
+        goal = of["plain"][-1]["loss"]
+        reached = {kind: [row["products"] for row in of[kind] if row["loss"] <= goal] for kind in KINDS}
+        result[layer] = {kind: min(products, default=None) for kind, products in reached.items()}
     return result
 
 
@@ -102,13 +106,13 @@ def plot(rows: list[dict], path: Path) -> None:
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     figure, panels = plt.subplots(1, len(layers), figsize=(4 * len(layers), 3.5), layout="constrained")
     for layer, axes in zip(layers, panels):
-        for name in ("none", "rows"):
-            curve = [row for row in rows if row["layer"] == layer and row["preconditioner"] == name]
-            axes.loglog([row["products"] for row in curve], [row["loss"] for row in curve], ".-", label=name)
+        for kind in KINDS:
+            curve = [row for row in rows if (row["layer"], row["kind"]) == (layer, kind)]
+            axes.loglog([row["products"] for row in curve], [row["loss"] for row in curve], ".-", label=kind)
         axes.set_title(layer, fontsize=9)
         axes.set_xlabel("products")
     panels[0].set_ylabel("K-step loss")
-    panels[0].legend(title="preconditioner")
+    panels[0].legend()
     figure.savefig(path)
 
 

@@ -114,16 +114,19 @@ def end_to_end() -> str:
 
 
 def convergence() -> str:
-    """One row per layer: loss and residual after few and many products, without the preconditioner and with it."""
-    cells, shown = [], (("none", 15), ("none", 100), ("rows", 5), ("rows", 10), ("rows", 15))
+    """One row per layer: loss and residual after few and many products, plain, preconditioned, in several steps."""
+    columns = [("plain", 15), ("plain", 100), ("preconditioned", 5), ("preconditioned", 10), ("preconditioned", 15)]
+    columns += [("several steps", 10), ("several steps", 15)]
+    cells = []
     for network in ("resnet20_cifar10", "vit_cifar10"):
         rows = load(f"convergence_{network}.json")["rows"]
-        found = {(row["layer"], row["preconditioner"], row["products"]): row for row in rows}
+        found = {(row["layer"], row["kind"], row["products"]): row for row in rows}
         for layer in dict.fromkeys(row["layer"] for row in rows):
-            picked = [found[(layer, *each)] for each in shown]
-            cells.append([f"`{layer}`", *(f"{row['loss']:.4f} ({row['residual']:.0e})" for row in picked)])
-    names = {"none": "plain", "rows": "preconditioned"}
-    return table(["layer", *(f"{names[kind]}, {count}" for kind, count in shown)], cells)
+            picked = [found.get((layer, *column)) for column in columns]  # steps end early where the loss stagnates
+            cells.append(
+                [f"`{layer}`", *("" if p is None else f"{p['loss']:.4f} ({p['residual']:.0e})" for p in picked)]
+            )
+    return table(["layer", *(f"{kind}, {count}" for kind, count in columns)], cells)
 
 
 def scaling() -> str:
