@@ -149,13 +149,17 @@ def test_a_sample_is_spread_and_large_enough(sizes, wanted):
 
 
 def test_products_do_not_depend_on_the_micro_batch_nor_on_what_is_kept(tiny, images, monkeypatch):
-    results = []
-    for batch, free in ((5, 2**40), (2, 2**40), (3, -(2**40))):  # the last, shorter batch counts; < 0: nothing fits
-        monkeypatch.setattr(snows.objective, "free_memory", lambda device, free=free: free)
+    results, plenty = [], 2**40
+    # (batch, free memory at the start and behind each micro-batch, which of these are kept)
+    whole, parts = (5, [plenty] * 2, [True]), (2, [plenty] * 4, [True] * 3)  # the last, shorter batch counts
+    none, some = (3, [-plenty] * 3, [False] * 2), (2, [plenty, plenty, 0, 0], [True, False, False])  # others take it
+    for batch, free, kept in (whole, parts, none, some):
+        left = iter(free)
+        monkeypatch.setattr(snows.objective, "free_memory", lambda device, left=left: next(left))
         objective, _, weight = build(tiny, images, 0, 4, "ggn", batch=batch)
         assert sum(b.images for b in objective.batches) == 5
         here = objective.linearise(weight)
-        assert [product is None for product in here.products.values()] == [free < 0] * len(here.products)
+        assert [product is not None for product in here.products.values()] == kept
         results.append((here.loss, here.gradient, here.product(torch.ones_like(weight))))
     for other in results[1:]:
         torch.testing.assert_close(other, results[0])
