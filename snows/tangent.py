@@ -31,11 +31,14 @@ MIXING = (nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.GLU)  # activa
 ELEMENTWISE = ACTIVATIONS - {"softmax", "log_softmax", "prelu"}
 
 Tangent = Any  # a tensor, a tuple of them, or None: no dependence on the weight
-Rule = Callable[[dict[fx.Node, Tangent]], Tangent]  # the tangents so far -> the tangent of one node
+Direction = dict[str, Tensor]  # what the direction is in the window's parameters, by their full names
+Rule = Callable[[dict[fx.Node, Tangent], Direction], Tangent]  # the tangents so far -> the tangent of one node
 
 
 class Tangents:
     """(v, s) -> J (v, s): the tangents of f_0 .. f_K along a weight v and a shift s of the layer's output.
+
+    No rule refers to this object: in a cycle, what the rules keep would outlive its use.
 
     values: what all of the window's nodes computed for one micro-batch, and what they read.
     parameters: of the window, at the weight where it is linearised.
@@ -51,10 +54,10 @@ class Tangents:
 
     def __call__(self, weight: Tensor, shift: Tensor | None = None) -> list[Tensor | None]:
         """One tangent (n, ...) for each feature; None where the feature does not depend on the weight's values."""
-        self.direction, tangents = self.window.direction(weight, shift), {}
+        direction, tangents = self.window.direction(weight, shift), {}
         with torch.no_grad(), differentiable(), forward_mode.dual_level():
             for node, rule in self.rules.items():
-                tangent = rule(tangents)
+                tangent = rule(tangents, direction)
                 if any(part is not None for part in tree_leaves(tangent)):
                     tangents[node] = tangent
         return [tangents.get(node) for node in self.window.features]
@@ -67,7 +70,7 @@ class Tangents:
         if node.target is F.linear:
             return self._linear_function(node, values)
         if self.window.is_identity(node):
-            return lambda tangents: tangents.get(node.args[0])
+            return lambda tangents, direction: tangents.get(node.args[0])
         activation = isinstance(module, ACTIVATION_MODULES) and not isinstance(module, MIXING)
         if activation or is_fixed_batch_norm(module) or (node.op != "call_module" and name in ELEMENTWISE):
             return self._elementwise(node, values)
@@ -88,12 +91,12 @@ class Tangents:
             no_bias = {}
         x = values[source] if weight in self.window.varied else None
 
-        def rule(tangents):
+        def rule(tangents, direction):
             parts = []
             if source in tangents:
                 parts.append(call(node, model, tangents, {**own, **no_bias}))
             if x is not None:  # the layer itself, linear in its weight
-                parts.append(call(node, model, {source: x}, {**no_bias, **self.direction}))
+                parts.append(call(node, model, {source: x}, {**no_bias, **direction}))
             return total(parts)
 
         return rule
@@ -103,7 +106,7 @@ class Tangents:
         fixed_weight = values[weight]
         x = values[source] if weight in self.window.nodes else None
 
-        def rule(tangents):
+        def rule(tangents, direction):
             parts = [F.linear(tangents[source], fixed_weight)] if source in tangents else []
             if weight in tangents:
                 parts.append(F.linear(x, *(tangents.get(parameter) for parameter in node.args[1:])))
@@ -116,12 +119,12 @@ class Tangents:
         with torch.enable_grad():
             x = values[source].requires_grad_()
             (slope,) = grad(self.window.step(node, {**values, source: x}, self.parameters).sum(), x)
-        return lambda tangents: tangents[source] * slope if source in tangents else None
+        return lambda tangents, direction: tangents[source] * slope if source in tangents else None
 
     def _sum(self, node: fx.Node, values: Values) -> Rule:
         shape = values[node].shape
 
-        def rule(tangents):
+        def rule(tangents, direction):
             parts = [tangents[term] for term in node.args if isinstance(term, fx.Node) and term in tangents]
             return total(parts).expand(shape) if parts else None
 
@@ -134,7 +137,7 @@ class Tangents:
         weights = attention_weights(q, k, node.kwargs.get("scale"))
         q, k = q * scale, k * scale
 
-        def rule(tangents):
+        def rule(tangents, direction):
             dq, dk, dv = (tangents.get(each) for each in node.args)
             parts = [] if dv is None else [weights @ dv]
             scores = [] if dq is None else [dq @ k.transpose(-2, -1)]
@@ -147,15 +150,16 @@ class Tangents:
         return rule
 
     def _forward_mode(self, node: fx.Node, values: Values) -> Rule:
+        window, parameters = self.window, self.parameters
         inputs = {read: values[read] for read in node.all_input_nodes}
-        own = [name for name in sorted(self.window.varied) if self.window.network.reads(node, name)]
+        own = [name for name in sorted(window.varied) if window.network.reads(node, name)]
 
-        def rule(tangents):
+        def rule(tangents, direction):
             if not own and not any(read in tangents for read in inputs):
                 return None
             dual_inputs = {n: tree_map(dual, value, tangents[n]) for n, value in inputs.items() if n in tangents}
-            dual_parameters = {n: dual(self.parameters[n], self.direction[n]) for n in own if n in self.direction}
-            result = self.window.step(node, {**inputs, **dual_inputs}, {**self.parameters, **dual_parameters})
+            dual_parameters = {n: dual(parameters[n], direction[n]) for n in own if n in direction}
+            result = window.step(node, {**inputs, **dual_inputs}, {**parameters, **dual_parameters})
             return tree_map(tangent_of, result)
 
         return rule

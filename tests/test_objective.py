@@ -17,6 +17,7 @@ from snows.graph import Network, Stream
 from snows.objective import MicroBatch, Objective, reconstruction
 from snows.options import Options
 from snows.preconditioner import output_scale
+from snows.tangent import Tangents
 
 
 def build(model, images, index, k_step, curvature, batch=2, **options):
@@ -239,10 +240,17 @@ def test_an_operation_without_the_derivative_it_needs_is_named(images, curvature
         objective.linearise(weight).product(weight)
 
 
-def test_a_linearisation_lets_go_of_everything(tiny, images):
-    """Graphs that autograd keeps alive through a cycle would add up over the layers of a job."""
+def test_a_linearisation_lets_go_of_everything(tiny, images, monkeypatch):
+    """Graphs that autograd or the tangents' rules keep alive through a cycle would add up over the steps of a job."""
     objective, _, weight = build(tiny, images, 0, 6, "ggn")
     alive = []
+
+    class Watched(Tangents):
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.append(weakref.ref(self))
+
+    monkeypatch.setattr(snows.objective, "Tangents", Watched)
     for module in (objective.window.model.relu, objective.window.model.fc):
         module.register_forward_hook(lambda m, i, output: alive.append(weakref.ref(output)))
     here = objective.linearise(weight)
