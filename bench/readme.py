@@ -24,6 +24,11 @@ def table(header: list[str], rows: list[list]) -> str:
     )
 
 
+def markdown(name: str) -> str:
+    """A table that a bench has written itself."""
+    return (RESULTS / name).read_text().rstrip()
+
+
 def default(name: str) -> str:
     """A run without flags."""
     m = load(name)
@@ -55,11 +60,11 @@ def accuracy() -> str:
         ]
         products = mean(found[-1], "curvature_products")
         cells.append([pattern, f"{zeros[pattern]:.2%}", *(spread(f) for f in found), products and round(products)])
-    more = [
-        f"{row['run']['pattern']} with {row['run']['images']:,} images: {row['accuracy']:.2f} (seed {row['seed']})."
-        for row in rows
-        if row["run"]["images"] != 1024
-    ]
+    others = {}
+    for row in rows:
+        if row["run"]["images"] != 1024:
+            others.setdefault((row["run"]["pattern"], row["run"]["images"]), []).append(row)
+    more = [f"{pattern} with {images:,} images: {spread(found)}." for (pattern, images), found in others.items()]
     return "\n\n".join([table(["pattern", "zeros", *columns, "products"], cells), *more])
 
 
@@ -220,8 +225,9 @@ TABLES = {
     "vit": vit,
     "vit_ablation": vit_ablation,
     "networks": networks,
-    "compare": lambda: (RESULTS / "compare_resnet20.md").read_text().rstrip(),
-    "compare_vit": lambda: (RESULTS / "compare_vit.md").read_text().rstrip(),
+    "compare": lambda: markdown("compare_resnet20.md"),
+    "compare_vit": lambda: markdown("compare_vit.md"),
+    "compare_2048": lambda: markdown("compare_resnet20_2048.md"),
     "permute": permuted,
     "products": products,
     "checkpointing": checkpointing,
