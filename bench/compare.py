@@ -23,7 +23,6 @@ from snows import options, run_folder
 from snows.errors import UsageError
 from snows.evaluate import accuracy
 from snows.experiment import shell
-from snows.memory import keep_freed_memory
 from snows.scores import LAYER_WISE, MASK_ALGORITHMS
 
 PATTERNS = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "1:4", "2:8")
@@ -44,13 +43,13 @@ def pattern_of(text: str, mask: str) -> snows.NM | snows.Unstructured:
 def grid(args: argparse.Namespace) -> list[dict]:
     """What each row runs.
 
-    MP+ is on magnitude masks, by its name. These depend on no seed where the survivors stay as they are. Under N:M, OBS
-    chooses as Wanda does: its factor for each output row does not change the order within a group.
+    Magnitude masks whose survivors stay as they are depend on no seed. Under N:M, OBS chooses as Wanda does: its factor
+    for each output row does not change the order within a group.
     """
     runs = [
         {"pattern": pattern, "mask": mask, "way": way, "seed": seed}
         for seed, pattern, mask, way in itertools.product(args.seeds, args.patterns, args.masks, args.ways)
-        if (way != "MP+" or mask == "MP") and (mask != "OBS" or ":" not in pattern or "Wanda" not in args.masks)
+        if mask != "OBS" or ":" not in pattern or "Wanda" not in args.masks
     ]
     return [run for run in runs if run["seed"] == args.seeds[0] or (run["mask"], run["way"]) != ("MP", "alone")]
 
@@ -173,7 +172,6 @@ def main():
         raise UsageError("--checkpoint is required for the ResNet-20.")
     for pattern in args.patterns:
         pattern_of(pattern, "MP")
-    keep_freed_memory()
     chosen = options.from_flags(args, seed=0)
     settings = {"images": args.images, **{k: v for k, v in vars(chosen).items() if k != "seed"}}
     out = args.out or ROOT / "results" / f"compare_{args.network}.json"

@@ -73,11 +73,11 @@ def mean(rows: list[dict], figure: str) -> float | str:
 
 
 def spread(rows: list[dict]) -> str:
-    """The mean accuracy of some seeds, with the lowest and the highest."""
+    """The mean accuracy of some seeds, with the lowest, the highest and how many there are."""
     found = [row["accuracy"] for row in rows]
     if len(found) < 2:
         return "".join(f"{each:.2f}" for each in found)
-    return f"{sum(found) / len(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+    return f"{sum(found) / len(found):.2f} ({min(found):.2f} to {max(found):.2f}, {len(found)} seeds)"
 
 
 def ablation() -> str:
