@@ -9,7 +9,6 @@ table goes on where it stopped.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -17,10 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning"), str(ROOT / "VIT_pruning")]
 
 from resnet_cifar import ResNet  # noqa: E402
+from rows import Results  # noqa: E402
 from vit_small import vit_cifar10  # noqa: E402
 
 import snows  # noqa: E402
-from snows import data, run_folder  # noqa: E402
+from snows import data  # noqa: E402
 from snows.classifier import load_checkpoint  # noqa: E402
 from snows.evaluate import accuracy  # noqa: E402
 from snows.memory import keep_freed_memory  # noqa: E402
@@ -88,9 +88,9 @@ class Bench:
             self.masked_accuracies[pattern] = accuracy(masked.model, self.test, self.device)
         return self.masked_accuracies[pattern]
 
-    def measure(self, row: dict, seed: int) -> dict:
+    def measure(self, run: dict, seed: int) -> dict:
         """One row's figures."""
-        row = dict(row)
+        row = dict(run)
         pattern, algo, images = row.pop("pattern"), row.pop("algo"), row.pop("images")
         options = snows.Options(**row, seed=seed)
         calibration, _ = self.data.calibration(images, seed)
@@ -108,7 +108,6 @@ class Bench:
             "test_images": len(self.data.test),
             "seed": seed,
             "options": vars(options),
-            "environment": run_folder.environment(self.device),
         }
 
 
@@ -144,16 +143,19 @@ def main():
         parser.error("--checkpoint is required for the ResNet-20")
     network, table = ("vit_cifar10", args.table.removeprefix("vit")) if vit else ("resnet20_cifar10_", args.table)
     out = args.out or ROOT / "results" / f"{network}{table}.json"
-    rows = json.loads(out.read_text())["rows"] if out.exists() else []
+    results = Results(out, args.device)
+    runs = [
+        {"run": run, "seed": seed}
+        for run in rows_of(args.table, args.images)
+        if run["pattern"] in (args.patterns or PATTERNS) and method_of(run) in (args.methods or METHODS)
+        for seed in args.seeds
+    ]
     bench = Bench(vit, checkpoint, args.dset, args.device)
-    for run in rows_of(args.table, args.images):
-        wanted = run["pattern"] in (args.patterns or PATTERNS) and method_of(run) in (args.methods or METHODS)
-        for seed in args.seeds if wanted else []:
-            if (run, seed) not in [(row["run"], row["seed"]) for row in rows]:
-                rows.append({"run": run, **bench.measure(run, seed)})
-                run_folder.write_json(out, {"machine": run_folder.machine(args.device), "rows": rows})
-                print(markdown(rows[-1:]).splitlines()[-1], flush=True)
-    print(markdown(rows))
+    for _, run in results.claimed(runs):
+        row = {**run, **bench.measure(**run)}
+        results.add(row)
+        print(markdown([row]).splitlines()[-1], flush=True)
+    print(markdown(results.rows()))
 
 
 if __name__ == "__main__":

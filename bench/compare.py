@@ -4,19 +4,20 @@
     python bench/compare.py vit --dset cifar10.npz --patterns 2:4 1:4 --masks MP Wanda --seeds 0 --schedule 0
 
 The networks are those of bench/cifar10.py. Each row is written as soon as it is measured, and a row that the results
-file already holds is not measured again, so an interrupted grid goes on where it stopped; a row that the network does
-not allow is left out, and said. Next to the results file lie the Markdown table (.md) and the plot (.png), of the rows
-with the same number of images and the same options.
+file already holds is not measured again, so an interrupted grid goes on where it stopped, and the same command started
+once more measures other rows beside the first. A row that the network does not allow is left out, and said. Next to
+the results file lie the Markdown table (.md) and the plot (.png), of the rows with the same number of images and the
+same options.
 """
 
 import argparse
 import io
 import itertools
-import json
 import statistics
 from pathlib import Path
 
 from cifar10 import ROOT, Bench
+from rows import Results
 
 import snows
 from snows import options, run_folder
@@ -74,7 +75,6 @@ def measure(bench: Bench, run: dict, images: int, chosen: snows.Options) -> dict
         "curvature_products": pruned.curvature_products,
         "seconds": pruned.seconds,
         "test_images": len(bench.data.test),
-        "environment": run_folder.environment(bench.device),
     }
 
 
@@ -175,23 +175,21 @@ def main():
     chosen = options.from_flags(args, seed=0)
     settings = {"images": args.images, **{k: v for k, v in vars(chosen).items() if k != "seed"}}
     out = args.out or ROOT / "results" / f"compare_{args.network}.json"
-    rows = json.loads(out.read_text())["rows"] if out.exists() else []
-    held = [row["run"] for row in rows if row["settings"] == settings]
-    missing = [run for run in grid(args) if run not in held]
-    if missing:
+    results = Results(out, args.device)
+    runs = [{"run": run, "settings": settings} for run in grid(args)]
+    if results.missing(runs):
         checkpoint = args.checkpoint or ROOT / "checkpoints" / "vit_cifar10.safetensors"
         bench = Bench(args.network == "vit", checkpoint, args.dset, args.device)
-    for i, run in enumerate(missing, 1):
-        name = f"{i} of {len(missing)}: {' '.join(map(str, run.values()))}"
+    for position, run in results.claimed(runs):
+        name = f"{position}: {' '.join(map(str, run['run'].values()))}"
         try:
-            figures = measure(bench, run, args.images, chosen)
+            figures = measure(bench, run["run"], args.images, chosen)
         except UsageError as error:  # a sparsity beyond what the network's prunable layers hold, say
             print(f"{name}: left out: {error}", flush=True)
             continue
-        rows.append({"run": run, "settings": settings, **figures})
-        run_folder.write_json(out, {"rows": rows})
+        results.add({**run, **figures})
         print(f"{name}: {figures['accuracy']:.2f} %, {figures['seconds']:.0f} s", flush=True)
-    shown = [row for row in rows if row["settings"] == settings]
+    shown = [row for row in results.rows() if row["settings"] == settings]
     if not shown:
         raise UsageError("no row could be measured.")
     run_folder.write(out.with_suffix(".md"), table(shown))

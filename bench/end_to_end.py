@@ -10,14 +10,14 @@ network's. Writes {"machine": ..., "rows": [...]} and a plot; rows that the file
 """
 
 import argparse
-import json
+import itertools
 from pathlib import Path
 
 import torch
 from cifar10 import PATTERNS, ROOT, Bench
+from rows import Results
 
 import snows
-from snows import run_folder
 from snows.evaluate import accuracy
 from snows.memory import keep_freed_memory
 from snows.objective import Objective
@@ -140,22 +140,19 @@ def main():
     args = parser.parse_args()
     keep_freed_memory()
     out = args.out or ROOT / "results" / f"end_to_end_{args.network}.json"
-    rows = json.loads(out.read_text())["rows"] if out.exists() else []
+    results = Results(out, args.device)
     checkpoint = args.checkpoint or ROOT / "checkpoints" / f"{args.network}.safetensors"
     bench = Bench(args.network == "vit_cifar10", checkpoint, args.dset, args.device)
-    for pattern in args.patterns:
-        for name in args.methods:
-            for seed in args.seeds:
-                run = {"network": args.network, "method": name, "pattern": pattern, "seed": seed, "images": args.images}
-                if any(run.items() <= row.items() for row in rows):
-                    continue
-                rows.append({**run, **measure(bench, name, pattern, seed, args.images)})
-                environment = run_folder.environment(args.device)
-                run_folder.write_json(
-                    out, {"machine": environment["machine"], "environment": environment, "rows": rows}
-                )
-                print(rows[-1], flush=True)
-    plot(rows, out.with_suffix(".svg"))
+    shared = {"network": args.network, "images": args.images}
+    runs = [
+        {**shared, "method": method, "pattern": pattern, "seed": seed}
+        for pattern, method, seed in itertools.product(args.patterns, args.methods, args.seeds)
+    ]
+    for _, run in results.claimed(runs):
+        row = {**run, **measure(bench, run["method"], run["pattern"], run["seed"], args.images)}
+        results.add(row)
+        print(row, flush=True)
+    plot(results.rows(), out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ file already holds is not measured again. Writes {"machine": ..., "rows": [...]}
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 from statistics import mean
 
 from cifar10 import ROOT, Bench
+from rows import Results
 
 import snows
-from snows import run_folder
 from snows.evaluate import accuracy
 from snows.permute import permute
 
@@ -38,7 +37,6 @@ def measure(bench: Bench, pattern: snows.NM, permuted: bool, seed: int, images: 
         "masked_accuracy": accuracy(masked.model, bench.test, bench.device),
         "accuracy": accuracy(solved.model, bench.test, bench.device),
         "seconds": solved.seconds,
-        "environment": run_folder.environment(bench.device),
     }
 
 
@@ -51,17 +49,19 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "permute.json")
     args = parser.parse_args()
-    rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    results = Results(args.out, args.device)
     checkpoints = {"resnet20_cifar10": args.checkpoint, "vit_cifar10": ROOT / "checkpoints" / "vit_cifar10.safetensors"}
     for network, checkpoint in checkpoints.items():
         bench = Bench(network == "vit_cifar10", checkpoint, args.dset, args.device)
-        for seed, pattern, permuted in itertools.product(args.seeds, PATTERNS, (False, True)):
-            run = {"network": network, "pattern": pattern, "permuted": permuted, "seed": seed, "images": args.images}
-            if any(run.items() <= row.items() for row in rows):
-                continue
-            rows.append(run | measure(bench, snows.NM.parse(pattern), permuted, seed, args.images))
-            run_folder.write_json(args.out, {"machine": run_folder.machine(args.device), "rows": rows})
-            print(*run.values(), *(f"{rows[-1][k]:.2f}" for k in ("kept", "masked_accuracy", "accuracy")), flush=True)
+        shared = {"network": network, "images": args.images}
+        runs = [
+            {**shared, "pattern": pattern, "permuted": permuted, "seed": seed}
+            for seed, pattern, permuted in itertools.product(args.seeds, PATTERNS, (False, True))
+        ]
+        for _, run in results.claimed(runs):
+            row = {**run, **measure(bench, snows.NM.parse(run["pattern"]), run["permuted"], run["seed"], args.images)}
+            results.add(row)
+            print(*run.values(), *(f"{row[k]:.2f}" for k in ("kept", "masked_accuracy", "accuracy")), flush=True)
 
 
 if __name__ == "__main__":
