@@ -37,6 +37,7 @@ ABLATION = [{}, *({"k_step": k} for k in (0, 2, 4, 16))]  # each row changes one
 ABLATION += [{"targets": "same"}, {"curvature": "hessian"}, {"depth_weights": "mean"}, {"batching": True}]
 ABLATION += [{"preconditioner": "none"}, {"biases": False}]
 ABLATION += [{"newton_steps": 3}, {"images": 768}]  # as many products: more of them on the images, or more images
+ABLATION += [{"images": 768, "newton_steps": 2, "curvature_images": 256}]
 ABLATION += [{"sweeps": 2}, {"schedule": 2}, {"schedule": 2, "sweeps": 2}]
 ABLATION_JOINT = {"joint_steps": 4, "joint_CG_iterations": 20}
 ABLATION += [ABLATION_JOINT, {"schedule": 2, **ABLATION_JOINT}]
@@ -44,17 +45,18 @@ VIT_PATTERNS = ("2:4", "1:4", "4:8", "unstructured 0.5", "unstructured 0.6", "un
 VIT_SOLVER = {"sweeps": 1, "schedule": 0, "joint_steps": 0, "max_CG_iterations": 10, "cg_tolerance": 0.01}
 VIT_RUNS = [{"algo": "MP"}, {"algo": "MP+"}, *({"algo": "SNOWS", "k_step": k, **VIT_SOLVER} for k in (0, 3, 8))]
 VIT_ABLATED = {"images": 512, "schedule": 0, "joint_steps": 0}
-VIT_JOINT = {"joint_steps": 4, "joint_CG_iterations": 20, "joint_images": 256}
+VIT_JOINT = {"joint_steps": 4, "joint_CG_iterations": 20, "curvature_images": 256}
 VIT_SHORT_STEPS = {"newton_steps": 2, "max_CG_iterations": 5}
 VIT_ABLATION = [{}, {"biases": False}, VIT_SHORT_STEPS, {"sweeps": 2}, {"schedule": 2}]
 VIT_ABLATION += [VIT_JOINT, {"schedule": 2, **VIT_JOINT}]
 
 
-def rows_of(table: str, images: int = 1024) -> list[dict]:
-    """What each row of a table runs; `accuracy` with so many images."""
+def rows_of(table: str, images: int = 1024, changes: dict | None = None) -> list[dict]:
+    """What each row of a table runs; `accuracy` with so many images, and SNOWS there with options changed."""
     if table == "accuracy":
         patterns = [pattern for pattern in PATTERNS if pattern != "4:8"]
-        return [{"pattern": pattern, **run, "images": images} for run in ACCURACY_RUNS for pattern in patterns]
+        runs = [{**run, **(changes or {})} if run["algo"] == "SNOWS" else run for run in ACCURACY_RUNS]
+        return [{"pattern": pattern, **run, "images": images} for run in runs for pattern in patterns]
     if table == "vit":
         return [{"pattern": pattern, **run, "images": 2048} for pattern in VIT_PATTERNS for run in VIT_RUNS]
     if table == "vit_ablation":
@@ -65,8 +67,7 @@ def rows_of(table: str, images: int = 1024) -> list[dict]:
 
 def method_of(run: dict) -> str:
     """What `--methods` calls a row: in `accuracy`, SNOWS without joint steps has a name of its own."""
-    chosen = {key: value for key, value in run.items() if key not in ("pattern", "images")}
-    return "layer-by-layer" if chosen == LAYER_BY_LAYER else run["algo"]
+    return "layer-by-layer" if LAYER_BY_LAYER.items() <= run.items() else run["algo"]
 
 
 class Bench:
@@ -135,6 +136,10 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these rows")
     parser.add_argument("--images", type=int, default=1024, help="calibration images of `accuracy` (default: 1024)")
     parser.add_argument("--out", type=Path, help="default: results/NETWORK_cifar10_TABLE.json")
+    parser.add_argument(
+        "--newton_steps", type=int, help="of SNOWS in `accuracy`: rows of their own (default: the option's)"
+    )
+    parser.add_argument("--curvature_images", type=int, help="likewise")
     args = parser.parse_args()
     keep_freed_memory()
     vit = args.table.startswith("vit")
@@ -144,9 +149,12 @@ def main():
     network, table = ("vit_cifar10", args.table.removeprefix("vit")) if vit else ("resnet20_cifar10_", args.table)
     out = args.out or ROOT / "results" / f"{network}{table}.json"
     results = Results(out, args.device)
+    changes = {k: v for k in ("newton_steps", "curvature_images") if (v := getattr(args, k)) is not None}
+    if changes and args.table != "accuracy":
+        parser.error(f"--{next(iter(changes))} belongs to `accuracy`; the other tables have rows of their own for it")
     runs = [
         {"run": run, "seed": seed}
-        for run in rows_of(args.table, args.images)
+        for run in rows_of(args.table, args.images, changes)
         if run["pattern"] in (args.patterns or PATTERNS) and method_of(run) in (args.methods or METHODS)
         for seed in args.seeds
     ]

@@ -47,10 +47,9 @@ class Objective:
     (out, in + 1), which the bias behind the layer takes up: see `join` and `split`.
 
     options: `depth_weights`: "mean" gives c_k = 1 / numel(Y_k), "relative" gives c_k = 1 / ||Y_k||^2, both over all the
-        images; and of the rest what says how to differentiate: `curvature`, `biases`, `memory_budget`.
+        images; and of the rest what says how to differentiate: `curvature`, `curvature_images`, `biases`,
+        `memory_budget`.
     """
-
-    curvature_images = 0  # that products look at; 0: all, as loss and gradient always do
 
     def __init__(self, window: Window, batches: list[MicroBatch], options: Options, device: torch.device | str):
         self.window, self.batches, self.options, self.device = window, batches, options, device
@@ -148,7 +147,7 @@ class Linearisation:
         self.gradient = torch.zeros_like(weight)
         asked = objective.options.memory_budget * 2**30
         budget, before = asked or free_memory(objective.device) / 2, used_memory(objective.device)
-        sample = objective.sample(objective.curvature_images)
+        sample = objective.sample(objective.options.curvature_images)
         self.products: dict[int, Product | None] = {}  # of each micro-batch in the sample; None: does not fit
         self.share = sum(objective.batches[i].images for i in sample) / sum(b.images for b in objective.batches)
         for i in range(len(objective)):

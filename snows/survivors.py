@@ -29,6 +29,7 @@ LEAST_SQUARES = dict(
     targets="same",
     curvature="ggn",
     newton_steps=1,
+    curvature_images=0,
     batching=False,
     w_warm=False,
 )

@@ -123,8 +123,7 @@ def test_gauss_newton_equals_the_hessian_where_the_residual_is_zero(tiny, images
 @pytest.mark.parametrize("curvature", ["ggn", "hessian"])
 def test_sampled_curvature_is_that_of_the_sample_and_the_gradient_that_of_all_images(tiny, images, curvature):
     whole, _, weight = build(tiny, images, 0, 4, curvature, batch=1)
-    sampled, _, _ = build(tiny, images, 0, 4, curvature, batch=1)
-    sampled.curvature_images = 2
+    sampled, _, _ = build(tiny, images, 0, 4, curvature, batch=1, curvature_images=2)
     chosen = sampled.sample(2)
     assert chosen == [0, 2]  # of five
     here = sampled.linearise(weight)

@@ -108,7 +108,7 @@ def test_what_is_written_is_what_was_solved(tiny, images, biases):
 def test_mp_plus_is_the_layer_wise_least_squares_solution():
     torch.manual_seed(0)
     model, images = randomise(nn.Sequential(nn.Flatten(), nn.Linear(8, 3))), torch.randn(50, 2, 2, 2).double()
-    pruned = snows.prune(model, images, snows.NM(1, 2), fast(), algo="MP+")
+    pruned = snows.prune(model, images, snows.NM(1, 2), fast(curvature_images=4), algo="MP+")  # solved to the end
     mask, x, dense = pruned.masks["1"], images.flatten(1), model[1].weight
     for row in range(3):
         support = mask[row]
