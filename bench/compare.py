@@ -25,6 +25,7 @@ from snows.errors import UsageError
 from snows.evaluate import accuracy
 from snows.experiment import shell
 from snows.scores import LAYER_WISE, MASK_ALGORITHMS
+from snows.survivors import SETTLED
 
 PATTERNS = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "1:4", "2:8")
 ALONE = {"SparseGPT": "SparseGPT"}  # what a mask's own method does with the survivors; the others keep them as they are
@@ -55,6 +56,17 @@ def grid(args: argparse.Namespace) -> list[dict]:
     return [run for run in runs if run["seed"] == args.seeds[0] or (run["mask"], run["way"]) != ("MP", "alone")]
 
 
+def algorithm(run: dict) -> str:
+    """How a row's survivors are set."""
+    return ALONE.get(run["mask"], "MP") if run["way"] == "alone" else run["way"]
+
+
+def settings(run: dict, images: int, chosen: snows.Options) -> dict:
+    """What a row's figures depend on besides: the options as its algorithm settles them, so that MP+ knows few."""
+    settled = vars(chosen.but(**SETTLED.get(algorithm(run), {})))
+    return {"images": images, **{name: value for name, value in settled.items() if name != "seed"}}
+
+
 def measure(bench: Bench, run: dict, images: int, chosen: snows.Options) -> dict:
     """One row's figures."""
     calibration, _ = bench.data.calibration(images, run["seed"])
@@ -64,7 +76,7 @@ def measure(bench: Bench, run: dict, images: int, chosen: snows.Options) -> dict
         pattern_of(run["pattern"], run["mask"]),
         chosen.but(seed=run["seed"]),
         mask_alg=run["mask"],
-        algo=ALONE.get(run["mask"], "MP") if run["way"] == "alone" else run["way"],
+        algo=algorithm(run),
         layers=bench.layers,
         device=bench.device,
     )
@@ -173,10 +185,9 @@ def main():
     for pattern in args.patterns:
         pattern_of(pattern, "MP")
     chosen = options.from_flags(args, seed=0)
-    settings = {"images": args.images, **{k: v for k, v in vars(chosen).items() if k != "seed"}}
     out = args.out or ROOT / "results" / f"compare_{args.network}.json"
     results = Results(out, args.device)
-    runs = [{"run": run, "settings": settings} for run in grid(args)]
+    runs = [{"run": run, "settings": settings(run, args.images, chosen)} for run in grid(args)]
     if results.missing(runs):
         checkpoint = args.checkpoint or ROOT / "checkpoints" / "vit_cifar10.safetensors"
         bench = Bench(args.network == "vit", checkpoint, args.dset, args.device)
@@ -189,7 +200,7 @@ def main():
             continue
         results.add({**run, **figures})
         print(f"{name}: {figures['accuracy']:.2f} %, {figures['seconds']:.0f} s", flush=True)
-    shown = [row for row in results.rows() if row["settings"] == settings]
+    shown = [row for row in results.rows() if row["settings"] == settings(row["run"], args.images, chosen)]
     if not shown:
         raise UsageError("no row could be measured.")
     run_folder.write(out.with_suffix(".md"), table(shown))

@@ -88,3 +88,14 @@ def test_a_row_that_the_network_does_not_allow_is_left_out(run, capsys):
 def test_a_grid_of_which_nothing_can_be_measured_is_refused(compare, run):
     with pytest.raises(compare.UsageError, match="no row"):
         run("--masks", "MP", "--seeds", 0, "--ways", "alone", "--patterns", "0.999999")
+
+
+def test_a_row_is_of_the_options_that_its_way_depends_on(run, tmp_path):
+    grid = ["--masks", "MP", "--patterns", "2:4", "--seeds", 0]
+    run(*grid)
+    rows = run(*grid, "--newton_steps", 2)
+    assert [(row["run"]["way"], row["settings"]["newton_steps"]) for row in rows] == [
+        ("alone", 1), ("MP+", 1), ("SNOWS", 1), ("alone", 2), ("SNOWS", 2),
+    ]  # fmt: skip
+    _, _, line = (tmp_path / "grid.md").read_text().splitlines()
+    assert "|  |" not in line  # the least squares are in the table of both
