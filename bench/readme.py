@@ -63,8 +63,9 @@ def accuracy() -> str:
     others = {}
     for row in rows:
         if row["run"]["images"] != 1024:
-            others.setdefault((row["run"]["pattern"], row["run"]["images"]), []).append(row)
-    more = [f"{pattern} with {images:,} images: {spread(found)}." for (pattern, images), found in others.items()]
+            flags = changed(row["run"], {"algo": "SNOWS"})
+            others.setdefault((row["run"]["pattern"], flags), []).append(row)
+    more = [f"{pattern}, {flags}: {spread(found)}." for (pattern, flags), found in others.items()]
     return "\n\n".join([table(["pattern", "zeros", *columns, "products"], cells), *more])
 
 
