@@ -45,7 +45,7 @@ VIT_PATTERNS = ("2:4", "1:4", "4:8", "unstructured 0.5", "unstructured 0.6", "un
 VIT_SOLVER = {"sweeps": 1, "schedule": 0, "joint_steps": 0, "max_CG_iterations": 10, "cg_tolerance": 0.01}
 VIT_RUNS = [{"algo": "MP"}, {"algo": "MP+"}, *({"algo": "SNOWS", "k_step": k, **VIT_SOLVER} for k in (0, 3, 8))]
 VIT_ABLATED = {"images": 512, "schedule": 0, "joint_steps": 0}
-VIT_JOINT = {"joint_steps": 4, "joint_CG_iterations": 20, "curvature_images": 256}
+VIT_JOINT = {"joint_steps": 4, "joint_CG_iterations": 20, "joint_images": 256}
 VIT_SHORT_STEPS = {"newton_steps": 2, "max_CG_iterations": 5}
 VIT_ABLATION = [{}, {"biases": False}, VIT_SHORT_STEPS, {"sweeps": 2}, {"schedule": 2}]
 VIT_ABLATION += [VIT_JOINT, {"schedule": 2, **VIT_JOINT}]
@@ -140,6 +140,7 @@ def main():
         "--newton_steps", type=int, help="of SNOWS in `accuracy`: rows of their own (default: the option's)"
     )
     parser.add_argument("--curvature_images", type=int, help="likewise")
+    parser.add_argument("--joint_images", type=int, help="likewise")
     args = parser.parse_args()
     keep_freed_memory()
     vit = args.table.startswith("vit")
@@ -149,7 +150,9 @@ def main():
     network, table = ("vit_cifar10", args.table.removeprefix("vit")) if vit else ("resnet20_cifar10_", args.table)
     out = args.out or ROOT / "results" / f"{network}{table}.json"
     results = Results(out, args.device)
-    changes = {k: v for k in ("newton_steps", "curvature_images") if (v := getattr(args, k)) is not None}
+    changes = {
+        k: v for k in ("newton_steps", "curvature_images", "joint_images") if (v := getattr(args, k)) is not None
+    }
     if changes and args.table != "accuracy":
         parser.error(f"--{next(iter(changes))} belongs to `accuracy`; the other tables have rows of their own for it")
     runs = [

@@ -54,6 +54,7 @@ class JointObjective(Objective):
         self.dense_values = [to(self.teacher.enter(dense[i]), "cpu") for i in range(len(dense))]
         batches = [MicroBatch(sparse.sizes[i], to(window.enter(sparse[i]), "cpu"), []) for i in range(len(sparse))]
         self.shifted = [options.biases and layer.bias is not None for layer in layers]
+        options = options.but(curvature_images=options.joint_images)
         super().__init__(window, batches, options, streams.device)
 
     @torch.no_grad()

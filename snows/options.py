@@ -67,11 +67,15 @@ class Options:
         4, "Newton steps on all the layers together after the last pass, whose loss looks at the whole line", low=0
     )
     joint_CG_iterations: int = option(10, "curvature products per joint step, at most", low=1)
+    joint_images: int = option(
+        0, "calibration images that the products of a joint step look at; its gradient looks at all; 0: all", low=0
+    )
     newton_steps: int = option(1, "Newton steps per layer (with --batching True: passes over the batches)", low=1)
     max_CG_iterations: int = option(10, "curvature products per Newton step, at most", low=1)
     curvature_images: int = option(
-        0, "calibration images that products look at; loss and gradient always look at all of them; 0: all", low=0
-    )
+        0, "calibration images that a layer's products look at; its gradient looks at all; 0: all; "
+        "with few, take two steps", low=0,
+    )  # fmt: skip
     cg_tolerance: float = option(0.1, "relative residual at which CG stops: Newton's step is inexact", low=0)
     damping: float = option(1e-3, "first Levenberg-Marquardt damping, relative to the curvature", low=0)
     batching: bool = option(False, "True: a Newton step per mini-batch (paper); False: one for all the images")

@@ -75,7 +75,7 @@ JOBS = {
     "the defaults": (HALF, "MP", "SNOWS", {}),
     "the exact Hessian": (ONE_OF_TWO, "MP", "SNOWS", {"curvature": "hessian"}),
     "the paper's choices": (HALF, "MP", "SNOWS", {"batching": True, "targets": "same", "preconditioner": "none"}),
-    "a warm start": (ONE_OF_TWO, "Wanda", "SNOWS", {"w_warm": True, "curvature_images": 2}),
+    "a warm start": (ONE_OF_TWO, "Wanda", "SNOWS", {"w_warm": True, "curvature_images": 2, "joint_images": 2}),
     "masks by the loss": (HALF, "OBS", "SNOWS", {"depth_weights": "mean", "biases": False}),
     "SparseGPT": (ONE_OF_TWO, "SparseGPT", "SparseGPT", {}),
     "SNOWS on SparseGPT": (HALF, "SparseGPT", "SNOWS", {}),

@@ -57,8 +57,8 @@ def test_products_equal_the_dense_matrix_through_a_transformer():
 
 
 def test_products_look_at_the_sampled_images_and_the_gradient_at_all(tiny, images):
-    whole, _, unknown = build(tiny, images, snows.Options(curvature_images=0))
-    some, _, _ = build(tiny, images, snows.Options(curvature_images=1))
+    whole, _, unknown = build(tiny, images, snows.Options(joint_images=0, curvature_images=1))  # a layer's own
+    some, _, _ = build(tiny, images, snows.Options(joint_images=1))
     here, all_of_them = some.linearise(unknown), whole.linearise(unknown)
     torch.testing.assert_close((here.loss, here.gradient), (all_of_them.loss, all_of_them.gradient))
     assert len(images) == 5
