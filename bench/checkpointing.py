@@ -26,8 +26,8 @@ from resnet_cifar import ResNet  # noqa: E402
 import snows  # noqa: E402
 from snows import data, run_folder  # noqa: E402
 from snows.classifier import load_checkpoint  # noqa: E402
+from snows.experiment import shell  # noqa: E402
 from snows.journal import Journal  # noqa: E402
-from snows.memory import keep_freed_memory  # noqa: E402
 
 ANY = lambda name: True  # noqa: E731
 
@@ -90,7 +90,6 @@ def main():
     parser.add_argument("--folder", type=Path, default=ROOT, help="where the steps are written for the time of a run")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "checkpointing.json")
     args = parser.parse_args()
-    keep_freed_memory()
     environment, rows = run_folder.environment(args.device), []
     for name, build in RUNS.items():
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -100,4 +99,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    shell(main)

@@ -23,7 +23,7 @@ import snows  # noqa: E402
 from snows import data  # noqa: E402
 from snows.classifier import load_checkpoint  # noqa: E402
 from snows.evaluate import accuracy  # noqa: E402
-from snows.memory import keep_freed_memory  # noqa: E402
+from snows.experiment import shell  # noqa: E402
 
 PATTERNS = {f"unstructured {share}": snows.Unstructured(share) for share in (0.5, 0.6, 0.7, 0.8, 0.9)}
 PATTERNS |= {"2:4": snows.NM(2, 4), "1:4": snows.NM(1, 4), "4:8": snows.NM(4, 8)}
@@ -142,14 +142,13 @@ def main():
     parser.add_argument("--curvature_images", type=int, help="likewise")
     parser.add_argument("--joint_images", type=int, help="likewise")
     args = parser.parse_args()
-    keep_freed_memory()
     vit = args.table.startswith("vit")
     checkpoint = args.checkpoint or (ROOT / "checkpoints" / "vit_cifar10.safetensors" if vit else None)
     if checkpoint is None:
         parser.error("--checkpoint is required for the ResNet-20")
     network, table = ("vit_cifar10", args.table.removeprefix("vit")) if vit else ("resnet20_cifar10_", args.table)
     out = args.out or ROOT / "results" / f"{network}{table}.json"
-    results = Results(out, args.device)
+    results = Results(out, args.device, (checkpoint, args.dset))
     changes = {
         k: v for k in ("newton_steps", "curvature_images", "joint_images") if (v := getattr(args, k)) is not None
     }
@@ -170,4 +169,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    shell(main)

@@ -186,10 +186,10 @@ def main():
         pattern_of(pattern, "MP")
     chosen = options.from_flags(args, seed=0)
     out = args.out or ROOT / "results" / f"compare_{args.network}.json"
-    results = Results(out, args.device)
+    checkpoint = args.checkpoint or ROOT / "checkpoints" / "vit_cifar10.safetensors"
+    results = Results(out, args.device, (checkpoint, args.dset))
     runs = [{"run": run, "settings": settings(run, args.images, chosen)} for run in grid(args)]
     if results.missing(runs):
-        checkpoint = args.checkpoint or ROOT / "checkpoints" / "vit_cifar10.safetensors"
         bench = Bench(args.network == "vit", checkpoint, args.dset, args.device)
     for position, run in results.claimed(runs):
         name = f"{position}: {' '.join(map(str, run['run'].values()))}"

@@ -22,8 +22,8 @@ from vit_small import vit_cifar10  # noqa: E402
 
 from snows import NM, Options, data, run_folder  # noqa: E402
 from snows.classifier import load_checkpoint  # noqa: E402
+from snows.experiment import shell  # noqa: E402
 from snows.graph import Layer, Network, Stream  # noqa: E402
-from snows.memory import keep_freed_memory  # noqa: E402
 from snows.objective import reconstruction  # noqa: E402
 from snows.preconditioner import row_inverses  # noqa: E402
 from snows.solver import backtrack, conjugate_gradients, dot, solve  # noqa: E402
@@ -127,7 +127,6 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="default: results/convergence_NETWORK.json")
     args = parser.parse_args()
-    keep_freed_memory()
     build, names = NETWORKS[args.network]
     model = build()
     load_checkpoint(model, args.checkpoint or ROOT / "checkpoints" / f"{args.network}.safetensors")
@@ -143,4 +142,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    shell(main)

@@ -19,7 +19,7 @@ from rows import Results
 
 import snows
 from snows.evaluate import accuracy
-from snows.memory import keep_freed_memory
+from snows.experiment import shell
 from snows.objective import Objective
 from snows.solver import Solution
 
@@ -138,10 +138,9 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="default: results/end_to_end_NETWORK.json")
     args = parser.parse_args()
-    keep_freed_memory()
     out = args.out or ROOT / "results" / f"end_to_end_{args.network}.json"
-    results = Results(out, args.device)
     checkpoint = args.checkpoint or ROOT / "checkpoints" / f"{args.network}.safetensors"
+    results = Results(out, args.device, (checkpoint, args.dset))
     bench = Bench(args.network == "vit_cifar10", checkpoint, args.dset, args.device)
     shared = {"network": args.network, "images": args.images}
     runs = [
@@ -156,4 +155,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    shell(main)

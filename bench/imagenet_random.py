@@ -17,6 +17,12 @@ from pathlib import Path
 import safetensors.torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from snows import run_folder  # noqa: E402
+from snows.errors import SnowsError  # noqa: E402
+from snows.experiment import shell  # noqa: E402
+
 SHARED = "--ngrads 64 --batch_size 16 --NM_N 2 --NM_M 4 --sweeps 1 --schedule 0"
 CNN = f"CNN_pruning/prune_NM.py {SHARED} --k_step 1 --max_CG_iterations 2"
 VIT = f"VIT_pruning/prune_NM.py {SHARED} --k_step 3 --max_CG_iterations 3 --layers_to_prune in_proj out_proj mlp"
@@ -31,7 +37,8 @@ def measure(arch: str, dset: Path, device: str) -> dict:
         run = Path(folder, "run")
         command = [sys.executable, str(ROOT / script), *settings, "--arch", arch, "--random_weights"]
         command += ["--dset", str(dset), "--device", device, "--out_dir", str(run), "--skip_evaluation"]
-        subprocess.run(command, check=True)
+        if subprocess.run(command).returncode:
+            raise SnowsError(f"{arch}: its run failed, for the reason above.")
         metrics = json.loads((run / "metrics.json").read_text())
         environment = json.loads((run / "environment.json").read_text())
         layers = list(csv.DictReader((run / "layers.csv").open()))
@@ -75,9 +82,9 @@ def main():
     rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     for arch in args.networks:
         rows = [row for row in rows if row["network"] != arch] + [measure(arch, args.dset, args.device)]
-        args.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        run_folder.write_json(args.out, {"rows": rows})
         print(rows[-1], flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    shell(main)

@@ -16,6 +16,7 @@ from rows import Results
 
 import snows
 from snows.evaluate import accuracy
+from snows.experiment import shell
 from snows.permute import permute
 
 PATTERNS = ("2:4", "1:4")
@@ -49,8 +50,8 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "permute.json")
     args = parser.parse_args()
-    results = Results(args.out, args.device)
     checkpoints = {"resnet20_cifar10": args.checkpoint, "vit_cifar10": ROOT / "checkpoints" / "vit_cifar10.safetensors"}
+    results = Results(args.out, args.device, (*checkpoints.values(), args.dset))
     for network, checkpoint in checkpoints.items():
         bench = Bench(network == "vit_cifar10", checkpoint, args.dset, args.device)
         shared = {"network": network, "images": args.images}
@@ -65,4 +66,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    shell(main)

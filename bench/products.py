@@ -21,8 +21,9 @@ from resnet_cifar import ResNet  # noqa: E402
 from vit_small import vit_cifar10  # noqa: E402
 
 from snows import run_folder  # noqa: E402
+from snows.experiment import shell  # noqa: E402
+from snows.flags import whole  # noqa: E402
 from snows.graph import Layer, Network, Stream  # noqa: E402
-from snows.memory import keep_freed_memory  # noqa: E402
 from snows.objective import reconstruction  # noqa: E402
 from snows.options import Options  # noqa: E402
 
@@ -98,13 +99,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--curvatures", nargs="+", default=["ggn", "hessian"], choices=("ggn", "hessian"))
-    parser.add_argument("--layers", type=int, default=6, help="layers of each network, evenly spread (default: 6)")
+    parser.add_argument("--layers", type=whole(1), default=6, help="layers of each network, evenly spread (default: 6)")
     parser.add_argument("--k_step", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "products.json")
     args = parser.parse_args()
-    keep_freed_memory()
     rows = []
     for name in args.networks:
         build, pixels, batch = NETWORKS[name]
@@ -122,4 +122,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    shell(main)

@@ -3,6 +3,7 @@
 python bench/readme.py
 """
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -245,5 +246,6 @@ def fill(text: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     readme = ROOT / "README.md"
     readme.write_text(fill(readme.read_text()))

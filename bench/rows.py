@@ -8,20 +8,34 @@ import fcntl
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from snows import run_folder
+from snows.errors import UsageError
 
 
 class Results:
-    """{"machine": ..., "rows": [...]} in a JSON file; beside it an empty .lock file that holds the claims."""
+    """{"machine": ..., "of": ..., "rows": [...]} in a JSON file; beside it an empty .lock file that holds the claims.
 
-    def __init__(self, path: Path, device: torch.device | str):
+    of: the files that the rows are of, weights and images.
+
+    Raises:
+        UsageError: the file holds rows of others, or there is no such file.
+    """
+
+    def __init__(self, path: Path, device: torch.device | str, of: Sequence[Path] = ()):
         self.path, self.device = path, device
+        missing = [str(file) for file in of if not file.is_file()]
+        if missing:
+            raise UsageError(f"no such file: {', '.join(missing)}")
+        self.of = {file.name: f"{zlib.crc32(file.read_bytes()):08x}" for file in of}
+        before = json.loads(path.read_text()).get("of", self.of) if path.exists() else self.of
+        if before != self.of:
+            raise UsageError(f"{path} holds rows of {before}, not of {self.of}: give another --out.")
         # Open as long as this object lives: closing it anywhere would free all the locks of the process.
         self.locks = os.open(path.with_suffix(".lock"), os.O_CREAT | os.O_RDWR)
 
@@ -46,7 +60,7 @@ class Results:
         """Write a row behind those that the file holds by now."""
         with self._locked(0, wait=True):
             rows = [*self.rows(), {**row, "environment": run_folder.environment(self.device)}]
-            run_folder.write_json(self.path, {"machine": run_folder.machine(self.device), "rows": rows})
+            run_folder.write_json(self.path, {"machine": run_folder.machine(self.device), "of": self.of, "rows": rows})
 
     @contextmanager
     def _locked(self, place: int, wait: bool = False) -> Iterator[bool]:

@@ -23,7 +23,7 @@ from resnet_cifar import ResNet  # noqa: E402
 
 import snows  # noqa: E402
 from snows import run_folder  # noqa: E402
-from snows.memory import keep_freed_memory  # noqa: E402
+from snows.experiment import shell  # noqa: E402
 
 START = {"images": 128, "k_step": 4, "depth": 20}
 VALUES = {"images": (64, 128, 256, 512), "k_step": (0, 1, 2, 4, 8, 16), "depth": (8, 14, 20, 32, 56)}
@@ -80,7 +80,6 @@ def main():
     parser.add_argument("--one", type=int, nargs=3, metavar=tuple(START), help="one run, its figures printed as JSON")
     args = parser.parse_args()
     if args.one:
-        keep_freed_memory()
         print(json.dumps(measure(*args.one, args.device)))
         return
     rows = []
@@ -99,4 +98,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    shell(main)

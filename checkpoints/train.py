@@ -29,7 +29,7 @@ from vit_small import vit_cifar10, vit_digits  # noqa: E402
 
 from snows.data import load, normalised  # noqa: E402
 from snows.evaluate import accuracy  # noqa: E402
-from snows.memory import keep_freed_memory  # noqa: E402
+from snows.experiment import shell  # noqa: E402
 
 
 @dataclass
@@ -111,7 +111,6 @@ def main():
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="where datasets lie (default: data)")
     parser.add_argument("--out", type=Path, help="default: NETWORK.safetensors beside this script")
     args = parser.parse_args()
-    keep_freed_memory()
     recipe = RECIPES[args.network]
     out = args.out or Path(__file__).with_name(f"{args.network}.safetensors")
     progress = out.with_suffix(".training.pt")
@@ -122,4 +121,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    shell(main)

@@ -7,6 +7,8 @@ import time
 import pytest
 from conftest import ROOT
 
+import snows
+
 RUNS = [{"run": {"pattern": "2:4", "way": way}, "seed": seed} for way in ("alone", "SNOWS") for seed in (0, 1)]
 
 
@@ -70,3 +72,14 @@ def test_processes_that_write_at_once_lose_no_row(results):
         writer.join()
     expected = {(writer.pid, number) for writer in writers for number in range(20)}
     assert {(row["writer"], row["number"]) for row in results.rows()} == expected
+
+
+def test_rows_of_other_weights_or_images_are_not_taken_for_these(results, tmp_path):
+    kind, files = type(results), [tmp_path / "weights.pt", tmp_path / "images.npz"]
+    for file in files:
+        file.write_bytes(b"as it was")
+    kind(results.path, "cpu", files).add(RUNS[0])
+    assert kind(results.path, "cpu", files).rows()[0].items() >= RUNS[0].items()
+    files[1].write_bytes(b"another set")
+    with pytest.raises(snows.UsageError, match=r"holds rows of .*give another --out"):
+        kind(results.path, "cpu", files)
