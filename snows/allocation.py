@@ -29,8 +29,9 @@ def normalised(scores: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def uniform(removed: int, scores: dict[str, Tensor], caps: Counts) -> Counts:
-    """Every layer loses the same share."""
-    return dict(zip(scores, proportional(removed, [score.numel() for score in scores.values()])))
+    """Every layer loses the same share, give or take one weight."""
+    sizes = {name: score.numel() for name, score in scores.items()}
+    return rounded(removed, {name: removed * size / sum(sizes.values()) for name, size in sizes.items()}, caps)
 
 
 def erdos_renyi_kernel(removed: int, scores: dict[str, Tensor], caps: Counts) -> Counts:
@@ -48,12 +49,17 @@ def erdos_renyi_kernel(removed: int, scores: dict[str, Tensor], caps: Counts) ->
     for _ in range(100):  # bisection: the larger the scale, the less is lost
         middle = (low + high) / 2
         low, high = (middle, high) if sum(lost(middle).values()) > removed else (low, middle)
-    shares = lost(low)
-    counts = {name: int(share) for name, share in shares.items()}
-    below = [name for name in scores if counts[name] < caps[name]]
-    below.sort(key=lambda name: counts[name] - shares[name])  # the largest remainders first
-    for name in below[: removed - sum(counts.values())]:
-        counts[name] += 1
+    return rounded(removed, lost(low), caps)
+
+
+def rounded(removed: int, shares: dict[str, float], caps: Counts) -> Counts:
+    """Shares that add up to `removed` as whole numbers that do, and none above its cap: the largest remainders gain."""
+    counts = {name: min(int(share), caps[name]) for name, share in shares.items()}
+    while left := removed - sum(counts.values()):
+        below = [name for name in counts if counts[name] < caps[name]]
+        below.sort(key=lambda name: counts[name] - shares[name])
+        for name in below[:left]:
+            counts[name] += 1
     return counts
 
 

@@ -15,6 +15,10 @@ from torchvision.transforms import v2
 
 from snows.data import normalised
 from snows.errors import SnowsError, UsageError, first_line
+from snows.layer_rules import listed
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "masks")  # keys that files hold their tensors under
+PREFIXES = ("module.", "_orig_mod.")  # that DataParallel and torch.compile put before every name
 
 
 @dataclass
@@ -77,13 +81,12 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     """Load local weights into `model`, strictly: every name and shape must fit.
 
     Takes .safetensors, or what torch.save wrote (.pt, .pth, .bin, ...; only tensors, no pickled code), bare or under
-    "state_dict" or "model", with or without DataParallel's "module." prefix.
+    one of the usual keys, with or without the prefixes of DataParallel and torch.compile.
 
     Raises:
         UsageError: the file is missing, damaged, or does not fit; the message lists what does not.
     """
     state = read_state(path)
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     own = model.state_dict()
     problems = [f"missing {name}" for name in own if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in own]
@@ -93,29 +96,32 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         if name in state and state[name].shape != own[name].shape
     ]
     if problems:
-        listed = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-        raise UsageError(f"{path} does not fit the network: {listed}.")
+        raise UsageError(f"{path} does not fit the network: {listed(problems)}.")
     broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
-        raise UsageError(f"{path} holds NaN or infinity in {', '.join(broken[:10])}.")
+        raise UsageError(f"{path} holds NaN or infinity in {listed(broken)}.")
     model.load_state_dict(state, strict=True)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, by name."""
+    """The tensors of a file, by name, without the prefixes and the dict around them that training scripts add."""
     if not path.is_file():
-        raise UsageError(f"no such checkpoint: {path}")
+        raise UsageError(f"no such file: {path}")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what damaged bytes raise in either format has no end
         raise UsageError(f"{path} is damaged or no checkpoint of plain tensors: {first_line(error)}") from error
-    for key in ("state_dict", "model"):
+    for key in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not state or not all(map(is_named_tensor, state.items())):
-        raise UsageError(f"{path} holds no state dict (names and dense tensors).")
+        found = f", but {listed(map(str, state))}" if isinstance(state, dict) and state else ""
+        raise UsageError(f"{path} holds no state dict (names and dense tensors){found}.")
+    for prefix in PREFIXES:
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
 
 

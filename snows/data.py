@@ -28,6 +28,15 @@ class Data:
     test: Dataset
     workers: int = 0
 
+    def check_enough(self, count: int) -> None:
+        """Refuse to draw more images than there are.
+
+        Raises:
+            UsageError: there are fewer.
+        """
+        if not 0 < count <= len(self.train):
+            raise UsageError(f"cannot draw {count} calibration images (--ngrads) from {len(self.train)}.")
+
     def calibration(self, count: int, seed: int, mirror: bool = False) -> tuple[Tensor, list[int]]:
         """(images (count, c, h, w), their indices): a seeded sample of the training set, without replacement.
 
@@ -36,8 +45,7 @@ class Data:
         Raises:
             UsageError: more images are asked for than there are.
         """
-        if not 0 < count <= len(self.train):
-            raise UsageError(f"cannot draw {count} calibration images (--ngrads) from {len(self.train)}.")
+        self.check_enough(count)
         torch.manual_seed(seed)  # a transform that the user edits in may draw random numbers
         generator = torch.Generator().manual_seed(seed)
         indices = torch.randperm(len(self.train), generator=generator)[:count].tolist()

@@ -17,32 +17,22 @@ import torch
 from torch import nn
 
 from snows import evaluate, memory, options, run_folder, screen
+from snows.arguments import check_device
 from snows.errors import Interrupted, SnowsError, Terminated, UsageError, WriteError, exit_code, first_line
 from snows.flags import check_mask_flags, resume_command, script, settings
 from snows.graph import Network
 from snows.journal import Journal, checksum
 from snows.layer_rules import check_patterns
-from snows.mask_files import read_masks
+from snows.mask_files import check_pattern, read_masks
 from snows.masks import NM, Pattern
 from snows.permute import permute
 from snows.pipeline import prune
 from snows.registry import Known, load_classifier, load_data
 from snows.report import write_report
 from snows.result import Pruned, Step, sparsity
+from snows.survivors import SETTLED
 
 FAR_FROM_STATED = 1.0  # percent points between measured and stated dense accuracy that call for a warning
-
-
-def check_device(name: str) -> None:
-    """Refuse a device that is not there.
-
-    Raises:
-        UsageError: torch does not know it or cannot use it.
-    """
-    try:
-        torch.ones(1, device=name).item()  # the meta device makes tensors that hold nothing
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from error
 
 
 def make_deterministic() -> None:
@@ -75,6 +65,7 @@ def run(args: argparse.Namespace, known: Known, pattern: Pattern, layers: Layers
         metrics = run_folder.read_json(args.resume / "metrics.json", "finished")
         if metrics["finished"]:
             with run_folder.locked(args.resume):
+                export_masks(args, args.resume)
                 conclude(args.resume)
             print(f"{args.resume} is finished already.")
             return [metrics]
@@ -89,10 +80,14 @@ class Experiment:
         if args.deterministic:
             make_deterministic()
         check_mask_flags(args)
+        if args.out_dir is not None and args.resume is None and len(args.algo) * len(args.seed) == 1:
+            run_folder.check_empty(args.out_dir)
         self.args, self.layers, self.settings = args, layers, settings(args)
         classifier = load_classifier(args, known)
         self.model = classifier.model
         self.data = load_data(args, classifier)
+        if {args.mask_alg, *args.algo} != {"MP"}:
+            self.data.check_enough(args.ngrads)
         self.name = str(pattern) if args.mask_alg == "MP" else f"{pattern} by {args.mask_alg}"
         self.pattern = pattern
         if args.skip:
@@ -102,8 +97,10 @@ class Experiment:
             self.model = permuted(self.model, pattern, self.layers)
         if args.masks is not None:
             self.name = f"masks {args.masks.stem}"
-            masks = read_masks(args.masks, Network(self.model).layers, pattern)
+            masks = read_masks(args.masks, Network(self.model))
             self.pattern = {name: mask for name, mask in masks.items() if self.layers(name)}
+            if isinstance(pattern, NM):
+                check_pattern(args.masks, self.pattern, pattern)
         measured = {} if args.resume is None else read_metrics(args.resume)
         self.masked_accuracies = {}  # by the seed of the images that the masks were chosen with, None without images
         self.common = self.measure(measured, classifier.stated_accuracy)
@@ -125,6 +122,7 @@ class Experiment:
             "dset": str(args.dset),
             "pattern": self.name,
             "weights_checksum": checksum(self.model.state_dict().values()),
+            "masks_checksum": checksum([] if args.masks is None else self.pattern.values()),
             "dense_accuracy": dense,
             "dense_sparsity": sparsity(self.model),
             "left_dense": masked.left_dense,
@@ -179,8 +177,7 @@ class Experiment:
                 pruned = self.prune(algo, seed, folder, images)
                 metrics |= {"accuracy": self.accuracy(pruned.model), "finished": True}
                 metrics = run_folder.save(folder, pruned, metrics)
-                if self.args.export_masks is not None:
-                    run_folder.write(self.args.export_masks, (folder / "masks.safetensors").read_bytes())
+                export_masks(self.args, folder)
                 print(screen.summary(metrics, folder), flush=True)
                 conclude(folder)
             except Interrupted as stopped:
@@ -206,7 +203,7 @@ class Experiment:
             "mask_alg": args.mask_alg if args.masks is None else "Custom",
             "algo": algo,
             "seed": seed,
-            "options": vars(options.from_flags(args, seed)),
+            "options": vars(options.from_flags(args, seed).but(**SETTLED.get(algo, {}))),
             "calibration_images": len(indices),
             "calibration_checksum": checksum([] if images is None else [images]),
             "test_images": len(self.data.test),
@@ -255,6 +252,12 @@ class Experiment:
             progress.close()
 
 
+def export_masks(args: argparse.Namespace, folder: Path) -> None:
+    """Copy a finished run's masks to where --export_masks says, if it does."""
+    if args.export_masks is not None:
+        run_folder.write(args.export_masks, (folder / "masks.safetensors").read_bytes())
+
+
 def conclude(folder: Path) -> None:
     """What is left to do once a run's results are saved: its steps are no longer needed, and its report is drawn."""
     Journal(folder).clear()
@@ -263,18 +266,18 @@ def conclude(folder: Path) -> None:
 
 def read_metrics(folder: Path) -> dict:
     """The metrics of a run that was begun."""
-    names = ("dense_accuracy", "masked_accuracy", "weights_checksum", "calibration_checksum")
-    return run_folder.read_json(folder / "metrics.json", *names)
+    checksums = (f"{what}_checksum" for what in ("weights", "masks", "calibration"))
+    return run_folder.read_json(folder / "metrics.json", "dense_accuracy", "masked_accuracy", *checksums)
 
 
 def check_unchanged(folder: Path, metrics: dict, environment: dict) -> None:
-    """Refuse to go on with other weights or images than a run began with; warn of another machine or library.
+    """Refuse to go on with other weights, masks or images than a run began with; warn of another machine or library.
 
     Raises:
-        UsageError: the checkpoint or the dataset has changed.
+        UsageError: the checkpoint, the file of masks or the dataset has changed.
     """
     before = read_metrics(folder)
-    for what in ("weights", "calibration"):
+    for what in ("weights", "masks", "calibration"):
         if before[f"{what}_checksum"] != metrics[f"{what}_checksum"]:
             raise UsageError(f"cannot go on with {folder}: its {what} are not what they were when the run began.")
     began = run_folder.read_json(folder / "environment.json", *environment)

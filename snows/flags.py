@@ -54,7 +54,7 @@ def parser(description: str, arch: str) -> argparse.ArgumentParser:
     names = ", ".join(DATASETS)
     group.add_argument("--dset", help=f"{names}, a folder with train/ and val/, or an .npz (default: what fits --arch)")
     group.add_argument("--data_dir", type=Path, default=Path("data"), help="where datasets lie (default: data)")
-    group.add_argument("--ngrads", type=int, default=1000, help="number of calibration images (default: 1000)")
+    group.add_argument("--ngrads", type=whole(1), default=1000, help="number of calibration images (default: 1000)")
     group.add_argument("--mirror", action="store_true", help="flip half of the calibration images left to right")
     group.add_argument("--test_batch_size", type=whole(1), default=256, help="test images per batch (default: 256)")
     group.add_argument("--num_workers", type=whole(0), default=0, help="processes that load images (default: 0)")
@@ -63,10 +63,16 @@ def parser(description: str, arch: str) -> argparse.ArgumentParser:
         "--mask_alg",
         default="MP",
         choices=MASK_ALGORITHMS,
-        help="which weights survive: the largest (MP), those that Wanda or SparseGPT choose, or those that cost the "
-        "K-step loss most (OBS) (default: MP)",
+        help="which weights survive: the largest (MP), those that Wanda or SparseGPT choose, or those without which "
+        "the K-step loss would rise most (OBS) (default: MP)",
     )
-    group.add_argument("--masks", type=Path, help="masks of your own, or a sparse checkpoint whose zeros are the mask")
+    group.add_argument(
+        "--masks",
+        type=Path,
+        metavar="FILE",
+        help=".safetensors, .pt or .pth: masks of your own (booleans, or 0 and 1, 1: survives; by layer or weight "
+        "name), or a sparse checkpoint, whose zeros are the mask. They alone say how much is pruned; N:M is checked",
+    )
     group.add_argument("--export_masks", type=Path, metavar="FILE", help="write the masks here, for --masks to read")
     group.add_argument("--skip", nargs="+", default=[], metavar="PATTERN", help="layers left dense, as 'layer1.*' 'fc'")
     group.add_argument(
@@ -122,6 +128,7 @@ def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:
 def settings(args: argparse.Namespace) -> dict:
     """What decides the results of a command's runs, by flag, as JSON holds it."""
     chosen = {**vars(options.from_flags(args, args.seed[0])), **vars(args)}
+    chosen["layer_sparsity"] = layer_rules(args)  # what the file says, which may change
     return json.loads(json.dumps({k: v for k, v in chosen.items() if k not in NO_SETTINGS}, default=str))
 
 
@@ -185,9 +192,15 @@ def check_mask_flags(args: argparse.Namespace) -> None:
     Raises:
         UsageError: it names them.
     """
-    choosing = args.mask_alg != "MP" or args.layer_sparsity is not None or getattr(args, "permute", False)
-    if args.masks is not None and choosing:
-        raise UsageError("--masks says which weights survive: leave --mask_alg, --layer_sparsity and --permute out.")
+    choices = {"mask_alg": "MP", "permute": False}
+    choices |= {"max_layer_sparsity": None, "allocation": "global", "normalise": None}
+    if not hasattr(args, "NM_N"):
+        choices["layer_sparsity"] = None  # for N:M, rules say what the masks are checked against
+    chosen = [f"--{flag}" for flag, none in choices.items() if getattr(args, flag, none) != none]
+    if args.masks is not None and chosen:
+        raise UsageError(f"--masks says which weights survive: leave {' and '.join(chosen)} out.")
+    if args.export_masks is not None and getattr(args, "permute", False):
+        raise UsageError("--export_masks would write masks of permuted channels, which fit no other network.")
     if args.export_masks is not None and len(args.algo) * len(args.seed) > 1:
         raise UsageError("--export_masks is for one run: give one --algo and one --seed.")
     if args.export_masks is not None and not args.export_masks.parent.is_dir():

@@ -50,6 +50,12 @@ def read_rules(path: Path) -> Rules:
     return rules
 
 
+def by_reason(reasons: dict[str, str]) -> str:
+    """Names with the reason that they share, "a, b: too few; c: too many"."""
+    names = {reason: [name for name in reasons if reasons[name] == reason] for reason in reasons.values()}
+    return "; ".join(f"{listed(each)}: {reason}" for reason, each in names.items())
+
+
 def listed(names: Iterable[str]) -> str:
     """The first ten, and how many more."""
     names = list(names)

@@ -6,6 +6,8 @@ leaves dense, and says why.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,10 +15,10 @@ from torch import Tensor
 
 from snows.allocation import ALLOCATIONS, Counts, normalised
 from snows.errors import UsageError
-from snows.layer_rules import DENSE, Rules, check_patterns, rule_of
+from snows.layer_rules import DENSE, Rules, check_patterns, listed, rule_of
 
 Masks = dict[str, Tensor]  # layer name -> boolean mask of the weight's shape, True where the weight survives
-LEFT_DENSE = "dense, as --layer_sparsity asks"
+LEFT_DENSE = "dense, as its rule asks"
 
 
 @dataclass
@@ -32,11 +34,13 @@ class Unstructured:
     """Remove the weights of smallest score: of smallest magnitude, where the weights themselves are the scores.
 
     target_sparsity: share of *all* the model's parameters (biases and norms count, but are not pruned) to set to zero.
-    max_layer_sparsity: no layer loses a larger share of its weights; None: halfway between the target and 1, or, if
-        too few layers may be pruned for that, halfway between the share that they must lose and 1.
+    max_layer_sparsity: no layer without a sparsity of its own loses a larger share of its weights; None: halfway
+        between the target and 1, or, if too few layers may be pruned for that, between the share that they must lose
+        and 1.
     allocation: "global" compares scores across layers, "uniform" gives every layer the same sparsity, "erk" keeps
         small layers denser (Evci et al. 2020).
-    normalise: "global" compares each layer's scores as shares of their sum.
+    normalise: "global" compares each layer's scores as shares of their sum, as suits Wanda's and SparseGPT's, which
+        are in units of each layer's own output.
     layer_sparsity: layer name or pattern -> share of its own weights that a layer loses, or "dense". The other layers
         lose what is missing to the target; if there are none, the target plays no part.
 
@@ -51,6 +55,9 @@ class Unstructured:
     layer_sparsity: Rules = field(default_factory=dict)
 
     def __post_init__(self):
+        for share in (self.target_sparsity, self.max_layer_sparsity or 0.0):
+            if not isinstance(share, (int, float)):
+                raise UsageError(f"a sparsity must be a number, not {share!r}.")
         if not 0 <= self.target_sparsity < 1:
             raise UsageError(f"target sparsity {self.target_sparsity:g} is outside [0, 1).")
         if self.max_layer_sparsity is not None and not 0 <= self.max_layer_sparsity <= 1:
@@ -116,7 +123,8 @@ class Unstructured:
                 f"{already / total_parameters:.4f} of all parameters. Raise the target, or lower those."
             )
         cap = self.cap(removed / sum(score.numel() for score in scores.values()))
-        caps = {name: int(cap * score.numel()) for name, score in scores.items()}
+        whole = math.ceil if self.max_layer_sparsity is None else math.floor  # a default must not be out of reach
+        caps = {name: whole(cap * score.numel()) for name, score in scores.items()}
         if removed > sum(caps.values()):
             reach = (sum(caps.values()) + already) / total_parameters
             raise UsageError(
@@ -153,6 +161,8 @@ class NM:
     layer_sparsity: Rules = field(default_factory=dict)
 
     def __post_init__(self):
+        if not all(isinstance(number, int) for number in (self.n, self.m)):
+            raise UsageError(f"N and M must be whole numbers, not {self.n!r} and {self.m!r}.")
         if not 0 < self.n < self.m:
             raise UsageError(f"N:M = {self.n}:{self.m} makes no sense: N must be at least 1 and smaller than M.")
         for pattern, rule in self.layer_sparsity.items():
@@ -192,7 +202,7 @@ class NM:
             if pattern is None:
                 selection.left_dense[name] = LEFT_DENSE
             elif score.ndim > 2 and inputs == 1:
-                selection.left_dense[name] = "depthwise: one input channel per filter"
+                selection.left_dense[name] = "one input channel per filter, as in depthwise convolutions"
             elif inputs % pattern.m:
                 selection.left_dense[name] = f"{inputs} inputs are not a multiple of {pattern.m}"
             else:
@@ -233,21 +243,29 @@ class NM:
 Pattern = Unstructured | NM
 
 
+def are_masks(tensors: Iterable[Tensor]) -> bool:
+    """Whether all the tensors hold nothing but zeros and ones."""
+    return all(((tensor == 0) | (tensor == 1)).all() for tensor in tensors)
+
+
 def given(masks: Masks, weights: dict[str, Tensor]) -> Selection:
     """The caller's own masks, checked against the prunable layers' weights.
 
     Raises:
-        UsageError: a name that is no prunable layer, or a mask of another shape than its weight.
+        UsageError: a name that is no prunable layer, or what is no mask of zeros and ones of its weight's shape.
     """
     unknown = [name for name in masks if name not in weights]
     if unknown:
-        raise UsageError(f"masks name {unknown}, which are not prunable layers; those are {list(weights)}.")
+        raise UsageError(f"masks name {listed(unknown)}, which are not prunable layers; those are {listed(weights)}.")
+    other = [name for name, mask in masks.items() if not isinstance(mask, Tensor) or not are_masks([mask])]
+    if other:
+        raise UsageError(f"masks must be tensors of booleans, or of 0 and 1: {listed(other)}.")
     misfits = [
         f"{name}: {tuple(mask.shape)} for a weight {tuple(weights[name].shape)}"
         for name, mask in masks.items()
         if mask.shape != weights[name].shape
     ]
     if misfits:
-        raise UsageError(f"masks of the wrong shape: {'; '.join(misfits)}.")
+        raise UsageError(f"masks of the wrong shape: {listed(misfits)}.")
     left_dense = {name: "no mask was given" for name in weights if name not in masks}
     return Selection({name: mask.to(weights[name].device).bool() for name, mask in masks.items()}, left_dense)

@@ -3,13 +3,13 @@
 Which N of M consecutive channels survive depends on which channels stand together (Pool and Yu 2021). A layer's input
 channels may be put in any order if the layer that produces them writes them in that order: its output rows are
 permuted, and with them the parameters of the norms in between. That needs a producer whose output goes nowhere else,
-through operations that treat every channel alike; other layers are left as they are.
+through operations that treat every channel alike, and parameters that nothing else reads; other layers are left as
+they are.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,17 +62,18 @@ def producers(network: Network, layer: Layer) -> list[str]:
 
     Empty where the channels cannot be put in another order.
     """
-    kind, calls = type(network.module(layer.node)), Counter(n.target for n in network.nodes if n.op == "call_module")
-    if kind not in BETWEEN or layer.groups != 1 or calls[layer.node.target] > 1:
+    kind = type(network.module(layer.node))
+    if kind not in BETWEEN or layer.groups != 1 or not is_private(network, layer.node.target):
         return []
     owners, node = [], layer.node.all_input_nodes[0]
     while len(node.users) == 1:
         module = network.module(node)
-        if module is not None and calls[node.target] > 1 and list(module.parameters()):
-            return []
         if type(module) is kind:
-            return [*owners, node.target] if getattr(module, "groups", 1) == 1 else []
+            private = is_private(network, node.target) and getattr(module, "groups", 1) == 1
+            return [*owners, node.target] if private else []
         if type(module) in BETWEEN[kind] and len(getattr(module, "normalized_shape", "1")) == 1:
+            if not is_private(network, node.target):
+                return []
             owners.append(node.target)
         elif not is_elementwise(node, module):
             return []
@@ -80,10 +81,25 @@ def producers(network: Network, layer: Layer) -> list[str]:
     return []
 
 
+def is_private(network: Network, name: str) -> bool:
+    """Whether a module's parameters, if it has any, serve one call of it and nothing else, and no hook looks on."""
+    module = network.model.get_submodule(name)
+    if not module.state_dict():
+        return not is_watched(module)
+    read = any(node.op == "get_attr" and node.target.startswith(f"{name}.") for node in network.nodes)
+    shared = any(network.is_shared(f"{name}.{parameter}") for parameter, _ in module.named_parameters())
+    return network.calls[name] == 1 and not (read or shared or is_watched(module))
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a module has hooks, which may do anything with its channels."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def is_elementwise(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether a node does the same to every number of its only input."""
     if module is not None:
-        return type(module) in ELEMENTWISE
+        return type(module) in ELEMENTWISE and not is_watched(module)
     return node.op != "get_attr" and getattr(node.target, "__name__", node.target) in ELEMENTWISE_FUNCTIONS
 
 

@@ -39,6 +39,10 @@ def load_classifier(args: argparse.Namespace, known: Known) -> Classifier:
     Raises:
         UsageError: an unknown name, or a checkpoint that does not fit. SnowsError: a download that failed.
     """
+    if args.checkpoint and args.random_weights:
+        raise UsageError("--checkpoint and --random_weights exclude each other.")
+    if args.num_classes is not None and args.arch in known:
+        raise UsageError(f"--num_classes is for torchvision's and timm's networks: {args.arch} has its own.")
     pretrained = not (args.checkpoint or args.random_weights)
     torch.manual_seed(args.seed[0])  # of random weights
     if args.arch in known:

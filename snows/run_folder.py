@@ -30,6 +30,16 @@ from snows.masks import Masks
 from snows.result import LayerRecord, Pruned
 
 
+def check_empty(path: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        UsageError: it does, or is a file.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"{path} exists and is not empty: choose another --out_dir.")
+
+
 def new_folder(path: Path | None, name: str) -> Path:
     """Create the run's folder: `path`, or runs/<name>-<time>.
 
@@ -37,8 +47,7 @@ def new_folder(path: Path | None, name: str) -> Path:
         UsageError: the folder holds a run already. SnowsError: it cannot be created.
     """
     path = path or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UsageError(f"{path} exists and is not empty: choose another --out_dir.")
+    check_empty(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -147,7 +156,7 @@ def save(folder: Path, pruned: Pruned, metrics: dict) -> dict:
         "sparsity": zeros / sum(saved[name].numel() for name in names),  # of the saved weights
         "seconds": pruned.seconds,
         "curvature_products": pruned.curvature_products,
-        "cg_iterations": sum(layer.cg_iterations for layer in pruned.layers),
+        "cg_iterations": pruned.cg_iterations,
         "peak_memory_bytes": pruned.peak_memory_bytes,
         "problems": pruned.problems,
     }
@@ -176,7 +185,8 @@ def layer_rows(records: list[LayerRecord]) -> list[dict]:
             row |= {"sparsity": record.sparsity, "accuracy": record.accuracy, "batch_size": record.batch_size}
             row["problem"] = record.problem or row["problem"]
             row |= {f"{loss}_{sweep + 1}": values[loss] for loss in ("loss_before", "loss_after")}
-            for effort in ("newton_steps", "cg_iterations", "products", "seconds"):
+            own = () if record.joint else ("newton_steps", "cg_iterations")  # joint steps are no single layer's
+            for effort in (*own, "products", "seconds"):
                 row[effort] += values[effort]
             row["peak_memory_bytes"] = max(row["peak_memory_bytes"], record.peak_memory_bytes)
     return list(rows.values())

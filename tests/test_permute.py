@@ -76,6 +76,70 @@ def test_channels_that_belong_together_are_brought_apart():
     assert (before, after) == (0.25, 1.0)
 
 
+def tie(one, other, parameter="weight"):
+    return lambda m: setattr(m.get_submodule(other), parameter, m.get_submodule(one).get_parameter(parameter))
+
+
+class Rows(nn.Module):
+    """Linear maps in rows, with a norm; `read`: a map whose weight the forward pass also reads itself."""
+
+    def __init__(self, change=lambda model: None, read=None):
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+        self.third, self.last_norm = nn.Linear(8, 8), nn.LayerNorm(8)
+        self.read = read
+        change(self)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        y = self.last_norm(self.third(self.second(self.norm(self.first(x)))))
+        return y if self.read is None else y + nn.functional.linear(x, self.get_submodule(self.read).weight)
+
+
+def watch(model):
+    model.norm.register_forward_hook(lambda module, inputs, output: output * torch.arange(8))
+
+
+SHARED = {
+    "producer tied": (tie("first", "third"), None, set()),
+    "consumer tied": (tie("second", "third"), None, set()),
+    "norm tied": (tie("norm", "last_norm"), None, {"third"}),
+    "bias tied": (tie("first", "last_norm", "bias"), None, {"third"}),
+    "producer read elsewhere": (lambda model: None, "first", {"third"}),
+    "consumer read elsewhere": (lambda model: None, "third", {"second"}),
+    "watched": (watch, None, {"third"}),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_channels_that_something_else_reads_stay_in_their_order(name):
+    change, read, expected = SHARED[name]
+    model = randomise(Rows(change, read))
+    images = torch.randn(4, 2, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    permuted = permute(model, snows.NM(1, 4))
+    torch.testing.assert_close(permuted.model(images), model(images))
+    assert set(permuted.kept) == expected
+
+
+@pytest.mark.parametrize("norm", [nn.Identity(), nn.GroupNorm(2, 8), nn.Sequential(nn.Flatten(2), nn.LayerNorm(36))])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_only_what_treats_every_channel_alike_may_lie_between(norm, groups):
+    tail = [nn.Unflatten(2, (6, 6))] if isinstance(norm, nn.Sequential) else []
+    layers = [nn.Conv2d(2, 8, 3, groups=groups), norm, *tail, nn.Conv2d(8, 4, 1), nn.Flatten()]
+    model, images = randomise(nn.Sequential(*layers)), torch.randn(4, 2, 8, 8, dtype=torch.float64)
+    permuted = permute(model, snows.NM(1, 4))
+    torch.testing.assert_close(permuted.model(images), model(images))
+    assert bool(permuted.kept) == (groups == 1 and isinstance(norm, nn.Identity))
+
+
+def test_a_norm_over_more_than_the_channels_keeps_them_in_order():
+    model = randomise(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm((6, 8)), nn.Linear(8, 4)))
+    tokens = torch.randn(3, 6, 4, dtype=torch.float64)
+    permuted = permute(model, snows.NM(1, 4))
+    torch.testing.assert_close(permuted.model(tokens), model(tokens))
+    assert permuted.kept == {}
+
+
 def test_a_producer_that_is_called_twice_is_left_as_it_is():
     class Twice(nn.Module):
         def __init__(self):

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT
 
@@ -212,11 +213,44 @@ def test_a_damaged_run_folder_ends_in_one_line(script, stopped, name, damage):
     assert {file: file.read_bytes() for file in stopped.rglob("*.*")} == before
 
 
+def test_files_of_masks_and_of_rules_are_not_to_change(script, tmp_path, monkeypatch):
+    """A run stopped behind its second layer, whose file then says something else."""
+    masks, rules, append = tmp_path / "masks.safetensors", tmp_path / "rules.json", Journal.append
+    flags = [*SMALL, "--skip_evaluation"]
+
+    def stop(journal, step):
+        append(journal, step)
+        if len(journal) == 2:
+            raise KeyboardInterrupt
+
+    more = {"conv1": torch.arange(144).view(16, 1, 3, 3) % 2, "fc": torch.arange(640).view(10, 64) % 2}
+    safetensors.torch.save_file(more, masks)
+    rules.write_text('{"fc": 0.5}')
+    for name, file, change in (("masks", masks, None), ("layer_sparsity", rules, '{"fc": 0.6}')):
+        with monkeypatch.context() as patched:
+            patched.setattr(Journal, "append", stop)
+            script("CNN_pruning/unstr.py", *flags, f"--{name}", file, "--out_dir", tmp_path / name, code=130)
+        before = file.read_bytes()
+        if change is None:
+            safetensors.torch.save_file({**more, "fc": 1 - more["fc"]}, file)
+        else:
+            file.write_text(change)
+        _, err = script("CNN_pruning/unstr.py", "--resume", tmp_path / name, code=2)
+        assert ("its masks are not what they were" if name == "masks" else "was {'fc': 0.5}, now {'fc': 0.6}") in err
+        file.write_bytes(before)
+        script("CNN_pruning/unstr.py", "--resume", tmp_path / name, "--export_masks", tmp_path / "now.safetensors")
+        (tmp_path / "now.safetensors").unlink()
+        script("CNN_pruning/unstr.py", "--resume", tmp_path / name, "--export_masks", tmp_path / "now.safetensors")
+        kept = (tmp_path / name / "masks.safetensors").read_bytes()
+        assert (tmp_path / "now.safetensors").read_bytes() == kept
+    assert json.loads((tmp_path / "layer_sparsity" / "args.json").read_text())["layer_sparsity"] == {"fc": 0.5}
+
+
 def test_a_run_of_other_weights_or_images_does_not_go_on(script, stopped):
     path = stopped / "metrics.json"
-    for what in ("weights", "calibration"):
+    for what in ("weights", "masks", "calibration"):
         metrics = json.loads(path.read_text())
-        run_folder.write_json(path, {**metrics, f"{what}_checksum": "00000000"})
+        run_folder.write_json(path, {**metrics, f"{what}_checksum": "ffffffff"})
         _, err = script("CNN_pruning/unstr.py", "--resume", stopped, code=2)
         assert f"its {what} are not what they were" in err
         run_folder.write_json(path, metrics)

@@ -109,7 +109,7 @@ def test_methods_layers_and_their_sparsities_are_chosen_by_flags_and_masks_are_h
     chosen += ["--target_sparsity", 0.4, "--allocation", "erk", "--export_masks", tmp_path / "masks.safetensors"]
     out, _ = script("CNN_pruning/unstr.py", *flags, *chosen, "--out_dir", tmp_path / "first")
     assert "layer*.*.conv2 (3), fc: not selected" in out
-    assert "dense, as --layer_sparsity asks" in out
+    assert "dense, as its rule asks" in out
     metrics = json.loads((tmp_path / "first" / "metrics.json").read_text())
     assert metrics["mask_alg"] == "OBS"
     masks = safetensors.torch.load_file(tmp_path / "masks.safetensors")
@@ -219,13 +219,13 @@ def test_an_image_folder_and_a_timm_network_with_its_own_transform(script, image
 
 BAD = {
     "unknown architecture": (["--arch", "resnet_of_mine"], "unknown architecture 'resnet_of_mine'"),
-    "missing checkpoint": (["--checkpoint", "nowhere.pt"], "no such checkpoint: nowhere.pt"),
+    "missing checkpoint": (["--checkpoint", "nowhere.pt"], "no such file: nowhere.pt"),
     "missing dataset": (["--dset", "nowhere"], "dataset 'nowhere' is not one of"),
     "sparsity of 1": (["--target_sparsity", "1"], "outside [0, 1)"),
     "negative sparsity": (["--target_sparsity", "-0.1"], "outside [0, 1)"),
     "sparsity out of reach": (["--target_sparsity", "0.9", "--max_layer_sparsity", "0.5"], "out of reach"),
     "too many images": (["--ngrads", "100000"], "cannot draw 100000 calibration images"),
-    "no images": (["--ngrads", "0"], "cannot draw 0 calibration images"),
+    "no images": (["--ngrads", "0"], "0 is not between 1"),
     "a mean without std": (["--mean", "0.5"], "--mean and --std go together"),
     "negative K": (["--k_step", "-1"], "k_step must be at least 0"),
     "endless sweeps": (["--sweeps", "1000000000"], "sweeps must be at most 1000"),
@@ -234,14 +234,20 @@ BAD = {
     "no file of layer sparsities": (["--layer_sparsity", "nowhere.json"], "cannot read nowhere.json"),
     "two sources of masks": (
         ["--masks", "m.pt", "--mask_alg", "OBS"],
-        "leave --mask_alg, --layer_sparsity and --permute out",
+        "leave --mask_alg out",
     ),
+    "masks and a share": (
+        ["--masks", "m.pt", "--allocation", "erk", "--max_layer_sparsity", "0.9"],
+        "leave --max_layer_sparsity and --allocation out",
+    ),
+    "two sources of weights": (["--checkpoint", "w.pt", "--random_weights"], "exclude each other"),
+    "classes of a network that has its own": (["--num_classes", "5"], "--num_classes is for torchvision's"),
     "masks of two runs": (["--export_masks", "m.safetensors", "--seed", "0", "1"], "--export_masks is for one run"),
     "no folder for masks": (["--export_masks", "nowhere/m.safetensors"], "there is no folder nowhere"),
     "masks of another kind": (["--export_masks", "m.pt"], "writes .safetensors"),
     "an unknown flag": (["--no_such_flag"], "unrecognized arguments"),
     "an unknown device": (["--device", "abacus"], "abacus"),
-    "a device without numbers": (["--device", "meta"], "cannot use --device meta"),
+    "a device without numbers": (["--device", "meta"], "cannot use device meta"),
     "a name of two lines": (["--arch", "one\ntwo"], "unknown architecture 'one two'"),
     "no test images at a time": (["--test_batch_size", "0"], "0 is not between 1"),
     "a seed beyond 64 bits": (["--seed", str(10**30)], "is not between 0"),
