@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 from torch.nn.modules import activation
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
@@ -59,17 +60,20 @@ class Layer:
 class Network:
     """A traced model: `nodes` in execution order and the prunable `layers` among them.
 
-    `model` is a private copy in evaluation mode; its weights change as layers are solved. `refused` maps the name of
-    every Conv2d or Linear whose weight cannot be pruned to the reason.
+    `model` is a private copy in evaluation mode; its weights change as layers are solved. `calls` counts how often each
+    module is called. `refused` maps the name of every Conv2d or Linear whose weight cannot be pruned to the reason.
     """
 
     def __init__(self, model: nn.Module, device: torch.device | str = "cpu"):
         self.model = copy.deepcopy(model).to(device).eval().requires_grad_(False)
+        self.in_place = [m for m in self.model.modules() if getattr(m, "inplace", False) is True]  # until the trace
         self.nodes = trace(self.model)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.input = self.nodes[0]
         self.output = self.nodes[-1].args[0]
         self.last_use = {n: max((self.position[u] for u in n.users), default=-1) for n in self.nodes}
+        self.calls = Counter(node.target for node in self.nodes if node.op == "call_module")
+        self.owners = Counter(id(p) for m in self.model.modules() for p in m._parameters.values() if p is not None)
         self.batch_norm_of = self._pair_batch_norms()
         self.layers, self.refused = self._find_layers()
 
@@ -97,18 +101,22 @@ class Network:
             return parameter.startswith(node.target + ".")
         return node.op == "get_attr" and node.target == parameter
 
+    def is_shared(self, parameter: str) -> bool:
+        """Whether a parameter belongs to several modules (tied weights)."""
+        return self.owners[id(self.model.get_parameter(parameter))] > 1
+
     def _pair_batch_norms(self) -> dict[fx.Node, fx.Node]:
-        """Convolutions (and linear maps) whose only user is a BatchNorm with fixed statistics.
+        """Convolutions whose only user is a BatchNorm with fixed statistics.
 
         Not one that multiplies by zero, as residual branches are initialised: its output tells nothing of its input.
+        Nor one behind a linear map, which takes tokens for channels where there are any.
         """
-        calls = Counter(node.target for node in self.nodes if node.op == "call_module")
         pairs = {}
         for node in self.nodes:
             producer = node.args[0] if node.args else None
-            if not isinstance(producer, fx.Node) or type(self.module(producer)) not in (nn.Conv2d, nn.Linear):
+            if not isinstance(producer, fx.Node) or type(self.module(producer)) is not nn.Conv2d:
                 continue
-            once = calls[producer.target] == 1 and len(producer.users) == 1
+            once = self.calls[producer.target] == 1 and len(producer.users) == 1
             if once and is_fixed_batch_norm(self.module(node)) and not is_zero(self.module(node).weight):
                 pairs[producer] = node
         return pairs
@@ -122,6 +130,12 @@ class Network:
                 name = parameter.removesuffix(".weight").removesuffix("_weight")
                 if key not in module._parameters:
                     refused[name] = "its weight is computed from other parameters"
+                    continue
+                if self.is_shared(parameter):
+                    refused[name] = "its weight is that of another layer too"
+                    continue
+                if not multiplies_by_weight(module):
+                    refused[name] = "it does not multiply by its weight as it is (standardised, say)"
                     continue
                 node = next((n for n in self.nodes if self.reads(n, parameter)), None)
                 if node is not None and node.op == "get_attr":
@@ -141,14 +155,17 @@ class Network:
         return sorted(layers.values(), key=lambda layer: self.position[layer.node]), refused
 
     def _bias_of(self, node: fx.Node) -> str | None:
-        """The name of the bias that the output of a convolution or linear map is added to, or None."""
+        """The name of the bias that the output of a convolution or linear map alone is added to, or None."""
         if node.target is F.linear:
             bias = node.args[2] if len(node.args) > 2 else None
-            return bias.target if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
-        if type(self.module(node)) not in (nn.Conv2d, nn.Linear):
+            name = bias.target if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
+        elif type(self.module(node)) in (nn.Conv2d, nn.Linear):
+            owner = self.batch_norm_of.get(node, node)
+            elsewhere = owner is not node and self.calls[owner.target] > 1
+            name = f"{owner.target}.bias" if self.module(owner).bias is not None and not elsewhere else None
+        else:
             return None
-        owner = self.batch_norm_of.get(node, node)
-        return f"{owner.target}.bias" if self.module(owner).bias is not None else None
+        return None if name is None or self.is_shared(name) else name
 
     def _functional_user(self, weight: fx.Node) -> fx.Node | None:
         """The function that multiplies by this weight as it is, or None."""
@@ -171,6 +188,26 @@ def prunable_weights(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
     for path, child in module.named_modules():
         for key in prunable_parameters(child):
             yield f"{path}.{key}".lstrip("."), getattr(child, key)
+
+
+@torch.no_grad()
+def multiplies_by_weight(module: nn.Module) -> bool:
+    """Whether what a convolution or linear map computes is linear in its weight, so that zeros there are zeros.
+
+    Asked of classes with a forward pass of their own, on one input of noise: f(2 W) - f(0) = 2 (f(W) - f(0)). Where
+    they take none of the usual shape, it is taken to be so.
+    """
+    if isinstance(module, nn.MultiheadAttention) or type(module).forward in (nn.Conv2d.forward, nn.Linear.forward):
+        return True
+    shape = (1, module.weight.shape[1])
+    if isinstance(module, nn.Conv2d):
+        shape = (1, module.in_channels, *(d * (k - 1) + 1 for k, d in zip(module.kernel_size, module.dilation)))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(module.weight)
+    try:
+        nothing, once, twice = (functional_call(module, {"weight": c * module.weight}, (x,)) for c in (0, 1, 2))
+    except (RuntimeError, TypeError, ValueError):
+        return True
+    return torch.allclose(twice - nothing, 2 * (once - nothing), rtol=1e-3, atol=1e-5 * once.abs().max().item())
 
 
 def is_zero(weight: Tensor | None) -> bool:

@@ -7,6 +7,7 @@ folder records.
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass, field, fields, replace
 
 from snows.errors import UsageError
@@ -93,6 +94,8 @@ class Options:
             kind = type(f.default)
             if isinstance(value, bool) != (kind is bool) or not isinstance(value, (kind, int)):
                 raise UsageError(f"{name} must be {kind.__name__}, not {value!r}.")
+            if kind is float and not math.isfinite(value):
+                raise UsageError(f"{name} must be a finite number, not {value!r}.")
             if f.metadata["choices"] and value not in f.metadata["choices"]:
                 raise UsageError(f"{name} must be one of {', '.join(f.metadata['choices'])}, not {value!r}.")
             if not value >= f.metadata.get("low", value):

@@ -11,6 +11,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from snows import arguments
 from snows.calibration import Streams, fitting, micro_batches
 from snows.errors import Interrupted, UsageError
 from snows.graph import Layer, Network
@@ -19,10 +20,10 @@ from snows.masks import NM, Masks, Pattern, Selection
 from snows.memory import forget_peak, peak_memory
 from snows.options import Options
 from snows.result import Group, LayerRecord, Pruned, Step, zeros
-from snows.scores import MASK_ALGORITHMS, check_inputs, select
+from snows.scores import check_inputs, select
 from snows.solver import Solution, solve
 from snows.sparsegpt import choose_mask
-from snows.survivors import ALGORITHMS, SETTLED, Way, masked, set_layer, sparsegpt_problem
+from snows.survivors import SETTLED, Way, masked, set_layer, sparsegpt_problem
 
 
 def prune(
@@ -61,15 +62,13 @@ def prune(
 
     Raises:
         TraceError: the model cannot be traced.
-        UsageError: the pattern, the masks or the calibration images do not fit the model; a method needs what a layer
-            hides; or `finished` is another's.
+        UsageError: an argument is none of the above; the pattern, the masks or the calibration images do not fit the
+            model; a method needs what a layer hides; or `finished` is another's.
         Interrupted: Ctrl-C; its `result` holds the finished layers, the others still dense.
     """
     started = time.perf_counter()
-    options, earlier = options or Options(), 0.0
-    for chosen, known in ((algo, ALGORITHMS), (mask_alg, MASK_ALGORITHMS)):
-        if chosen not in known:
-            raise UsageError(f"algorithm '{chosen}' is not one of {', '.join(known)}.")
+    options, earlier = Options() if options is None else options, 0.0
+    arguments.check(model, pattern, options, mask_alg, algo, layers, device)
     options = options.but(**SETTLED.get(algo, {}))
     network = Network(model, device)
     streams = cache(lambda: Streams(network, micro_batches(network, calibration, options.batch_size), device))
@@ -245,7 +244,7 @@ def recorded(
         peak_memory(streams.device),
         streams.batch_size,
         solution.residuals,
-        "" if joint else solution.problem,
+        solution.problem,
         joint,
     )
 

@@ -46,7 +46,7 @@ class RowInverses:
     ):
         rows = mask.flatten(1)
         self.scale = scale / scale.mean().clamp_min(torch.finfo(scale.dtype).tiny) + damping
-        size = int(rows.sum(1).max())
+        size = max(1, int(rows.sum(1).max()))  # an empty support has a padded column too
         # Row i's support, padded with columns off the support, which `kept` cancels.
         self.support = rows.int().argsort(dim=1, descending=True, stable=True)[:, :size]
         self.kept = rows.gather(1, self.support).to(moment.dtype)
@@ -79,10 +79,14 @@ class RowInverses:
         return torch.zeros_like(residual.flatten(1)).scatter_(1, self.support, solved).view_as(residual)
 
 
+def shows_inputs(network: Network, layer: Layer) -> bool:
+    """Whether a layer's input columns can be had: those of a plain convolution or linear map."""
+    return layer.node.target is F.linear or type(network.module(layer.node)) in (nn.Conv2d, nn.Linear)
+
+
 def can_factor(network: Network, layer: Layer) -> bool:
-    """Whether A can be formed: a plain convolution or linear map, not too wide."""
-    plain = layer.node.target is F.linear or type(network.module(layer.node)) in (nn.Conv2d, nn.Linear)
-    return plain and layer.shape[1:].numel() <= MAX_INPUTS
+    """Whether A can be formed: the input columns can be had and are not too many."""
+    return shows_inputs(network, layer) and layer.shape[1:].numel() <= MAX_INPUTS
 
 
 def columns(module: nn.Conv2d | nn.Linear | None, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pathlib import Path
 from snows import charts
 from snows.errors import UsageError
 from snows.journal import Journal
-from snows.result import LayerRecord
+from snows.result import LayerRecord, problems
 from snows.run_folder import read_json, write
 from snows.screen import percent
 
@@ -86,7 +86,7 @@ def page(runs: list[Run]) -> str:
 def report(run: Run) -> str:
     """All there is to see of one run."""
     metrics, layers = run.metrics, run.layers
-    parts = [f"<p>{escape(sentence(run))}</p>", problems(layers), '<div class="charts">']
+    parts = [f"<p>{escape(sentence(run))}</p>", unsolved(layers), '<div class="charts">']
     if metrics.get("dense_accuracy") is not None:
         parts += [figure("Accuracy", charts.accuracy({run.name: metrics}))]
     if any(layer.accuracy is not None for layer in layers):
@@ -120,10 +120,10 @@ def sentence(run: Run) -> str:
     )
 
 
-def problems(layers: list[LayerRecord]) -> str:
+def unsolved(layers: list[LayerRecord]) -> str:
     """The layers that were not solved."""
-    lines = [f"<li>{escape(layer.name)}: {escape(layer.problem)}</li>" for layer in layers if layer.problem]
-    return f'<div class="problem">Kept their masked weights:<ul>{"".join(lines)}</ul></div>' if lines else ""
+    lines = [f"<li>{escape(name)}: {escape(problem)}</li>" for name, problem in problems(layers).items()]
+    return f'<div class="problem">Not solved, weights as they were:<ul>{"".join(lines)}</ul></div>' if lines else ""
 
 
 def comparison(runs: list[Run]) -> str:

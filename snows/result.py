@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from snows.graph import Layer
 from snows.masks import Masks
 
+JOINT = "all layers together"  # what stands for the layers in a joint step
+
 
 @dataclass
 class LayerRecord:
@@ -27,8 +29,8 @@ class LayerRecord:
     peak_memory_bytes: int = 0  # of the device, while this layer was solved
     batch_size: int = 0  # images in the largest micro-batch, once it fitted the memory
     residuals: list[list[float]] = field(default_factory=list)  # relative, one list per CG solve
-    problem: str = ""  # why the layer kept its masked (or warm-started) weights, if it did
-    joint: bool = False  # solved with all the others: loss, steps and residuals are of them all, effort is a share
+    problem: str = ""  # why the layer kept its masked (or, behind joint steps, its solved) weights, if it did
+    joint: bool = False  # solved with all the others: products and seconds are a share, the rest is of them all
     accuracy: float | None = None  # percent, of the network as it stood behind this layer, where it was measured
 
 
@@ -66,14 +68,25 @@ class Pruned:
         return sum(layer.products for layer in self.layers)
 
     @property
+    def cg_iterations(self) -> int:
+        """Iterations of conjugate gradients; those of the joint steps count once."""
+        joint = max((layer.cg_iterations for layer in self.layers if layer.joint), default=0)
+        return joint + sum(layer.cg_iterations for layer in self.layers if not layer.joint)
+
+    @property
     def problems(self) -> dict[str, str]:
-        """The layers that kept their masked (or warm-started) weights, and why."""
-        return {layer.name: layer.problem for layer in self.layers if layer.problem}
+        """What kept its weights as they were, and why: layers, or all of them at once in the joint steps."""
+        return problems(self.layers)
 
     @property
     def peak_memory_bytes(self) -> int:
         """The most that any layer needed."""
         return max((layer.peak_memory_bytes for layer in self.layers), default=0)
+
+
+def problems(records: list[LayerRecord]) -> dict[str, str]:
+    """What was not solved, and why: layers, or all of them at once in the joint steps."""
+    return {JOINT if record.joint else record.name: record.problem for record in records if record.problem}
 
 
 def sparsity(model: nn.Module) -> float:

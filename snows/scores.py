@@ -21,11 +21,11 @@ from torch import Tensor
 from snows.calibration import Streams, fitting
 from snows.errors import SnowsError, UsageError
 from snows.graph import Layer, Network, Stream
-from snows.layer_rules import listed
+from snows.layer_rules import by_reason, listed
 from snows.masks import Masks, Pattern, Selection, given
 from snows.objective import reconstruction
 from snows.options import Options
-from snows.preconditioner import can_factor, columns, output_scale
+from snows.preconditioner import MAX_INPUTS, can_factor, columns, output_scale, shows_inputs
 
 MASK_ALGORITHMS = ("MP", "Wanda", "SparseGPT", "OBS")
 LAYER_WISE = ("Wanda", "SparseGPT")  # whose scores are in units of the layer's own output, and compare as shares only
@@ -42,17 +42,19 @@ def scores(mask_alg: str, layers: list[Layer], stream: Stream, options: Options)
 
 
 def check_inputs(method: str, layers: list[Layer], network: Network) -> None:
-    """Refuse layers whose input columns, which a method needs, cannot be had.
+    """Refuse layers whose input columns, which a method needs, cannot be had, or are too many for its inverse.
 
     Raises:
         UsageError: it lists them.
     """
-    hidden = [layer.name for layer in layers if not can_factor(network, layer)]
-    if hidden:
-        raise UsageError(
-            f"{method} needs the inputs of every layer, and those of {listed(hidden)} cannot be unfolded. "
-            f"Skip these layers (--skip), or choose another method."
-        )
+    hidden = [layer.name for layer in layers if not shows_inputs(network, layer)]
+    wide = [layer.name for layer in layers if not can_factor(network, layer)] if method == "SparseGPT" else []
+    for names, problem in ((hidden, "cannot be unfolded"), (wide, f"are more than {MAX_INPUTS}")):
+        if names:
+            raise UsageError(
+                f"{method} needs the inputs of every layer, and those of {listed(names)} {problem}. "
+                f"Skip these layers (--skip), or choose another method."
+            )
 
 
 def wanda(layer: Layer, stream: Stream, options: Options) -> Tensor:
@@ -62,7 +64,7 @@ def wanda(layer: Layer, stream: Stream, options: Options) -> Tensor:
 
 def sparsegpt(layer: Layer, stream: Stream, options: Options) -> Tensor:
     """w_ij^2 / [A^-1]_jj: by how much the error of the layer's own output rises if its other weights make up for it."""
-    inverse = damped_inverse(input_moment(layer, stream)).diagonal(dim1=1, dim2=2)
+    inverse = damped_inverse(mean_moment(layer, stream)).diagonal(dim1=1, dim2=2)
     return weight_of(layer, stream).square() / by_weight(layer, inverse)
 
 
@@ -96,7 +98,7 @@ def mean_squares(layer: Layer, stream: Stream) -> Tensor:
     return checked(total / count, layer)
 
 
-def input_moment(layer: Layer, stream: Stream) -> Tensor:
+def mean_moment(layer: Layer, stream: Stream) -> Tensor:
     """A, the mean of x x^T over images and positions, (groups, in, in) in float64; the stream stands at the layer."""
     total, count = 0.0, 0
     for x in inputs(layer, stream):
@@ -144,7 +146,7 @@ def select(
         raise UsageError("nothing to prune: the model has no Conv2d or Linear layer.")
     chosen = [layer for layer in network.layers if layers(layer.name)]
     if not chosen:
-        raise UsageError(f"nothing to prune: no layer was selected of {', '.join(n.name for n in network.layers)}.")
+        raise UsageError(f"nothing to prune: no layer was selected of {listed(n.name for n in network.layers)}.")
     weights = {layer.name: network.model.get_parameter(layer.parameter) for layer in chosen}
     if isinstance(pattern, dict):
         if mask_alg != "MP":
@@ -159,6 +161,6 @@ def select(
         total = sum(p.numel() for p in network.model.parameters())
         selection = pattern.select(weights, total, by_row=mask_alg == "Wanda")
     if not selection.masks:
-        raise UsageError(f"nothing to prune: {selection.left_dense}.")
+        raise UsageError(f"nothing to prune: {by_reason(selection.left_dense)}.")
     selection.left_dense |= {layer.name: "not selected" for layer in network.layers if layer not in chosen}
     return selection

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from snows.result import LayerRecord
+from snows.layer_rules import by_reason
+from snows.result import JOINT, LayerRecord
 
 
 class Progress:
@@ -57,7 +58,7 @@ def losses(layer: LayerRecord) -> str:
 
 def line(layer: LayerRecord) -> str:
     """What is said of a finished layer."""
-    text = f"  {'all layers together':<40}" if layer.joint else f"  {layer.name:<28} {layer.sparsity:6.1%} zero"
+    text = f"  {JOINT:<40}" if layer.joint else f"  {layer.name:<28} {layer.sparsity:6.1%} zero"
     if layer.products:
         text += f"   loss {layer.loss_before:9.3g} -> {layer.loss_after:9.3g}"
         text += f"   {layer.newton_steps} steps, {layer.cg_iterations:3d} CG iterations"
@@ -95,6 +96,5 @@ def summary(metrics: dict, folder: Path) -> str:
         lines += ["  left dense:", *(f"    {kinds(names)}: {reason}" for reason, names in reasons.items())]
     lines += [f"  saved in {folder}"]
     if metrics["problems"]:
-        reasons = "; ".join(f"{name}: {problem}" for name, problem in metrics["problems"].items())
-        lines += [f"  {len(metrics['problems'])} layers kept their masked weights: {reasons}"]
+        lines += [f"  not solved, weights as they were: {by_reason(metrics['problems'])}"]
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from snows.graph import Layer, Network
 from snows.objective import Objective, reconstruction
 from snows.options import Options
 from snows.preconditioner import can_factor, row_inverses
-from snows.scores import input_moment
+from snows.scores import mean_moment
 from snows.solver import Preconditioner, Solution, check_finite, solve
 from snows.sparsegpt import update
 
@@ -67,9 +67,10 @@ def solve_layer(
     """Advance both streams to a layer and solve it on its support, from its masked weight; nothing is written back."""
     streams.advance(layer)
     network, sparse, dense = streams.network, streams.sparse, streams.dense
-    start = masked(network, layer, mask)
+    warm = Solution(masked(network, layer, mask))
     if options.w_warm:
-        start = solve_layer(layer, mask, streams, options.but(**LEAST_SQUARES), solve).weight
+        warm = solve_layer(layer, mask, streams, options.but(**LEAST_SQUARES), solve)
+    start = warm.weight
     objective = reconstruction(layer, sparse, dense, options)
     unknown, support = objective.join(start), objective.join(mask, True)
     precondition = None
@@ -77,6 +78,8 @@ def solve_layer(
         precondition = row_inverses(objective, unknown, support, options.seed)
     kept = f"layer {layer.name} keeps its masked weights"
     solution = minimised(objective, unknown, support, precondition, options, solver, kept)
+    solution.products += warm.products
+    solution.cg_iterations += warm.cg_iterations
     solution.weight, shift = objective.split(solution.weight)
     solution.shift = behind_batch_norm(shift, objective.window.output_scale(layer))
     return solution
@@ -119,7 +122,7 @@ def behind_batch_norm(shift: Tensor | None, scale: Tensor | None) -> Tensor | No
 def sparsegpt_problem(layer: Layer, streams: Streams) -> tuple[Tensor, Tensor]:
     """(weight, second moment of its inputs) of a layer on the pruned network as it stands."""
     streams.sparse.advance(layer.node)
-    return streams.network.model.get_parameter(layer.parameter), input_moment(layer, streams.sparse)
+    return streams.network.model.get_parameter(layer.parameter), mean_moment(layer, streams.sparse)
 
 
 def masked(network: Network, layer: Layer, mask: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class Tangents:
         activation = isinstance(module, ACTIVATION_MODULES) and not isinstance(module, MIXING)
         if activation or is_fixed_batch_norm(module) or (node.op != "call_module" and name in ELEMENTWISE):
             return self._elementwise(node, values)
-        if node.target in (operator.add, torch.add) and not node.kwargs:
+        if node.target in (operator.add, torch.add) and not node.kwargs and isinstance(values[node], Tensor):
             return self._sum(node, values)
         if node.target is F.scaled_dot_product_attention and is_plain_attention(node.args, node.kwargs):
             return self._attention(node, values)
@@ -133,8 +133,9 @@ class Tangents:
     def _attention(self, node: fx.Node, values: Values) -> Rule:
         """P v with P = softmax(S), S = scale q k^T: the tangent of P is P * (S' - <P, S'>), row by row."""
         q, k, v = (values[each] for each in node.args)
-        scale = attention_scale(q, node.kwargs.get("scale"))
-        weights = attention_weights(q, k, node.kwargs.get("scale"))
+        asked = node.kwargs.get("scale")
+        scale = attention_scale(q, values[asked] if isinstance(asked, fx.Node) else asked)
+        weights = attention_weights(q, k, scale)
         q, k = q * scale, k * scale
 
         def rule(tangents, direction):

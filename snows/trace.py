@@ -26,6 +26,7 @@ IN_PLACE_OPERATORS = {
 # What functions read, in order.
 INPUTS = dict.fromkeys((F.linear, F.conv2d), ("input", "weight", "bias"))
 INPUTS |= {F.scaled_dot_product_attention: ("query", "key", "value"), F.hardsigmoid: ("input",)}
+ANY_LAYOUT = {"view": "reshape", "view_as": "reshape_as"}  # the same shapes, of values in any order in memory
 
 
 class _Tracer(fx.Tracer):
@@ -143,7 +144,9 @@ def call(node: fx.Node, model: nn.Module, values: Values, parameters: dict[str, 
         case "call_function":
             return node.target(*args, **kwargs)
         case "call_method":
-            return getattr(args[0], node.target)(*args[1:], **kwargs)
+            numbers = any(isinstance(arg, torch.dtype) for arg in args)  # a view of the same bytes as other numbers
+            name = node.target if numbers or kwargs else ANY_LAYOUT.get(node.target, node.target)
+            return getattr(args[0], name)(*args[1:], **kwargs)
         case "call_module":
             module, prefix = model.get_submodule(node.target), node.target + "."
             own = {name.removeprefix(prefix): p for name, p in parameters.items() if name.startswith(prefix)}

@@ -11,6 +11,7 @@ import torchvision
 from conftest import TinyCNN, randomise
 from torch import nn
 
+import snows
 from snows.errors import TraceError
 from snows.graph import Network, Stream
 from snows.window import Window
@@ -216,3 +217,47 @@ def test_a_stream_never_holds_more_than_what_is_still_to_be_read():
         handle.remove()
     assert len(most) == 30
     assert max(most) <= 2
+
+
+def test_views_are_taken_whatever_the_layout_of_the_images(images):
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(64, 3)
+
+        def forward(self, x):
+            x = x.view(-1, 2, 4, 4).view_as(x).view(x.dtype)
+            x = torch.relu(self.conv(x))
+            return self.head(x.view(x.size(0), -1))
+
+    model = randomise(Flat())
+    pruned = snows.prune(model, images, snows.NM(1, 2), snows.Options(batch_size=2))
+    assert all(layer.loss_after < layer.loss_before for layer in pruned.layers if not layer.joint)
+
+
+def test_a_value_that_an_in_place_module_overwrites_is_read_as_it_was_left(images):
+    class Overwriting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.conv1, self.relu = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.relu(self.conv1(self.relu(x)) + x).mean((2, 3))  # x has been through the ReLU
+
+    model = randomise(Overwriting())
+    pruned = snows.prune(model, images, snows.NM(1, 2), snows.Options(batch_size=2))
+    assert pruned.model.relu.inplace
+    assert all(layer.loss_after < layer.loss_before for layer in pruned.layers if not layer.joint)
+
+
+@pytest.mark.parametrize("outputs", [4, 6])
+def test_a_batch_norm_over_tokens_is_no_part_of_the_linear_map_before_it(outputs):
+    """BatchNorm1d takes dimension 1 for the channels: of (images, tokens, features), the tokens."""
+    model = randomise(nn.Sequential(nn.Flatten(2), nn.Linear(9, outputs), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten()))
+    images = torch.randn(5, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    network = Network(model)
+    stream = Stream(network, network.model, [images], "cpu")
+    stream.advance(network.layers[0].node)
+    window = Window(network, network.layers[0], k_step=9)
+    torch.testing.assert_close(window(window.enter(stream[0]), model[1].weight)[-1].flatten(1), model(images))

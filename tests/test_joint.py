@@ -166,6 +166,24 @@ def test_joint_steps_that_are_not_finite_keep_the_weights(tiny, images, caplog):
     plain = snows.prune(tiny, images, snows.NM(2, 4), snows.Options(joint_steps=0))
     assert all(torch.equal(a, b) for a, b in zip(kept.model.parameters(), plain.model.parameters(), strict=True))
     assert "the layers keep their weights: a curvature product is not finite" in caplog.text
+    assert kept.problems == {"all layers together": "a curvature product is not finite"}
+    assert plain.problems == {}
+
+
+def test_iterations_are_counted_once_for_all_the_layers(tiny, images):
+    options = snows.Options(schedule=0, joint_steps=2, batch_size=5)
+    pruned = snows.prune(tiny, images, snows.NM(2, 4), options)
+    assert pruned.cg_iterations == pruned.curvature_products
+    assert pruned.cg_iterations > sum(layer.cg_iterations for layer in pruned.layers if not layer.joint)
+
+
+def test_a_layer_that_is_removed_altogether_takes_part(tiny, images):
+    masks = {"stem": torch.zeros(4, 2, 3, 3, dtype=torch.bool), "gate": torch.ones(4, 4, 1, 1, dtype=torch.bool)}
+    for biases in (True, False):
+        options = snows.Options(joint_steps=2, batch_size=5, biases=biases)
+        pruned = snows.prune(tiny, images, masks, options)
+        assert not pruned.problems
+        assert not pruned.model.stem.weight.any()
 
 
 def test_running_out_of_memory_in_the_joint_steps_halves_the_micro_batch(tiny, images, caplog):

@@ -121,4 +121,4 @@ def test_the_last_line_says_how_many_layers_were_not_solved(tmp_path):
     assert screen.summary(metrics, tmp_path).splitlines()[-1] == f"  saved in {tmp_path}"
     metrics["problems"] = {"a": "the loss is not finite", "b": "the gradient is not finite"}
     last = screen.summary(metrics, tmp_path).splitlines()[-1]
-    assert last == "  2 layers kept their masked weights: a: the loss is not finite; b: the gradient is not finite"
+    assert last == "  not solved, weights as they were: a: the loss is not finite; b: the gradient is not finite"

@@ -74,7 +74,7 @@ def test_obs_is_the_rise_of_the_loss_of_each_weight():
 
 
 def test_obs_follows_the_diagonal_of_the_k_step_hessian(tiny, images):
-    """At the dense weight the Hessian of the K-step loss is the Gauss-Newton matrix; g is estimated, A factored out."""
+    """Of the last layer, where g is the same for every output and A is exact."""
     from test_objective import build
 
     objective, dense, _ = build(tiny, images, 3, 4, "hessian")  # fc, the last layer
@@ -84,6 +84,35 @@ def test_obs_follows_the_diagonal_of_the_k_step_hessian(tiny, images):
     exact = tiny.fc.weight.detach().square() * diagonal
     got = scored(tiny, images, "OBS")["fc"]
     torch.testing.assert_close(got / got.sum(), exact / exact.sum())
+
+
+@pytest.mark.parametrize("k_step", [0, 1, 2])
+def test_obs_weighs_each_output_by_what_the_k_steps_behind_make_of_it(k_step):
+    """g against all the Jacobians; its estimate from random signs is within a third, and g differs by a hundred."""
+    model = randomise(nn.Sequential(nn.Flatten(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 6)))
+    with torch.no_grad():
+        model[3].weight *= torch.tensor([0.03, 0.3, 3.0, 30.0])
+    images = torch.randn(256, 2, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x, scale = images.flatten(1), torch.zeros(4, dtype=torch.float64)
+    for depth in range(k_step + 1):
+        behind = model[2 : 2 + depth]
+        features = behind(model[1](x))
+        jacobian = torch.func.vmap(torch.func.jacrev(behind))(model[1](x))  # (images, features, 4)
+        scale += jacobian.square().sum((0, 1)) / features.square().sum()
+    expected = model[1].weight.square() * scale[:, None] * x.square().mean(0)
+    got = scored(model, images, "OBS", k_step=k_step)["1"]
+    torch.testing.assert_close(got / got.sum(), (expected / expected.sum()).detach(), rtol=0.35, atol=0)
+
+
+def test_a_map_with_more_inputs_than_an_inverse_may_have_is_refused_by_sparsegpt_alone(images, monkeypatch):
+    monkeypatch.setattr("snows.preconditioner.MAX_INPUTS", 16)
+    model = randomise(nn.Sequential(nn.Flatten(), nn.Linear(32, 4)))
+    for mask_alg in ("Wanda", "OBS"):
+        assert snows.prune(model, images, snows.NM(1, 2), mask_alg=mask_alg, algo="MP").masks
+    with pytest.raises(
+        snows.UsageError, match="SparseGPT needs the inputs of every layer, and those of 1 are more than"
+    ):
+        snows.prune(model, images, snows.NM(1, 2), algo="SparseGPT")
 
 
 @pytest.mark.parametrize("mask_alg", ["Wanda", "SparseGPT", "OBS"])

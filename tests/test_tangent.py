@@ -53,6 +53,20 @@ class Attending(nn.Module):
         )
 
 
+class Computed(nn.Module):
+    """Attention and a size whose numbers the forward pass computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x))
+        x = F.interpolate(x, size=(x.shape[2] + 2, x.shape[3]), mode="bilinear")
+        y = x.view(x.size(0), x.size(1), -1).transpose(1, 2)
+        return F.scaled_dot_product_attention(y, y, y, scale=y.shape[-1] ** -0.3)
+
+
 class ByKeyword(nn.Module):
     """Modules and functions that get their inputs by keyword, in place where they can."""
 
@@ -86,6 +100,7 @@ OPERATIONS = {
     "norms": sequential(lambda: nn.GroupNorm(2, 4), lambda: nn.LayerNorm(4), nn.Dropout, nn.Identity, nn.Tanh),
     "sums": Sums,
     "twice": Twice,
+    "computed numbers": Computed,
     "inputs by keyword": ByKeyword,
     "attention": lambda: Attending({0, 1, 2}),
     "attention with a scale": lambda: Attending({0, 1, 2}, scale=0.3),

@@ -1,0 +1,77 @@
+"""What `prune` is called with, checked before anything is computed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from snows.errors import SnowsError, TraceError, UsageError, first_line
+from snows.masks import NM, Unstructured
+from snows.options import Options
+from snows.scores import MASK_ALGORITHMS
+from snows.survivors import ALGORITHMS
+
+
+def check(model: Any, pattern: Any, options: Any, mask_alg: str, algo: str, layers: Any, device: Any) -> None:
+    """Refuse arguments of `prune` that it cannot do anything with.
+
+    Raises:
+        UsageError: one of them is none of what it may be. TraceError: the model is no plain module.
+    """
+    check_device(device)
+    check_model(model)
+    if not isinstance(pattern, (Unstructured, NM, dict)):
+        raise UsageError(
+            f"the pattern must be snows.Unstructured(...), snows.NM(...), or masks, {{layer name: tensor}}, "
+            f"not {pattern!r}."
+        )
+    if not isinstance(options, Options):
+        raise UsageError(f"options must be snows.Options(...), not {type(options).__name__}.")
+    for chosen, known in ((algo, ALGORITHMS), (mask_alg, MASK_ALGORITHMS)):
+        if chosen not in known:
+            raise UsageError(f"algorithm '{chosen}' is not one of {', '.join(known)}.")
+    if not callable(layers):
+        raise UsageError("layers must be a function that says of a layer's name whether to prune it.")
+
+
+def check_device(device: torch.device | str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        UsageError: torch does not know it or cannot use it.
+    """
+    try:
+        torch.ones(1, device=device).item()  # the meta device makes tensors that hold nothing
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"cannot use device {device}: {first_line(error)}") from error
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is wrapped, compiled, or has no numbers yet.
+
+    Raises:
+        UsageError: it is no module. TraceError: it is no plain one; the message says what to pass instead.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"the model must be a torch.nn.Module, not {type(model).__name__}.")
+    wrapped = {nn.DataParallel: "module", nn.parallel.DistributedDataParallel: "module"}
+    inner = next((name for kind, name in wrapped.items() if isinstance(model, kind)), None)
+    if hasattr(model, "_orig_mod"):  # torch.compile's
+        inner = "_orig_mod"
+    if inner is not None:
+        raise TraceError(f"cannot trace {type(model).__name__}: pass model.{inner}, the network inside.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError("cannot trace a scripted or jit-traced model: pass the module that it was made from.")
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(nn.parameter.is_lazy(tensor) or tensor.is_meta for tensor in tensors):
+        raise UsageError("the model has parameters without numbers (lazy, or on the meta device): load its weights.")
+    try:
+        copy.deepcopy(model)
+    except Exception as error:  # whatever a module's tensors raise
+        raise SnowsError(
+            f"the model cannot be copied: {first_line(error)} torch.nn.utils.prune and weight_norm leave weights that "
+            f"cannot be: make them permanent first (prune.remove, remove_weight_norm)."
+        ) from error
