@@ -31,18 +31,23 @@ def choose_mask(weight: Tensor, moment: Tensor, rule: NM | int) -> Tensor:
     moment: A, (groups, in, in), `in` as in weight.flatten(1).
     """
     if isinstance(rule, NM):
-        return eliminate(weight, moment, lambda worth, start: rule.mask(worth.flatten(0, 1)).view(worth.shape), rule.m)[
-            1
-        ]
+
+        def choose(worth: Tensor, start: int) -> Tensor:
+            return rule.mask(worth.flatten(0, 1)).view(worth.shape)
+
+        _, mask = eliminate(weight, moment, choose, rule.m)
+        return mask
     starts = range(0, moment.shape[-1], BLOCK)
     counts = dict(zip(starts, proportional(rule, [min(BLOCK, moment.shape[-1] - start) for start in starts])))
-    return eliminate(weight, moment, lambda worth, start: smallest_removed(worth, counts[start]), BLOCK)[1]
+    _, mask = eliminate(weight, moment, lambda worth, start: smallest_removed(worth, counts[start]), BLOCK)
+    return mask
 
 
 def update(weight: Tensor, moment: Tensor, mask: Tensor) -> Tensor:
     """The weight (out, in, ...) with a given mask, its survivors made up for what was removed in front of them."""
     kept = to_columns(mask, len(moment))
-    return eliminate(weight, moment, lambda worth, start: kept[:, :, start : start + worth.shape[2]], BLOCK)[0]
+    new, _ = eliminate(weight, moment, lambda worth, start: kept[:, :, start : start + worth.shape[2]], BLOCK)
+    return new
 
 
 def eliminate(weight: Tensor, moment: Tensor, choose: Chooser, width: int) -> tuple[Tensor, Tensor]:

@@ -130,6 +130,7 @@ class Window:
         return self.direction_of(self.layer, weight, shift)
 
     def direction_of(self, layer: Layer, weight: Tensor, shift: Tensor | None) -> dict[str, Tensor]:
+        """What a weight and a shift of one of the layers are in the window's parameters."""
         scale = self.output_scale(layer)
         moved = {layer.parameter: weight if scale is None else weight * per_output(scale, weight)}
         if shift is not None:

@@ -81,6 +81,13 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, (self.weight - mean) / std, self.bias)
 
 
+class Gained(Standardised):
+    """The same behind a gain of zero, as residual branches begin."""
+
+    def forward(self, x):
+        return 0 * super().forward(x)
+
+
 class Absolute(nn.Conv2d):
     """A convolution that does something of its own with its input, which leaves zeros zeros."""
 
@@ -99,7 +106,9 @@ class Opaque(nn.Module):
         return torch.relu(self.conv(x))
 
 
-@pytest.mark.parametrize(("kind", "pruned"), [(nn.Conv2d, True), (Absolute, True), (Standardised, False)])
+@pytest.mark.parametrize(
+    ("kind", "pruned"), [(nn.Conv2d, True), (Absolute, True), (Standardised, False), (Gained, False)]
+)
 @pytest.mark.parametrize("opaque", [True, False])
 def test_a_convolution_that_multiplies_by_another_weight_than_its_own_is_left_dense(monkeypatch, kind, pruned, opaque):
     if opaque:
