@@ -32,6 +32,7 @@ from snows.report import write_report
 from snows.result import Pruned, Step, sparsity
 from snows.survivors import SETTLED
 
+Layers = Callable[[str], bool]  # whether to prune a layer, by its name
 FAR_FROM_STATED = 1.0  # percent points between measured and stated dense accuracy that call for a warning
 
 
@@ -54,9 +55,6 @@ def permuted(model: nn.Module, pattern: NM, layers: Callable[[str], bool]) -> nn
         f"{before:.1%}; the others' channels are tied to those of other layers, or cannot be followed"
     )
     return result.model
-
-
-Layers = Callable[[str], bool]  # whether to prune a layer, by its name
 
 
 def run(args: argparse.Namespace, known: Known, pattern: Pattern, layers: Layers = lambda name: True) -> list[dict]:

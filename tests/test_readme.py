@@ -25,7 +25,7 @@ def test_the_library_snippet_runs_as_it_stands(tmp_path):
 
 
 def test_the_scripts_know_every_flag_of_the_readmes_commands():
-    commands = re.findall(r"cd (\w+) && python (\w+\.py .*?)(?=\n    cd|\n\n)", README, re.DOTALL)
+    commands = re.findall(r"\(cd (\w+) && python (\w+\.py .*?)\)\n", README, re.DOTALL)
     assert len(commands) == 3
     for folder, command in commands:
         script, *words = shlex.split(command.replace("\\\n", " "))
