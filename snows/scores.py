@@ -8,7 +8,8 @@
 x_j is input column j of the layer and A the mean of x x^T over images and positions. OBS takes the curvature of the
 K-step loss as snows/preconditioner.py splits it, B_i = g_i A for output row i, and of that its diagonal: dividing by
 the diagonal of the inverse instead, as if the row's other weights made up for the loss, gave no better masks here. All
-but MP need the inputs of every layer: one pass of a stream along the network.
+but MP need the inputs of every layer, of a layer that is called more than once those of its first call: one pass of a
+stream along the network.
 """
 
 from __future__ import annotations
