@@ -196,7 +196,7 @@ class One(torch.nn.Module):
 
 def read_all(path):
     """Every reader of tensors either takes a file or says in one line why not."""
-    for reader in (read_state, lambda p: load_checkpoint(One(), p), lambda p: read_masks(p, Network(One()).layers)):
+    for reader in (read_state, lambda p: load_checkpoint(One(), p), lambda p: read_masks(p, Network(One()))):
         with refused_in_one_line():
             reader(path)
             event("read")
