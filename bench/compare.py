@@ -138,6 +138,8 @@ def plot(rows: list[dict]) -> bytes:
         for mask, way in itertools.product(found(rows, "mask", MASK_ALGORITHMS), found(rows, "way", WAYS)):
             cells = {p: over_seeds(rows, pattern=p, mask=mask, way=way) for p in shown}
             cells = {p: values for p, values in cells.items() if values}
+            if not cells:
+                continue
             x = [100 * float(p) if ":" not in p else shown.index(p) for p in cells]
             look = {"color": colours[mask], "linestyle": styles[way]}
             panel.plot(x, [statistics.mean(v) for v in cells.values()], marker=".", label=f"{mask}, {way}", **look)

@@ -123,8 +123,9 @@ class Unstructured:
                 f"{already / total_parameters:.4f} of all parameters. Raise the target, or lower those."
             )
         cap = self.cap(removed / sum(score.numel() for score in scores.values()))
-        whole = math.ceil if self.max_layer_sparsity is None else math.floor  # a default must not be out of reach
-        caps = {name: whole(cap * score.numel()) for name, score in scores.items()}
+        caps = {name: math.floor(cap * score.numel()) for name, score in scores.items()}
+        if self.max_layer_sparsity is None and removed > sum(caps.values()):  # for want of a few weights
+            caps = {name: math.ceil(cap * score.numel()) for name, score in scores.items()}
         if removed > sum(caps.values()):
             reach = (sum(caps.values()) + already) / total_parameters
             raise UsageError(
