@@ -16,7 +16,7 @@ from snows import options, run_folder
 from snows.allocation import ALLOCATIONS
 from snows.data import DATASETS
 from snows.errors import UsageError
-from snows.layer_rules import Rules, read_rules
+from snows.layer_rules import read_rules
 from snows.masks import NM, Unstructured
 from snows.scores import LAYER_WISE, MASK_ALGORITHMS
 from snows.survivors import ALGORITHMS
@@ -77,7 +77,8 @@ def parser(description: str, arch: str) -> argparse.ArgumentParser:
     group.add_argument("--skip", nargs="+", default=[], metavar="PATTERN", help="layers left dense, as 'layer1.*' 'fc'")
     group.add_argument(
         "--layer_sparsity",
-        type=Path,
+        type=read_rules,
+        default={},
         metavar="FILE",
         help='json, layer name or pattern to sparsity (N:M: to a pattern): {"layer3.*": 0.9, "fc": "dense"}',
     )
@@ -128,7 +129,6 @@ def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:
 def settings(args: argparse.Namespace) -> dict:
     """What decides the results of a command's runs, by flag, as JSON holds it."""
     chosen = {**vars(options.from_flags(args, args.seed[0])), **vars(args)}
-    chosen["layer_sparsity"] = layer_rules(args)  # what the file says, which may change
     return json.loads(json.dumps({k: v for k, v in chosen.items() if k not in NO_SETTINGS}, default=str))
 
 
@@ -166,11 +166,7 @@ def add_unstructured_flags(flags: argparse.ArgumentParser, default: float) -> No
 
 def unstructured(args: argparse.Namespace) -> Unstructured:
     normalise = args.mask_alg in LAYER_WISE if args.normalise is None else args.normalise
-    return Unstructured(args.target_sparsity, args.max_layer_sparsity, args.allocation, normalise, layer_rules(args))
-
-
-def layer_rules(args: argparse.Namespace) -> Rules:
-    return {} if args.layer_sparsity is None else read_rules(args.layer_sparsity)
+    return Unstructured(args.target_sparsity, args.max_layer_sparsity, args.allocation, normalise, args.layer_sparsity)
 
 
 def add_nm_flags(flags: argparse.ArgumentParser) -> None:
@@ -183,7 +179,7 @@ def add_nm_flags(flags: argparse.ArgumentParser) -> None:
 
 
 def nm(args: argparse.Namespace) -> NM:
-    return NM(args.NM_N, args.NM_M, layer_rules(args))
+    return NM(args.NM_N, args.NM_M, args.layer_sparsity)
 
 
 def check_mask_flags(args: argparse.Namespace) -> None:
@@ -195,7 +191,7 @@ def check_mask_flags(args: argparse.Namespace) -> None:
     choices = {"mask_alg": "MP", "permute": False}
     choices |= {"max_layer_sparsity": None, "allocation": "global", "normalise": None}
     if not hasattr(args, "NM_N"):
-        choices["layer_sparsity"] = None  # for N:M, rules say what the masks are checked against
+        choices["layer_sparsity"] = {}  # for N:M, rules say what the masks are checked against
     chosen = [f"--{flag}" for flag, none in choices.items() if getattr(args, flag, none) != none]
     if args.masks is not None and chosen:
         raise UsageError(f"--masks says which weights survive: leave {' and '.join(chosen)} out.")

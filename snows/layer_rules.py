@@ -33,14 +33,14 @@ def check_patterns(patterns: Iterable[str], names: Iterable[str], origin: str) -
         raise UsageError(f"{origin}: no prunable layer is named {listed(idle)}; those are {listed(names)}.")
 
 
-def read_rules(path: Path) -> Rules:
+def read_rules(path: str | Path) -> Rules:
     """The rules of a json file, an object of names or patterns; what they may say is the pattern's affair.
 
     Raises:
         UsageError: the file is missing, no json, or no object.
     """
     try:
-        rules = json.loads(path.read_text())
+        rules = json.loads(Path(path).read_text())
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}.") from error
     except ValueError as error:
