@@ -42,6 +42,14 @@ def whole(least: int) -> Callable[[str], int]:
 def parser(description: str, arch: str) -> argparse.ArgumentParser:
     """The flags that every script shares; `arch` is the network that ships with the repository."""
     flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_network_flags(flags, arch)
+    add_mask_flags(flags)
+    add_run_flags(flags)
+    options.add_flags(flags)
+    return flags
+
+
+def add_network_flags(flags: argparse.ArgumentParser, arch: str) -> None:
     group = flags.add_argument_group("network and images")
     group.add_argument("--arch", default=arch, help=f"the network (default: {arch}, which ships with SNOWS)")
     group.add_argument("--checkpoint", type=Path, help="local weights for --arch (.safetensors, .pt, .pth, .bin)")
@@ -58,6 +66,9 @@ def parser(description: str, arch: str) -> argparse.ArgumentParser:
     group.add_argument("--mirror", action="store_true", help="flip half of the calibration images left to right")
     group.add_argument("--test_batch_size", type=whole(1), default=256, help="test images per batch (default: 256)")
     group.add_argument("--num_workers", type=whole(0), default=0, help="processes that load images (default: 0)")
+
+
+def add_mask_flags(flags: argparse.ArgumentParser) -> None:
     group = flags.add_argument_group("masks")
     group.add_argument(
         "--mask_alg",
@@ -82,6 +93,9 @@ def parser(description: str, arch: str) -> argparse.ArgumentParser:
         metavar="FILE",
         help='json, layer name or pattern to sparsity (N:M: to a pattern): {"layer3.*": 0.9, "fc": "dense"}',
     )
+
+
+def add_run_flags(flags: argparse.ArgumentParser) -> None:
     group = flags.add_argument_group("run")
     group.add_argument("--algo", nargs="+", default=["SNOWS"], choices=ALGORITHMS, help=ALGO_HELP)
     group.add_argument("--seed", type=whole(0), nargs="+", default=[0], help="one run for each (default: 0)")
@@ -98,8 +112,6 @@ def parser(description: str, arch: str) -> argparse.ArgumentParser:
     loudness = group.add_mutually_exclusive_group()
     loudness.add_argument("--verbose", action="store_true", help="a line per layer on a terminal too; full tracebacks")
     loudness.add_argument("--quiet", action="store_true", help="nothing per layer, only what the run ends with")
-    options.add_flags(flags)
-    return flags
 
 
 def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:

@@ -67,19 +67,18 @@ def solve_layer(
     """Advance both streams to a layer and solve it on its support, from its masked weight; nothing is written back."""
     streams.advance(layer)
     network, sparse, dense = streams.network, streams.sparse, streams.dense
-    warm = Solution(masked(network, layer, mask))
+    start = Solution(masked(network, layer, mask))
     if options.w_warm:
-        warm = solve_layer(layer, mask, streams, options.but(**LEAST_SQUARES), solve)
-    start = warm.weight
+        start = solve_layer(layer, mask, streams, options.but(**LEAST_SQUARES), solve)
     objective = reconstruction(layer, sparse, dense, options)
-    unknown, support = objective.join(start), objective.join(mask, True)
+    unknown, support = objective.join(start.weight), objective.join(mask, True)
     precondition = None
     if options.preconditioner == "rows" and can_factor(network, layer):
         precondition = row_inverses(objective, unknown, support, options.seed)
     kept = f"layer {layer.name} keeps its masked weights"
     solution = minimised(objective, unknown, support, precondition, options, solver, kept)
-    solution.products += warm.products
-    solution.cg_iterations += warm.cg_iterations
+    solution.products += start.products
+    solution.cg_iterations += start.cg_iterations
     solution.weight, shift = objective.split(solution.weight)
     solution.shift = behind_batch_norm(shift, objective.window.output_scale(layer))
     return solution

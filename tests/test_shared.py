@@ -116,4 +116,4 @@ def test_a_convolution_that_multiplies_by_another_weight_than_its_own_is_left_de
     network = Network(randomise(nn.Sequential(Opaque(kind), nn.Flatten(), nn.Linear(64, 2))))
     assert [layer.name for layer in network.layers] == ["0.conv"] * pruned + ["2"]
     assert pruned or "does not multiply by its weight" in network.refused["0.conv"] or not opaque
-    assert set(network.refused) == set() if pruned else {"0.conv"}
+    assert set(network.refused) == (set() if pruned else {"0.conv"})
