@@ -79,7 +79,7 @@ class Bench:
         load_checkpoint(self.model, checkpoint)
         self.data = data.npz(dset, data.normalised((0.5,) * 3, (0.5,) * 3))
         self.data = data.Data(*self.data)
-        self.test = list(self.data.test_batches(512))
+        self.test = list(self.data.test_batches(128))
         self.dense_accuracy = accuracy(self.model, self.test, device)
         self.masked_accuracies = {}
 
