@@ -30,6 +30,12 @@ from snows.survivors import SETTLED
 PATTERNS = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "1:4", "2:8")
 ALONE = {"SparseGPT": "SparseGPT"}  # what a mask's own method does with the survivors; the others keep them as they are
 WAYS = ("alone", "MP+", "SNOWS")
+LOOKS = {
+    "alone": {"linestyle": ":", "marker": "."},
+    "MP+": {"linestyle": "--", "marker": "x"},
+    "SNOWS": {"linestyle": "-", "marker": "D", "markersize": 4},
+}
+COLOURS = dict(zip(MASK_ALGORITHMS, ("tab:gray", "tab:orange", "tab:green", "tab:blue")))
 
 
 def pattern_of(text: str, mask: str) -> snows.NM | snows.Unstructured:
@@ -120,42 +126,54 @@ def cell(accuracies: list[float]) -> str:
 
 
 def plot(rows: list[dict]) -> bytes:
-    """Accuracy against sparsity as a PNG, a line for each method (mean, and from least to most over the seeds).
-
-    Unstructured sparsities on the left; N:M patterns, in their usual order, on the right.
-    """
+    """Accuracy against sparsity as a PNG: unstructured sparsities on the left, N:M patterns on the right."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    patterns = found(rows, "pattern", PATTERNS)
-    panels = [[p for p in patterns if ":" not in p], [p for p in patterns if ":" in p]]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, gridspec_kw={"width_ratios": (3, 2)})
-    styles = dict(zip(WAYS, (":", "--", "-")))
-    colours = dict(zip(MASK_ALGORITHMS, ("tab:gray", "tab:orange", "tab:green", "tab:blue")))
-    for panel, shown in zip(axes, panels):
-        for mask, way in itertools.product(found(rows, "mask", MASK_ALGORITHMS), found(rows, "way", WAYS)):
-            cells = {p: over_seeds(rows, pattern=p, mask=mask, way=way) for p in shown}
-            cells = {p: values for p, values in cells.items() if values}
-            if not cells:
-                continue
-            x = [100 * float(p) if ":" not in p else shown.index(p) for p in cells]
-            look = {"color": colours[mask], "linestyle": styles[way]}
-            panel.plot(x, [statistics.mean(v) for v in cells.values()], marker=".", label=f"{mask}, {way}", **look)
-            low, high = [min(v) for v in cells.values()], [max(v) for v in cells.values()]
-            panel.fill_between(x, low, high, color=colours[mask], alpha=0.15, linewidth=0)
-        panel.axhline(rows[0]["dense_accuracy"], color="black", linewidth=0.8)
+    legend = {}
+    for panel, nm in zip(axes, (False, True)):
+        legend = draw(panel, [row for row in rows if (":" in row["run"]["pattern"]) == nm]) | legend
+        legend["dense"] = panel.axhline(rows[0]["dense_accuracy"], color="black", linewidth=0.8)
         panel.grid(alpha=0.3)
     axes[0].set(xlabel="sparsity, % of all parameters", ylabel="accuracy, %")
     axes[1].set(xlabel="pattern")
-    axes[1].set_xticks(range(len(panels[1])), panels[1])
-    axes[1].legend(fontsize="x-small", handlelength=4, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+    axes[1].legend(legend.values(), legend.keys(), fontsize="x-small", handlelength=4, **place)
     figure.tight_layout()
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
     plt.close(figure)
     return image.getvalue()
+
+
+def draw(panel, rows: list[dict]) -> dict:
+    """Each method's mean and, over the seeds, its least and most; returns {method: what stands for it in a legend}.
+
+    Sparsities are joined by lines. N:M patterns are not, as nothing lies between two: there masks stand side by side.
+    """
+    patterns, masks = found(rows, "pattern", PATTERNS), found(rows, "mask", MASK_ALGORITHMS)
+    nm, drawn = any(":" in pattern for pattern in patterns), {}
+    for mask, way in itertools.product(masks, found(rows, "way", WAYS)):
+        cells = {pattern: over_seeds(rows, pattern=pattern, mask=mask, way=way) for pattern in patterns}
+        cells = {pattern: accuracies for pattern, accuracies in cells.items() if accuracies}
+        if not cells:
+            continue
+        aside = 0.2 * (masks.index(mask) - (len(masks) - 1) / 2)
+        x = [patterns.index(p) + aside if nm else 100 * float(p) for p in cells]
+        means = [statistics.mean(accuracies) for accuracies in cells.values()]
+        least, most = [min(each) for each in cells.values()], [max(each) for each in cells.values()]
+        look = {"color": COLOURS[mask], **LOOKS[way]}
+        (drawn[f"{mask}, {way}"],) = panel.plot(x, means, **look | ({"linestyle": "none"} if nm else {}))
+        if nm:
+            panel.vlines(x, least, most, color=COLOURS[mask])
+        else:
+            panel.fill_between(x, least, most, color=COLOURS[mask], alpha=0.15, linewidth=0)
+    if nm:
+        panel.set_xticks(range(len(patterns)), patterns)
+    return drawn
 
 
 def parser() -> argparse.ArgumentParser:
