@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.autograd import grad
+from torch.nn.functional import mse_loss
 
 from snows.errors import SnowsError
 from snows.graph import Layer, Stream, to
@@ -100,7 +101,7 @@ class Objective:
 
     def distance(self, features: list[Tensor], targets: list[Tensor]) -> Tensor:
         """sum_k c_k || Y_k - f_k ||^2, a float64 scalar (differentiable)."""
-        parts = ((f - y).square().sum().double() * c for f, y, c in zip(features, targets, self.coefficients))
+        parts = (mse_loss(f, y, reduction="sum").double() * c for f, y, c in zip(features, targets, self.coefficients))
         return sum(parts)
 
     @torch.no_grad()
