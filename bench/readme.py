@@ -227,7 +227,7 @@ TABLES = {
     "vit": vit,
     "vit_ablation": vit_ablation,
     "networks": networks,
-    "compare_vit": lambda: markdown("compare_vit.md"),
+    "compare_vit": lambda: markdown("compare_vit_2048.md"),
     "compare_2048": lambda: markdown("compare_resnet20_2048.md"),
     "permute": permuted,
     "products": products,
