@@ -77,8 +77,8 @@ class Bench:
         self.model, self.device = vit_cifar10() if vit else ResNet(20, 10), device
         self.layers = (lambda name: name.startswith("blocks.")) if vit else (lambda name: True)
         load_checkpoint(self.model, checkpoint)
-        self.data = data.npz(dset, data.normalised((0.5,) * 3, (0.5,) * 3))
-        self.data = data.Data(*self.data)
+        self.model.eval()  # a forward pass in training mode would change the BatchNorm statistics of the dense network
+        self.data = data.Data(*data.npz(dset, data.normalised((0.5,) * 3, (0.5,) * 3)))
         self.test = list(self.data.test_batches(128))
         self.dense_accuracy = accuracy(self.model, self.test, device)
         self.masked_accuracies = {}

@@ -5,12 +5,15 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny networks lose time to threads, a busy machine more
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning")]
+
+from resnet_cifar import ResNet  # noqa: E402
 
 
 class TinyCNN(nn.Module):
@@ -55,6 +58,19 @@ def tiny():
 @pytest.fixture
 def images():
     return torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A folder with an .npz of eight 8 x 8 colour images a part and an untrained ResNet-20's checkpoint."""
+    folder = tmp_path_factory.mktemp("small")
+    generator = np.random.default_rng(0)
+    arrays = {f"x_{part}": generator.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8) for part in ("train", "test")}
+    arrays |= {f"y_{part}": np.arange(8, dtype=np.uint8) for part in ("train", "test")}
+    np.savez(folder / "images.npz", **arrays)
+    torch.manual_seed(0)
+    torch.save(ResNet(20, 10).state_dict(), folder / "resnet20.pt")
+    return folder
 
 
 class Script:

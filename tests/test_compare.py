@@ -3,11 +3,8 @@
 import json
 import sys
 
-import numpy as np
 import pytest
-import torch
 from conftest import ROOT
-from resnet_cifar import ResNet
 
 
 @pytest.fixture
@@ -19,13 +16,9 @@ def compare(monkeypatch):
 
 
 @pytest.fixture
-def run(compare, tmp_path, monkeypatch):
+def run(compare, small, tmp_path, monkeypatch):
     """Runs the bench on eight random images; returns the rows that its results file then holds."""
-    generator = np.random.default_rng(0)
-    arrays = {f"x_{part}": generator.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8) for part in ("train", "test")}
-    np.savez(tmp_path / "images.npz", **arrays, y_train=np.arange(8), y_test=np.arange(8))
-    torch.save(ResNet(20, 10).state_dict(), tmp_path / "resnet20.pt")
-    flags = ["--checkpoint", tmp_path / "resnet20.pt", "--dset", tmp_path / "images.npz", "--images", 4]
+    flags = ["--checkpoint", small / "resnet20.pt", "--dset", small / "images.npz", "--images", 4]
     flags += ["--out", tmp_path / "grid.json", "--schedule", 0, "--k_step", 1, "--max_CG_iterations", 1]
     flags += ["--joint_steps", 1, "--joint_CG_iterations", 1]
 

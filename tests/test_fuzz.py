@@ -4,6 +4,7 @@ The default run tries a few of each, always the same; `-m slow` tries many, anew
 """
 
 import json
+import shutil
 import signal
 from contextlib import contextmanager
 
@@ -13,7 +14,6 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
-from resnet_cifar import ResNet
 
 from snows.classifier import load_checkpoint, read_state
 from snows.data import Data, normalised, npz
@@ -71,14 +71,10 @@ def command_lines(draw):
 
 
 @pytest.fixture(scope="module")
-def odd(tmp_path_factory):
+def odd(small, tmp_path_factory):
     """A working directory with a small dataset, a checkpoint that fits it, and files that are not what they say."""
     folder = tmp_path_factory.mktemp("odd")
-    generator = np.random.default_rng(0)
-    arrays = {f"x_{part}": generator.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8) for part in ("train", "test")}
-    np.savez(folder / "images.npz", **arrays, y_train=np.arange(6), y_test=np.arange(6))
-    torch.manual_seed(0)
-    torch.save(ResNet(20, 10).state_dict(), folder / "resnet20.pt")
+    shutil.copytree(small, folder, dirs_exist_ok=True)
     for kind in ("npz", "pt", "safetensors"):
         (folder / f"text.{kind}").write_text("not what its name says")
     return folder

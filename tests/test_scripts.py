@@ -29,19 +29,6 @@ def shell(script, *flags, cwd=ROOT):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A folder with an .npz of eight 8 x 8 colour images a part and an untrained ResNet-20's checkpoint."""
-    folder = tmp_path_factory.mktemp("small")
-    generator = np.random.default_rng(0)
-    arrays = {f"x_{part}": generator.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8) for part in ("train", "test")}
-    arrays |= {f"y_{part}": np.arange(8, dtype=np.uint8) for part in ("train", "test")}
-    np.savez(folder / "images.npz", **arrays)
-    torch.manual_seed(0)
-    torch.save(ResNet(20, 10).state_dict(), folder / "resnet20.pt")
-    return folder
-
-
 def cifar_flags(small):
     return ["--arch", "resnet20_cifar10", "--checkpoint", small / "resnet20.pt", "--dset", small / "images.npz", *FAST]
 
