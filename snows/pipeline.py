@@ -86,10 +86,7 @@ def prune(
     try:
         for group in steps:
             for layer, step, _ in group:
-                for owner in (network.model, result.model):
-                    write(owner, layer, step)
-                result.masks[layer.name] = step.mask.to(result.model.get_parameter(layer.parameter).device)
-                result.layers.append(step.record)
+                write_back(layer, step, network, result)
             for _, step, solved in group:
                 if solved:
                     on_step(step, result.model)
@@ -250,9 +247,12 @@ def recorded(
 
 
 @torch.no_grad()
-def write(model: nn.Module, layer: Layer, step: Step) -> None:
-    """Write a finished layer into a model."""
-    model.get_parameter(layer.parameter).copy_(step.weight)
-    if step.shift is not None:
-        bias = model.get_parameter(layer.bias)
-        bias.add_(step.shift.to(bias.device))
+def write_back(layer: Layer, step: Step, network: Network, result: Pruned) -> None:
+    """Write a finished layer into the network at work and the result's model; note its mask and its record."""
+    for model in (network.model, result.model):
+        model.get_parameter(layer.parameter).copy_(step.weight)
+        if step.shift is not None:
+            bias = model.get_parameter(layer.bias)
+            bias.add_(step.shift.to(bias.device))
+    result.masks[layer.name] = step.mask.to(result.model.get_parameter(layer.parameter).device)
+    result.layers.append(step.record)
