@@ -13,6 +13,7 @@ from torch import Tensor
 from snows.errors import SnowsError, TraceError, UsageError, first_line
 from snows.graph import Layer, Network, Stream
 from snows.layer_rules import listed
+from snows.memory import is_out_of_memory
 
 T = TypeVar("T")
 log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
@@ -63,9 +64,7 @@ def fitting(streams: Streams, place: str, work: Callable[[], T]) -> T:
         try:
             return work()
         except (RuntimeError, MemoryError) as error:
-            # On a GPU torch raises its own error; on a CPU the allocator a RuntimeError, or Python a MemoryError.
-            known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            if not known and "can't allocate memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             if streams.batch_size == 1:
                 raise SnowsError(

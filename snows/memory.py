@@ -11,8 +11,22 @@ from pathlib import Path
 import torch
 
 
+# What RuntimeErrors say that mean no more than that: the CPU's allocator, oneDNN under RLIMIT_AS, CUDA, cuBLAS, cuDNN.
+OUT_OF_MEMORY = (
+    *("can't allocate memory", "could not create a primitive", "could not create a memory", "out of memory"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED"),
+)
+
+
 def is_gpu(device: torch.device | str) -> bool:
     return torch.device(device).type == "cuda"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, in the words of torch, of its libraries or of Python."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def free_memory(device: torch.device | str) -> int:
