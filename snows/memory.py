@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-
 # What RuntimeErrors say that mean no more than that: the CPU's allocator, oneDNN under RLIMIT_AS, CUDA, cuBLAS, cuDNN.
 OUT_OF_MEMORY = (
     *("can't allocate memory", "could not create a primitive", "could not create a memory", "out of memory"),
