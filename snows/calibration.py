@@ -11,26 +11,55 @@ import torch
 from torch import Tensor
 
 from snows.errors import SnowsError, TraceError, UsageError, first_line
-from snows.graph import Layer, Network, Stream
+from snows.graph import Layer, Network
 from snows.layer_rules import listed
 from snows.memory import is_out_of_memory
+from snows.options import Options
+from snows.plan import Budget, Plan, halved_to_fit
+from snows.store import Store
+from snows.stream import Stream
 
 T = TypeVar("T")
 log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
 
 
 class Streams:
-    """The calibration images on their way through the pruned and the dense network, cut again when memory runs out."""
+    """The calibration images on their way through the pruned and the dense network.
 
-    def __init__(self, network: Network, batches: list[Tensor], device: torch.device | str):
-        self.network, self.batches, self.device = network, batches, device
+    They are cut into micro-batches that fit the memory, anew for each layer that needs other ones: `fit`. Where one
+    does not fit all the same, `halve` lowers what they may need, for this layer and for those that need as much.
+
+    batches: mini-batches, each of which is cut into micro-batches of its own.
+    """
+
+    def __init__(
+        self, network: Network, batches: list[Tensor], device: torch.device | str, options: Options | None = None
+    ):
+        self.network, self.mini_batches, self.device = network, batches, device
+        options = Options() if options is None else options
         self.dense_model = copy.deepcopy(network.model)
+        self.plan = Plan.of(network, batches[0][:2].to(device), sum(map(len, batches)))
+        self.budget = Budget.of(options, device)
+        self.store = Store(device, self.budget.features("device"), self.budget.features("host"), options.cache_dir)
+        self.ceiling = self.budget.micro_batch  # bytes that a micro-batch may need
+        self.need = self.plan.passing  # bytes per image of the work at hand
+        self.cut(halved_to_fit(max(map(len, batches)), self.need, self.ceiling))
+
+    def cut(self, size: int) -> None:
+        """Micro-batches of `size` images, at the start of the line."""
+        parts = [batch.split(size) for batch in self.mini_batches]
+        self.batches = [part for batch in parts for part in batch]
+        numbers = iter(range(len(self.batches)))
+        self.groups = [[next(numbers) for _ in batch] for batch in parts]  # the micro-batches of each mini-batch
         self.restart()
 
     def restart(self) -> None:
         """Both streams at the start of the line, for a new sweep."""
         models = (self.network.model, self.dense_model)
-        self.sparse, self.dense = (Stream(self.network, model, self.batches, self.device) for model in models)
+        self.sparse = self.dense = None  # what they hold is given back first
+        self.sparse, self.dense = (
+            Stream(self.network, model, self.batches, self.device, self.store) for model in models
+        )
 
     def advance(self, layer: Layer) -> None:
         """Both streams up to a layer."""
@@ -38,20 +67,39 @@ class Streams:
         self.dense.advance(layer.node)
 
     @property
+    def kept_bytes(self) -> int | None:
+        """Bytes that the graphs of micro-batches may take to be kept, where a budget was asked for."""
+        return self.budget.kept if self.budget.asked else None
+
+    @property
     def batch_size(self) -> int:
         """Images in the largest micro-batch."""
         return max(len(batch) for batch in self.batches)
 
-    def halve(self) -> None:
-        """Cut every micro-batch in two and start again."""
-        half = (self.batch_size + 1) // 2
-        self.batches = [part for batch in self.batches for part in batch.split(half)]
-        self.restart()
+    def fit(self, need: int) -> None:
+        """Cut the micro-batches for work that needs so many bytes per image.
 
-    def shrink(self, batch_size: int) -> None:
-        """Cut the micro-batches as running out of memory once cut them."""
-        while self.batch_size > batch_size:
-            self.halve()
+        Streams begin anew where that is done: smaller ones are cut when they must be, larger ones when it pays.
+        """
+        self.need = need
+        wanted = halved_to_fit(max(map(len, self.mini_batches)), need, self.ceiling)
+        if wanted < self.batch_size or wanted >= 4 * self.batch_size:
+            self.cut(wanted)
+
+    def halve(self) -> None:
+        """Let the micro-batches of the work at hand be half as large from now on."""
+        self.allow((self.batch_size + 1) // 2)
+
+    def allow(self, batch_size: int) -> None:
+        """Let the work at hand, and what needs as much, have micro-batches of so many images at most."""
+        self.ceiling = self.need * batch_size
+        self.cut(batch_size)
+
+    def recall(self, layer: Layer, k_step: int, batch_size: int) -> None:
+        """Pass over a finished layer, in micro-batches of the size that had fitted when it was solved."""
+        self.fit(self.plan.need(layer, k_step))
+        if batch_size < self.batch_size:
+            self.allow(batch_size)
 
 
 def fitting(streams: Streams, place: str, work: Callable[[], T]) -> T:

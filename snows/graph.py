@@ -1,8 +1,8 @@
-"""The network as a line of operations: its prunable layers, and streams of images along it.
+"""The network as a line of operations, and its prunable layers.
 
 After the trace the engine knows no architectures, only nodes in execution order. A `Layer` is a prunable weight and
-the node that uses it; a `Stream` is the calibration set, advanced along the line node by node and held at a cut. The
-part of the line from a layer to the K-th counted operation behind it is a `Window` (snows/window.py).
+the node that uses it. The calibration set on its way along the line is a `Stream` (snows/stream.py); the part of the
+line from a layer to the K-th counted operation behind it is a `Window` (snows/window.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import copy
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +18,9 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn.modules import activation
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map_only
 
 from snows.attention import is_output
-from snows.memory import is_gpu
-from snows.trace import Values, call, trace
+from snows.trace import trace
 
 # The operations that the paper counts (DESIGN: convolution, linear, attention, activation, normalisation).
 ACTIVATION_MODULES = tuple(getattr(activation, name) for name in activation.__all__ if name != "MultiheadAttention")
@@ -220,56 +217,3 @@ def is_zero(weight: Tensor | None) -> bool:
 def is_fixed_batch_norm(module: nn.Module | None) -> bool:
     """A BatchNorm that normalises with running statistics: an affine map, x -> scale * x + shift."""
     return isinstance(module, _BatchNorm) and module.running_var is not None
-
-
-def to(values: Any, device: torch.device | str) -> Any:
-    """Every tensor inside `values` on `device`; copies to the host are pinned so that the way back can overlap."""
-
-    def move(tensor: Tensor) -> Tensor:
-        if torch.device(device).type == "cpu" and tensor.is_cuda:
-            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
-        return tensor.to(device, non_blocking=True)
-
-    return tree_map_only(Tensor, move, values)
-
-
-def laid_out(images: Tensor, device: torch.device | str) -> Tensor:
-    """Images with their channels last in memory on a CPU: convolutions keep that layout, and are faster in it."""
-    return images if is_gpu(device) or images.ndim != 4 else images.to(memory_format=torch.channels_last)
-
-
-class Stream:
-    """The calibration set at one cut of the line: `values[i]` holds what micro-batch i still needs further on.
-
-    `advance` runs each node once for the whole job. Values are kept on the host and moved to `device` per micro-batch,
-    so that the device never holds more than one micro-batch of them.
-    """
-
-    def __init__(self, network: Network, model: nn.Module, batches: list[Tensor], device: torch.device | str):
-        self.network, self.model, self.device = network, model, device
-        self.sizes = [len(batch) for batch in batches]  # images in each micro-batch
-        self.values: list[Values] = [{network.input: laid_out(batch, device)} for batch in batches]
-        self.cut = 1  # the position of the first node that has not run
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __getitem__(self, index: int) -> Values:
-        return to(self.values[index], self.device)
-
-    @torch.no_grad()
-    def advance(self, node: fx.Node) -> None:
-        """Run every node before `node`, and forget what no later node reads."""
-        end = self.network.position[node]
-        steps = self.network.nodes[self.cut : end]
-        if not steps:
-            return
-        for i in range(len(self)):
-            values = self[i]
-            for step in steps:
-                values[step] = call(step, self.model, values, {})
-                for read in step.all_input_nodes:
-                    if self.network.last_use[read] <= self.network.position[step]:
-                        del values[read]
-            self.values[i] = to({n: v for n, v in values.items() if self.network.last_use[n] >= end}, "cpu")
-        self.cut = end

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from snows.calibration import Streams
-from snows.graph import Layer, to
+from snows.examples import Examples
+from snows.graph import Layer
 from snows.masks import Masks
-from snows.objective import MicroBatch, Objective, with_shift, without_shift
+from snows.objective import Objective, with_shift, without_shift
 from snows.options import Options
 from snows.preconditioner import SAMPLE, RowInverses, by_channel, can_factor, pull_back, second_moment
 from snows.solver import Preconditioner, Solution
 from snows.survivors import behind_batch_norm, masked, minimised
+from snows.trace import Values
 from snows.window import Window
 
 
@@ -43,24 +45,22 @@ class JointObjective(Objective):
 
     def __init__(self, layers: list[Layer], streams: Streams, options: Options):
         network, (first, *others) = streams.network, layers
+        streams.fit(streams.plan.need(first, 0, others))
         streams.restart()
         streams.sparse.advance(first.node)
         streams.dense.advance(first.node)
         sparse, dense = streams.sparse, streams.dense if options.targets == "dense" else streams.sparse
-        window, self.teacher = (
+        window, teacher = (
             Line(network, first, len(network.nodes), model, others) for model in (network.model, streams.dense_model)
         )
-        self.dense_weights = [streams.dense_model.get_parameter(layer.parameter) for layer in layers]
-        self.dense_values = [to(self.teacher.enter(dense[i]), "cpu") for i in range(len(dense))]
-        batches = [MicroBatch(sparse.sizes[i], to(window.enter(sparse[i]), "cpu"), []) for i in range(len(sparse))]
-        self.shifted = [options.biases and layer.bias is not None for layer in layers]
-        options = options.but(curvature_images=options.joint_images)
-        super().__init__(window, batches, options, streams.device)
+        dense_weights = [streams.dense_model.get_parameter(layer.parameter) for layer in layers]
 
-    @torch.no_grad()
-    def targets(self, index: int) -> list[Tensor]:
-        dense_values = to(self.dense_values[index], self.device)
-        return self.teacher(dense_values, self.dense_weights, [None] * len(self.dense_weights))
+        def teach(values: Values) -> list[Tensor]:
+            return teacher(teacher.enter(values), dense_weights, [None] * len(dense_weights))
+
+        self.shifted = [options.biases and layer.bias is not None for layer in layers]
+        examples = Examples(window, sparse, dense, teach, hold=False)
+        super().__init__(examples, options.but(curvature_images=options.joint_images), streams.kept_bytes)
 
     def join(self, weights: list[Tensor], shift: float | Tensor = 0.0) -> Tensor:
         """The unknown made of all the layers' weights (or masks), with one value for all their shifts."""

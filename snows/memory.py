@@ -6,9 +6,12 @@ import contextlib
 import ctypes
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+Limit = tuple[int, int]  # bytes: the most that there may be, and what is in use
 
 # What RuntimeErrors say that mean no more than that: the CPU's allocator, oneDNN under RLIMIT_AS, CUDA, cuBLAS, cuDNN.
 OUT_OF_MEMORY = (
@@ -29,14 +32,52 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory(device: torch.device | str) -> int:
-    """Free bytes on a device; 4 GiB where the system does not tell."""
+    """Free bytes on a device. On the host: what the machine, its container (cgroup v1, v2) and ulimit all leave."""
     if is_gpu(device):
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:  # what the kernel can hand out, its file cache included
-        return kibibytes(Path("/proc/meminfo"), "MemAvailable")
-    except (OSError, StopIteration):
-        return 4 * 2**30
+    left = []
+    with contextlib.suppress(OSError, StopIteration):  # what the kernel can hand out, its file cache included
+        left.append(kibibytes(Path("/proc/meminfo"), "MemAvailable"))
+    left += [limit - used for limit, used in (*_containers(), *_process_limits())]
+    return max(0, min(left, default=4 * 2**30))  # where the system does not tell
+
+
+def _containers(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> Iterator[Limit]:
+    """(limit, in use) of the control groups that this process is in, and of those around them.
+
+    Pages of files count there, but are given up when memory is asked for: those not in use lately are taken off.
+    """
+    with contextlib.suppress(OSError):
+        for line in process.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            v2 = not controllers
+            if not v2 and "memory" not in controllers.split(","):
+                continue
+            base = root if v2 else root / "memory"
+            names = ("memory.max", "memory.current") if v2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            inner = base / path.lstrip("/")
+            # Inside a container the path may be the host's, and its own group is at the root.
+            for group in dict.fromkeys((inner, *inner.parents, base)):
+                if group.is_relative_to(base):
+                    yield from _control_group(group, *names)
+
+
+def _control_group(group: Path, limit: str, usage: str) -> Iterator[Limit]:
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        most, used = (int((group / name).read_text()) for name in (limit, usage))
+        fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        reclaimable = fields.get("total_inactive_file", fields.get("inactive_file", 0))  # v1 sums groups under "total_"
+        yield most, used - int(reclaimable)
+
+
+def _process_limits(status: Path = Path("/proc/self/status")) -> Iterator[Limit]:
+    """(limit, in use) of this process's address space and data, where ulimit bounds them."""
+    for which, field in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        most, _ = resource.getrlimit(which)
+        if most != resource.RLIM_INFINITY:
+            with contextlib.suppress(OSError, StopIteration):
+                yield most, kibibytes(status, field)
 
 
 class _Heap(ctypes.Structure):

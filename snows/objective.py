@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,9 +20,11 @@ from torch.autograd import grad
 from torch.nn.functional import mse_loss
 
 from snows.errors import SnowsError
-from snows.graph import Layer, Stream, to
+from snows.examples import Examples
+from snows.graph import Layer
 from snows.memory import free_memory, used_memory
 from snows.options import Options
+from snows.stream import Stream
 from snows.tangent import Tangents
 from snows.trace import Values
 from snows.window import Window
@@ -32,43 +33,50 @@ Product = Callable[[Tensor], Tensor]
 FirstOrder = Callable[[], tuple[Tensor, Tensor]]  # the loss and its gradient, when asked for
 
 
-@dataclass
-class MicroBatch:
-    """What the objective needs of some calibration images, held on the host."""
-
-    images: int
-    values: Values  # what the window reads, from the pruned network
-    targets: list[Tensor]  # Y_0 .. Y_K, each (n, ...)
-
-
 class Objective:
-    """L(W) over a list of micro-batches; see the module's docstring.
+    """L(W) over micro-batches; see the module's docstring.
 
     The unknown is the weight; or, with `biases`, the rows of the weight with one more column, the shift of each output
     (out, in + 1), which the bias behind the layer takes up: see `join` and `split`.
 
     options: `depth_weights`: "mean" gives c_k = 1 / numel(Y_k), "relative" gives c_k = 1 / ||Y_k||^2, both over all the
-        images; and of the rest what says how to differentiate: `curvature`, `curvature_images`, `biases`,
-        `memory_budget`.
+        images; and of the rest what says how to differentiate: `curvature`, `curvature_images`, `biases`.
+    kept_bytes: what the graphs of micro-batches may take to be kept; None: half of what is free.
+    indices: the micro-batches that the loss is of; None: all.
     """
 
-    def __init__(self, window: Window, batches: list[MicroBatch], options: Options, device: torch.device | str):
-        self.window, self.batches, self.options, self.device = window, batches, options, device
-        self.biases = options.biases and window.layer.bias is not None
+    def __init__(
+        self,
+        examples: Examples,
+        options: Options,
+        kept_bytes: int | None = None,
+        indices: list[int] | None = None,
+    ):
+        self.examples, self.window, self.options = examples, examples.window, options
+        self.device, self.kept_bytes = examples.sparse.device, kept_bytes
+        self.indices = list(range(len(examples.sizes))) if indices is None else indices
+        self.biases = options.biases and self.window.layer.bias is not None
         self.coefficients = self._coefficients()
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.indices)
 
-    def on_batch(self, index: int) -> Objective:
-        """The same loss on one micro-batch alone (for one Newton step per mini-batch)."""
-        return Objective(self.window, [self.batches[index]], self.options, self.device)
+    @property
+    def images(self) -> int:
+        return sum(self.examples.sizes[i] for i in self.indices)
+
+    def mini_batches(self) -> list[Objective]:
+        """The same loss on each mini-batch alone (for one Newton step per mini-batch)."""
+        return [self.on(group) for group in self.examples.groups]
+
+    def on(self, indices: list[int]) -> Objective:
+        """The same loss on some of the micro-batches alone, with coefficients of their own."""
+        return Objective(self.examples, self.options, self.kept_bytes, indices)
 
     def sample(self, images: int) -> list[int]:
         """Micro-batches of about so many images, at least one, spread over the calibration set; 0: all of them."""
-        held = sum(batch.images for batch in self.batches)
-        count = min(len(self), math.ceil(len(self) * (images or held) / held))
-        return [i * len(self) // count for i in range(count)]
+        count = min(len(self), math.ceil(len(self) * (images or self.images) / self.images))
+        return [self.indices[i * len(self) // count] for i in range(count)]
 
     def join(self, weight: Tensor, shift: float | Tensor = 0.0) -> Tensor:
         """The unknown made of a weight (or a mask) and a shift per output."""
@@ -83,21 +91,17 @@ class Objective:
         return self.window(values, *self.split(unknown))
 
     def _coefficients(self) -> list[float]:
-        def size(target: Tensor) -> float:
-            mean = self.options.depth_weights == "mean"
-            return target.numel() if mean else target.square().sum(dtype=torch.float64).item()
-
-        sizes = [[size(target) for target in self.targets(i)] for i in range(len(self))]
-        totals = [sum(depth) for depth in zip(*sizes)]
+        sizes = self.examples.numbers() if self.options.depth_weights == "mean" else self.examples.energies()
+        totals = [sum(depth) for depth in zip(*sizes[self.indices].tolist())]
         return [1 / total if total > 0 else 0.0 for total in totals]
 
     def inputs(self, index: int) -> Values:
         """What the window reads for micro-batch `index`, on the device."""
-        return to(self.batches[index].values, self.device)
+        return self.examples.inputs(index)
 
     def targets(self, index: int) -> list[Tensor]:
         """Y_0 .. Y_K of micro-batch `index`, on the device."""
-        return to(self.batches[index].targets, self.device)
+        return self.examples.targets(index)
 
     def distance(self, features: list[Tensor], targets: list[Tensor]) -> Tensor:
         """sum_k c_k || Y_k - f_k ||^2, a float64 scalar (differentiable)."""
@@ -108,7 +112,7 @@ class Objective:
     def loss(self, weight: Tensor) -> Tensor:
         """L(weight), a float64 scalar on the device."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for i in range(len(self)):
+        for i in self.indices:
             total += self.distance(self.features(self.inputs(i), weight), self.targets(i))
         return total
 
@@ -138,31 +142,33 @@ class Linearisation:
     loss: float64 scalar. gradient: as the weight, not masked. share: of the images, those that products look at. The
     loss and its gradient look at all of them; the curvature changes little with more (Byrd et al. 2011).
 
-    Raises:
-        MemoryError: the first micro-batch alone exceeds the budget that was asked for.
     """
 
     def __init__(self, objective: Objective, weight: Tensor):
         self.objective, self.weight = objective, weight
         self.loss = torch.zeros((), dtype=torch.float64, device=objective.device)
         self.gradient = torch.zeros_like(weight)
-        asked = objective.options.memory_budget * 2**30
-        budget, before = asked or free_memory(objective.device) / 2, used_memory(objective.device)
+        budget, before = self._kept_bytes(), used_memory(objective.device)
         sample = objective.sample(objective.options.curvature_images)
         self.products: dict[int, Product | None] = {}  # of each micro-batch in the sample; None: does not fit
-        self.share = sum(objective.batches[i].images for i in sample) / sum(b.images for b in objective.batches)
-        for i in range(len(objective)):
+        self.share = sum(objective.examples.sizes[i] for i in sample) / objective.images
+        for i in objective.indices:
             first_order, product = self._linearise(i) if i in sample else (partial(self._first_order, i), None)
             loss, gradient = first_order()
             self.loss += loss
             self.gradient += gradient
             kept = used_memory(objective.device) - before
-            if i == 0 and asked and kept > budget:
+            if i == objective.indices[0] and objective.kept_bytes is not None and kept > budget:
                 raise MemoryError
             # Others may have taken what was free, and a heap with holes takes more than what is in use.
-            room = asked or free_memory(objective.device) >= budget / 2
+            room = free_memory(objective.device) >= budget / 2
             if i in sample:
                 self.products[i] = product if kept <= budget and room else None
+
+    def _kept_bytes(self) -> int:
+        """Bytes that the graphs of micro-batches may take to be kept."""
+        given = self.objective.kept_bytes
+        return free_memory(self.objective.device) // 2 if given is None else given
 
     def _first_order(self, index: int) -> tuple[Tensor, Tensor]:
         objective, weight = self.objective, self.weight.detach().requires_grad_()
@@ -219,38 +225,46 @@ def gauss_newton(
 
     def transposed(cotangents: list[Tensor | None]) -> Tensor:
         # A feature that takes no more than the shape of what is behind the layer has no derivative.
-        parts = [
-            (f, 2 * c * u)
-            for f, c, u in zip(features, objective.coefficients, cotangents)
-            if f.requires_grad and u is not None
-        ]
-        moved, scaled = zip(*parts)
+        moved, scaled = [], []
+        for f, c in zip(features, objective.coefficients):
+            u = cotangents.pop(0)  # gone once it is scaled: all of them are as large as the features
+            if f.requires_grad and u is not None:
+                moved.append(f)
+                scaled.append(2 * c * u)
         return grad(moved, weight, scaled, retain_graph=True)[0]
 
     def first_order() -> tuple[Tensor, Tensor]:
         found, wanted = [f.detach() for f in features], targets()
-        return objective.distance(found, wanted), transposed([f - y for f, y in zip(found, wanted)])
+        loss = objective.distance(found, wanted)
+        return loss, transposed([f - wanted.pop(0) for f in found])
 
     return first_order, lambda vector: transposed(tangents(*objective.split(vector)))
 
 
-def reconstruction(layer: Layer, sparse: Stream, dense: Stream, options: Options) -> Objective:
+def reconstruction(
+    layer: Layer,
+    sparse: Stream,
+    dense: Stream,
+    options: Options,
+    kept_bytes: int | None = None,
+    groups: list[list[int]] | None = None,
+) -> Objective:
     """The objective of a layer, both streams standing at it.
 
     options: besides what `Objective` takes, `k_step` and `targets`: "dense" takes the dense network's own features, so
         that the layer also repairs what the layers before it broke; "same" runs the dense network on the pruned
         network's current features (the paper's choice).
+    groups: the micro-batches of each mini-batch; None: each is one.
     """
     window = Window(sparse.network, layer, options.k_step, sparse.model)
     teacher = Window(dense.network, layer, options.k_step, dense.model)
     dense_weight = dense.model.get_parameter(layer.parameter)
-    batches = []
-    with torch.no_grad():
-        for i in range(len(sparse)):
-            source = dense[i] if options.targets == "dense" else sparse[i]
-            features = teacher(teacher.enter(source), dense_weight)
-            batches.append(MicroBatch(sparse.sizes[i], to(window.enter(sparse[i]), "cpu"), to(features, "cpu")))
-    return Objective(window, batches, options, sparse.device)
+
+    def teach(values: Values) -> list[Tensor]:
+        return teacher(teacher.enter(values), dense_weight)
+
+    source = dense if options.targets == "dense" else sparse
+    return Objective(Examples(window, sparse, source, teach, groups=groups or []), options, kept_bytes)
 
 
 @contextmanager

@@ -82,9 +82,9 @@ class Options:
     batching: bool = option(False, "True: a Newton step per mini-batch (paper); False: one for all the images")
     batch_size: int = option(128, "calibration images per mini-batch or micro-batch; bounds the memory", low=1)
     memory_budget: float = option(
-        0.0, "GiB for what products reuse; micro-batches that need more are halved; 0: half of what is free",
-        low=0,
-    )  # fmt: skip
+        0.0, "GiB of memory, on the host and on the device each, that the run may take; 0: what is free", low=0
+    )
+    cache_dir: str = option("", "folder for features that do not fit the memory (default: the system's for such files)")
     w_warm: bool = option(False, "start each layer at its layer-wise least-squares solution on the support")
     seed: int = option(0, "seed of the calibration sample and of the preconditioner's probes", low=0)
 

@@ -71,7 +71,7 @@ def prune(
     arguments.check(model, pattern, options, mask_alg, algo, layers, device)
     options = options.but(**SETTLED.get(algo, {}))
     network = Network(model, device)
-    streams = cache(lambda: Streams(network, micro_batches(network, calibration, options.batch_size), device))
+    streams = cache(lambda: Streams(network, micro_batches(network, calibration, options.batch_size), device, options))
     choose = partial(select, network, layers, mask_alg, streams, options)
     selection, stages = choose(pattern), sweeps(pattern, options)
     if algo == "SparseGPT":
@@ -149,7 +149,7 @@ def layer_by_layer(
                 step = timed_step(layer, sweep, mask, rule, streams, way, options)
             else:
                 check_finished(step, layer, sweep, mask if rule is None else step.mask)
-                streams.shrink(step.record.batch_size)
+                streams.recall(layer, options.k_step, step.record.batch_size)
             masks[layer.name] = step.mask
             failed |= {layer.name} if step.record.problem else set()
             yield [(layer, step, solved)]

@@ -21,12 +21,14 @@ from torch import Tensor
 
 from snows.calibration import Streams, fitting
 from snows.errors import SnowsError, UsageError
-from snows.graph import Layer, Network, Stream
+from snows.graph import Layer, Network
 from snows.layer_rules import by_reason, listed
 from snows.masks import Masks, Pattern, Selection, given
 from snows.objective import reconstruction
 from snows.options import Options
 from snows.preconditioner import MAX_INPUTS, can_factor, columns, output_scale, shows_inputs
+from snows.stream import Stream
+from snows.trace import value_of
 
 MASK_ALGORITHMS = ("MP", "Wanda", "SparseGPT", "OBS")
 LAYER_WISE = ("Wanda", "SparseGPT")  # whose scores are in units of the layer's own output, and compare as shares only
@@ -88,7 +90,9 @@ def weight_of(layer: Layer, stream: Stream) -> Tensor:
 def inputs(layer: Layer, stream: Stream) -> Iterator[Tensor]:
     """The layer's input columns of each micro-batch, (groups, in, positions)."""
     module = stream.network.module(layer.node)
-    return (columns(module, stream[i][layer.node.args[0]]) for i in range(len(stream)))
+    source = layer.node.args[0]
+    for i in range(len(stream)):
+        yield columns(module, value_of(source, stream.model, stream.read(i, {source}), {}))
 
 
 def mean_squares(layer: Layer, stream: Stream) -> Tensor:
@@ -157,6 +161,8 @@ def select(
         if mask_alg != "MP":
             check_inputs(mask_alg, chosen, network)
         if mask_alg in ("Wanda", "OBS") or (mask_alg == "SparseGPT" and pattern.compares_layers):
+            depth = options.k_step if mask_alg == "OBS" else 0
+            streams().fit(max(streams().plan.need(layer, depth) for layer in chosen))
             weights = fitting(streams(), "the scores", lambda: scores(mask_alg, chosen, streams().sparse, options))
             streams().restart()
         total = sum(p.numel() for p in network.model.parameters())

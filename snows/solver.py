@@ -162,7 +162,7 @@ def solve(
         FloatingPointError: the loss, its gradient, a product or a preconditioned residual is NaN or infinite.
     """
     result = Solution(weight)
-    parts = [objective.on_batch(i) for i in range(len(objective))] if batching else [objective]
+    parts = objective.mini_batches() if batching else [objective]
     for step in range(newton_steps):
         start = result.weight
         for part in parts:

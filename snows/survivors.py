@@ -65,15 +65,22 @@ def solve_layer(
     layer: Layer, mask: Tensor, streams: Streams, options: Options, solver: Callable[..., Solution]
 ) -> Solution:
     """Advance both streams to a layer and solve it on its support, from its masked weight; nothing is written back."""
+    streams.fit(streams.plan.need(layer, options.k_step))
     streams.advance(layer)
-    network, sparse, dense = streams.network, streams.sparse, streams.dense
-    start = Solution(masked(network, layer, mask))
+    start = Solution(masked(streams.network, layer, mask))
     if options.w_warm:
-        start = solve_layer(layer, mask, streams, options.but(**LEAST_SQUARES), solve)
-    objective = reconstruction(layer, sparse, dense, options)
+        start = solve_from(start, layer, mask, streams, options.but(**LEAST_SQUARES), solve)
+    return solve_from(start, layer, mask, streams, options, solver)
+
+
+def solve_from(
+    start: Solution, layer: Layer, mask: Tensor, streams: Streams, options: Options, solver: Callable[..., Solution]
+) -> Solution:
+    """Solve a layer, at which both streams stand, from a weight on its support."""
+    objective = reconstruction(layer, streams.sparse, streams.dense, options, streams.kept_bytes, streams.groups)
     unknown, support = objective.join(start.weight), objective.join(mask, True)
     precondition = None
-    if options.preconditioner == "rows" and can_factor(network, layer):
+    if options.preconditioner == "rows" and can_factor(streams.network, layer):
         precondition = row_inverses(objective, unknown, support, options.seed)
     kept = f"layer {layer.name} keeps its masked weights"
     solution = minimised(objective, unknown, support, precondition, options, solver, kept)

@@ -60,6 +60,8 @@ class Tangents:
                 tangent = rule(tangents, direction)
                 if any(part is not None for part in tree_leaves(tangent)):
                     tangents[node] = tangent
+                for read in self.window.last_reads[node]:
+                    tangents.pop(read, None)
         return [tangents.get(node) for node in self.window.features]
 
     def _rule(self, node: fx.Node, values: Values) -> Rule:

@@ -137,10 +137,10 @@ def is_in_place(name: str, namespace: Any) -> bool:
 
 def call(node: fx.Node, model: nn.Module, values: Values, parameters: dict[str, Tensor]) -> Any:
     """Run one node on the values of its inputs; `parameters` overrides the model's, by full name."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda read: value_of(read, model, values, parameters))
     match node.op:
         case "get_attr":
-            return parameters[node.target] if node.target in parameters else fetch(model, node.target)
+            return value_of(node, model, values, parameters)
         case "call_function":
             return node.target(*args, **kwargs)
         case "call_method":
@@ -152,6 +152,16 @@ def call(node: fx.Node, model: nn.Module, values: Values, parameters: dict[str, 
             own = {name.removeprefix(prefix): p for name, p in parameters.items() if name.startswith(prefix)}
             return functional_call(module, own, args, kwargs) if own else module(*args, **kwargs)
     raise TraceError(f"cannot run the node {node.format_node()}")
+
+
+def value_of(node: fx.Node, model: nn.Module, values: Values, parameters: dict[str, Tensor]) -> Any:
+    """What a node has computed; of a parameter or buffer that is not among `values`, what it is in the model now.
+
+    Nothing keeps a parameter's value: on a device it may be a copy from before its layer was solved.
+    """
+    if node in values or node.op != "get_attr":
+        return values[node]
+    return parameters[node.target] if node.target in parameters else fetch(model, node.target)
 
 
 def fetch(model: nn.Module, path: str) -> Any:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from snows.graph import Layer, Network, is_fixed_batch_norm
-from snows.trace import Values, call
+from snows.trace import Values, call, value_of
 
 
 class TwiceDifferentiable(TorchFunctionMode):
@@ -85,8 +85,11 @@ class Window:
                 needed.update(node.all_input_nodes)
         needed = [n for n in network.nodes if n in needed]
         self.nodes = [n for n in needed if n in behind]
-        self.aside = [n for n in needed if n not in behind and network.position[n] > start]
+        aside = [n for n in needed if n not in behind and network.position[n] > start]
+        self.aside = [n for n in aside if n.op != "get_attr"]  # parameters are read where they are used
         self.inputs = {n for node in self.nodes for n in node.all_input_nodes if n not in behind}
+        self.beside = self.inputs.intersection(self.aside)
+        self.last_reads = last_reads(self.nodes, keep=self.features)
         self.folded = {n: network.batch_norm_of[n] for n in self.nodes if n in network.batch_norm_of}
         self.applied = set(self.folded.values())
         self.constants = self._fold_constants()
@@ -109,13 +112,18 @@ class Window:
         return self.model.get_submodule(node.target) if node.op == "call_module" else None
 
     def enter(self, values: Values) -> Values:
-        """What the window reads, from the values at the cut."""
+        """What the window reads, from the values at the cut; parameters as they are now."""
+        if not all(node in values for node in self.beside):
+            values = {**values, **self.compute_beside(values)}
+        return {node: value_of(node, self.model, values, {}) for node in self.inputs}
+
+    @torch.no_grad()
+    def compute_beside(self, values: Values) -> Values:
+        """What the nodes compute that the window reads and the layer does not reach, from the values at the cut."""
         values = dict(values)
-        with torch.no_grad():
-            for node in self.aside:
-                if node not in values:
-                    values[node] = call(node, self.model, values, {})
-        return {node: values[node] for node in self.inputs}
+        for node in self.aside:
+            values[node] = call(node, self.model, values, {})
+        return {node: values[node] for node in self.beside}
 
     def __call__(self, values: Values, weight: Tensor, shift: Tensor | None = None) -> list[Tensor]:
         """Features f_0 .. f_K at `weight`, one tensor (n, ...) for each counted operation.
@@ -186,6 +194,16 @@ class Window:
     def is_identity(self, node: fx.Node) -> bool:
         """Whether a node does nothing: a BatchNorm that is folded into the convolution in front of it."""
         return node in self.applied and not hasattr(self.module(node), "act")
+
+
+def last_reads(nodes: list[fx.Node], keep: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """For each node, those of `nodes` that nothing reads any more once it has run, but for those to keep."""
+    last = {read: node for node in nodes for read in node.all_input_nodes}
+    reads = {node: [] for node in nodes}
+    for read, node in last.items():
+        if read in reads and read not in keep:
+            reads[node].append(read)
+    return reads
 
 
 @contextmanager

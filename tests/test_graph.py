@@ -13,7 +13,8 @@ from torch import nn
 
 import snows
 from snows.errors import TraceError
-from snows.graph import Network, Stream
+from snows.graph import Network
+from snows.stream import Stream
 from snows.window import Window
 
 FAMILIES = {
@@ -108,7 +109,7 @@ def test_streams_forget_what_no_later_node_reads(tiny, images):
     network = Network(tiny)
     stream = Stream(network, network.model, list(images.split(2)), "cpu")
     stream.advance(network.layers[-1].node)
-    assert [len(values) for values in stream.values] == [1, 1, 1]
+    assert [len(stream[i]) for i in range(len(stream))] == [1, 1, 1]
 
 
 class Statement(nn.Module):

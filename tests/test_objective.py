@@ -1,6 +1,7 @@
 """Loss, gradient and products against dense float64 references, at every support size."""
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -13,10 +14,11 @@ from torch.func import functional_call
 
 import snows.objective
 from snows.errors import SnowsError
-from snows.graph import Network, Stream
-from snows.objective import MicroBatch, Objective, reconstruction
+from snows.graph import Network
+from snows.objective import Objective, reconstruction
 from snows.options import Options
 from snows.preconditioner import output_scale
+from snows.stream import Stream
 from snows.tangent import Tangents
 
 
@@ -40,10 +42,8 @@ def dense_reference(objective, weight):
     def features(w):
         return [
             (f, y, c)
-            for i in range(len(objective))
-            for f, y, c in zip(
-                objective.features(objective.batches[i].values, w), objective.targets(i), objective.coefficients
-            )
+            for i in objective.indices
+            for f, y, c in zip(objective.features(objective.inputs(i), w), objective.targets(i), objective.coefficients)
         ]
 
     def loss(w):
@@ -129,7 +129,7 @@ def test_sampled_curvature_is_that_of_the_sample_and_the_gradient_that_of_all_im
     here = sampled.linearise(weight)
     loss, gradient, *_ = dense_reference(whole, weight)
     torch.testing.assert_close((here.loss, here.gradient), (loss, gradient))
-    parts = [whole.on_batch(i) for i in chosen]
+    parts = [whole.on([i]) for i in chosen]
     for part in parts:
         part.coefficients = whole.coefficients
     matrix = sum(dense_reference(part, weight)[2 if curvature == "hessian" else 3] for part in parts)
@@ -141,11 +141,12 @@ def test_sampled_curvature_is_that_of_the_sample_and_the_gradient_that_of_all_im
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(0, 120))
 def test_a_sample_is_spread_and_large_enough(sizes, wanted):
     objective = Objective.__new__(Objective)
-    objective.batches = [MicroBatch(size, {}, []) for size in [max(sizes)] * (len(sizes) - 1) + [min(sizes)]]
-    chosen, held = objective.sample(wanted), sum(batch.images for batch in objective.batches)
+    sizes = [max(sizes)] * (len(sizes) - 1) + [min(sizes)]
+    objective.examples, objective.indices = SimpleNamespace(sizes=sizes), list(range(len(sizes)))
+    chosen, held = objective.sample(wanted), objective.images
     assert sorted({0, *chosen}) == chosen
-    assert chosen[-1] < len(objective.batches)
-    assert sum(objective.batches[i].images for i in chosen) >= min(wanted or held, held) - 8  # the last is short
+    assert chosen[-1] < len(sizes)
+    assert sum(sizes[i] for i in chosen) >= min(wanted or held, held) - 8  # the last is short
 
 
 def test_products_do_not_depend_on_the_micro_batch_nor_on_what_is_kept(tiny, images, monkeypatch):
@@ -157,7 +158,7 @@ def test_products_do_not_depend_on_the_micro_batch_nor_on_what_is_kept(tiny, ima
         left = iter(free)
         monkeypatch.setattr(snows.objective, "free_memory", lambda device, left=left: next(left))
         objective, _, weight = build(tiny, images, 0, 4, "ggn", batch=batch)
-        assert sum(b.images for b in objective.batches) == 5
+        assert objective.images == 5
         here = objective.linearise(weight)
         assert [product is not None for product in here.products.values()] == kept
         results.append((here.loss, here.gradient, here.product(torch.ones_like(weight))))
@@ -169,11 +170,11 @@ def test_depth_weights(tiny, images):
     objective, weight, _ = build(tiny, images, 0, 3, "ggn")
     torch.testing.assert_close(objective.loss(torch.zeros_like(weight)) > 0, torch.tensor(True))
     for k, c in enumerate(objective.coefficients):
-        total = torch.cat([b.targets[k] for b in objective.batches])
+        total = torch.cat([objective.targets(i)[k] for i in objective.indices])
         assert c == pytest.approx(1 / total.square().sum().item())
     objective, *_ = build(tiny, images, 0, 3, "ggn", depth_weights="mean")
     for k, c in enumerate(objective.coefficients):
-        assert c == pytest.approx(1 / sum(b.targets[k].numel() for b in objective.batches))
+        assert c == pytest.approx(1 / sum(objective.targets(i)[k].numel() for i in objective.indices))
 
 
 def test_targets_dense_are_the_dense_networks_own_features(tiny, images):
@@ -190,7 +191,7 @@ def test_targets_dense_are_the_dense_networks_own_features(tiny, images):
     dense_model.gate.register_forward_hook(lambda m, i, o: seen.append(o))
     dense_model(images)
     objective = reconstruction(layer, *streams, Options(k_step=1, biases=False))
-    torch.testing.assert_close(objective.batches[0].targets[0], seen[0])
+    torch.testing.assert_close(objective.targets(0)[0], seen[0])
     assert objective.loss(weight) > 1e-6
     same = reconstruction(layer, *streams, Options(k_step=1, biases=False, targets="same"))
     assert same.loss(dense_model.gate.weight) < 1e-20  # the dense network on the pruned network's features
@@ -210,7 +211,7 @@ def test_products_through_every_activation(activation, images):
     model = randomise(nn.Sequential(nn.Conv2d(2, 3, 1), activation(), nn.Conv2d(3, 2, 1)))
     objective, _, weight = build(model, images, 0, 2, "ggn")
     expected = model[2](model[1](nn.functional.conv2d(images, weight, model[0].bias)))
-    got = torch.cat([objective.window(batch.values, weight)[-1] for batch in objective.batches])
+    got = torch.cat([objective.window(objective.inputs(i), weight)[-1] for i in objective.indices])
     torch.testing.assert_close(got, expected)
     _, gradient, _, gauss_newton = dense_reference(objective, weight)
     here = objective.linearise(weight)
@@ -275,7 +276,7 @@ def test_a_feature_that_takes_only_the_shape_has_no_derivative_and_does_no_harm(
     model, images = randomise(ReadsAShape()), torch.randn(5, 3, dtype=torch.float64)
     for curvature in ("ggn", "hessian"):
         objective, _, weight = build(model, images, 0, 5, curvature)
-        assert len(objective.batches[0].targets) == 3
+        assert len(objective.targets(0)) == 3
         _, gradient, hessian, gauss_newton = dense_reference(objective, weight)
         here, vector = objective.linearise(weight), torch.ones_like(weight)
         torch.testing.assert_close(here.gradient, gradient)

@@ -6,9 +6,10 @@ from conftest import randomise
 from torch import nn
 
 import snows
-from snows.graph import Network, Stream
+from snows.graph import Network
 from snows.layer_rules import rule_of
 from snows.scores import damped_inverse, scores
+from snows.stream import Stream
 
 LAYERS = ("stem", "grouped", "gate", "fc")
 

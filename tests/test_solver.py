@@ -125,14 +125,14 @@ def test_mini_batches_each_get_a_step_the_short_last_one_too(tiny, images):
     objective, dense, _ = build(tiny, images[:3], 0, 2, "ggn", batch=2)
     mask = torch.ones_like(dense, dtype=torch.bool)
     sizes = []
-    on_batch = objective.on_batch
+    on = objective.on
 
-    def spy(index):
-        part = on_batch(index)
-        sizes.append(len(part.batches[0].targets[0]))
+    def spy(indices):
+        part = on(indices)
+        sizes.append(part.images)
         return part
 
-    objective.on_batch = spy
+    objective.on = spy
     result = solve(objective, dense * 0.5, mask, None, **{**NEWTON, "batching": True})
     assert sizes == [2, 1]
     assert result.newton_steps == 2
@@ -170,8 +170,7 @@ def test_slope_and_loss_of_the_line_search_come_from_the_same_data(tiny, images)
     """With mini-batches the search runs on the batch of the step: every accepted step lowers that batch's loss."""
     objective, dense, _ = build(tiny, images, 0, 4, "ggn")
     calls = []
-    for index in range(len(objective)):
-        part = objective.on_batch(index)
+    for part in objective.mini_batches():
         here = part.linearise(dense * 0.5)
         calls.append((here.loss, part.loss(dense * 0.5)))
     for linearised, searched in calls:

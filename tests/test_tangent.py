@@ -8,9 +8,10 @@ from conftest import randomise
 from torch import nn
 from torch.autograd.functional import jvp
 
-from snows.graph import Network, Stream
+from snows.graph import Network
 from snows.objective import reconstruction
 from snows.options import Options
+from snows.stream import Stream
 from snows.tangent import Tangents
 
 
@@ -124,7 +125,7 @@ def test_tangents_are_the_derivative_of_the_features(name, biases):
     unknown = objective.join(network.model.get_parameter(layer.parameter))
     vector = torch.randn(unknown.shape, generator=generator, dtype=torch.float64)
 
-    values, window = objective.batches[0].values, objective.window
+    values, window = objective.inputs(0), objective.window
     parameters = window.parameters(*objective.split(unknown))
     tangents = Tangents(window, window.run(window.nodes, values, parameters), parameters)
 

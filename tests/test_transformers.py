@@ -120,7 +120,7 @@ def test_opened_attention_is_the_modules_own(batch_first, bias):
     assert [layer.name for layer in network.layers] == ["attention.in_proj", "attention.out_proj"]
     objective, weight, _ = build(model, x, 0, 0, "ggn", batch=5)
     assert objective.loss(weight) < 1e-20
-    stream = snows.graph.Stream(network, network.model, [x], "cpu")
+    stream = snows.stream.Stream(network, network.model, [x], "cpu")
     stream.advance(network.nodes[-1])
     torch.testing.assert_close(stream[0][network.output], model(x))
 
@@ -143,7 +143,7 @@ def test_attention_that_cannot_be_opened_stays_one_operation_and_says_so():
     assert "several inputs" in network.refused["attention.in_proj"]
     check_products(model, x, 0, "first.weight")
     objective, *_ = build(model, x, 0, 3, "ggn")
-    assert [tuple(target.shape) for target in objective.batches[0].targets] == [(2, 3, 4), (2, 3, 4)]
+    assert [tuple(target.shape) for target in objective.targets(0)] == [(2, 3, 4), (2, 3, 4)]
 
 
 @pytest.mark.parametrize("pattern", [snows.NM(2, 4), snows.Unstructured(0.2, allocation="uniform")], ids=str)

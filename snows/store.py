@@ -1,0 +1,207 @@
+"""What a job holds of the calibration images: on the device while there is room, then on the host, then in files.
+
+A micro-batch's values are put into the first place that has room for them and are read back on the device, with the
+layout in memory that they had, so that where they lie changes no bit of what is computed from them. Files are mapped
+into memory when they are read: the system's page cache decides which of their pages stay.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from snows.errors import WriteError
+from snows.memory import is_gpu
+from snows.staging import Staging, extent, laid_flat, nbytes, places
+
+SCRATCH = "snows-scratch-"  # what the names of folders with such files begin with
+
+Values = dict[Any, Any]  # by name or node: tensors, and plain numbers that are kept as they are
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """A tensor in a file: where it begins, and how it lies there."""
+
+    start: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    extent: int
+
+    def of(self, content: Tensor) -> Tensor:
+        """The tensor, of the file's bytes."""
+        end = self.start + self.extent * self.dtype.itemsize
+        return content[self.start : end].view(self.dtype).as_strided(self.shape, self.stride)
+
+
+class Held:
+    """A micro-batch's values, wherever they lie; gone from there once nothing refers to this object any more."""
+
+    def __init__(self, store: Store, place: str, values: Values, size: int, path: Path | None = None):
+        self.store, self.place, self.values, self.path = store, place, values, path
+        self.pending = None  # an upload that was begun
+        weakref.finalize(self, store._give_back, place, size, path)
+
+    def expect(self) -> None:
+        """Begin to move the values to the device, to be read there soon, where that can go on beside other work."""
+        if self.pending is None and self.place != "device" and self.store.staging is not None:
+            self.pending = self.store.staging.upload(self._on_host())
+
+    def get(self, names: Collection | None = None) -> Values:
+        """The values on the device, all of them or those that are named."""
+        if self.pending is not None:
+            values, self.pending = self.pending.result(), None
+            return {name: value for name, value in values.items() if names is None or name in names}
+        values = {n: v for n, v in self._on_host().items() if names is None or n in names}
+        if self.place == "device" or self.store.on_host:
+            return values
+        if self.store.staging is not None:
+            return self.store.staging.upload(values).result()
+        return tree_map_only(Tensor, lambda tensor: tensor.to(self.store.device), values)
+
+    def _on_host(self) -> Values:
+        """The values where they lie."""
+        if self.path is None:
+            return self.values
+        size = self.path.stat().st_size
+        content = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8) if size else None
+        return tree_map_only(_Mapped, lambda tensor: tensor.of(content), self.values)
+
+
+class Store:
+    """The places for a job's values, and how much room is left in each.
+
+    device_bytes, host_bytes: the room on the device and on the host (one and the same where the device is the CPU: the
+        host's counts). cache_dir: where files go, those that a run left when it was killed are removed from there;
+        None: the first of the system's folders for such files that is not itself in memory.
+    """
+
+    def __init__(
+        self, device: torch.device | str, device_bytes: int = 2**62, host_bytes: int = 2**62, cache_dir: str = ""
+    ):
+        self.device, self.on_host = torch.device(device), torch.device(device).type == "cpu"
+        self.room = {"device": 0 if self.on_host else device_bytes, "host": host_bytes, "files": 2**62}
+        self.most = dict.fromkeys(self.room, 0)  # bytes that were ever held in each place at a time
+        self.held = dict.fromkeys(self.room, 0)
+        self.staging = Staging(self.device) if is_gpu(device) else None
+        self.cache_dir, self.numbers = cache_dir, count()
+        self._folder: Path | None = None
+
+    def put(self, values: Values, files: bool = True) -> Held | None:
+        """Hold values that are on the device; None where there is no room for them, and `files` are not wanted.
+
+        Raises:
+            WriteError: the disk is full.
+        """
+        size = nbytes(values)
+        places = [place for place in ("device", "host") if self.held[place] + size <= self.room[place]]
+        if not places and not files:
+            return None
+        place, path = next(iter(places), "files"), None
+        if place == "host" and not self.on_host:
+            values = self._download(values)
+        elif place == "files":
+            values, path = self._write(values if self.on_host else self._download(values))
+        self.held[place] += size
+        self.most[place] = max(self.most[place], self.held[place])
+        return Held(self, place, values, size, path)
+
+    def _download(self, values: Values) -> Values:
+        if self.staging is not None:
+            return self.staging.download(values)
+        return tree_map_only(Tensor, lambda tensor: tensor.to("cpu"), values)
+
+    def _give_back(self, place: str, size: int, path: Path | None) -> None:
+        self.held[place] -= size
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def _write(self, values: Values) -> tuple[Values, Path]:
+        """(values with a description in place of each tensor, the file that holds them)"""
+        path = self.folder / str(next(self.numbers))
+        tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+        starts, end = places(tensors)
+        try:
+            with open(path, "wb") as file:
+                for start, tensor in zip(starts, tensors):
+                    file.seek(start)
+                    file.write(laid_flat(tensor).view(torch.uint8).numpy())
+                file.truncate(end)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise WriteError(
+                f"cannot write {path}: {error.strerror}. It holds features that do not fit the memory: name a folder "
+                f"with more room (--cache_dir), or raise --memory_budget."
+            ) from error
+        rest = iter(starts)
+        described = tree_map_only(
+            Tensor, lambda t: _Mapped(next(rest), t.dtype, t.shape, t.stride(), extent(t)), values
+        )
+        return described, path
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this store's files, made when the first is written and removed with the store."""
+        if self._folder is None:
+            parent = Path(self.cache_dir) if self.cache_dir else default_cache_dir()
+            try:
+                parent.mkdir(parents=True, exist_ok=True)
+                remove_left_over(parent)
+                self._folder = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=parent))
+            except OSError as error:
+                raise WriteError(f"cannot write into {parent}: {error.strerror} (--cache_dir).") from error
+            lock = os.open(self._folder, os.O_RDONLY)  # held while this process lives: see remove_left_over
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            weakref.finalize(self, _remove, self._folder, lock)
+        return self._folder
+
+
+def _remove(folder: Path, lock: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+
+
+def remove_left_over(parent: Path) -> None:
+    """Remove the folders of runs that were killed: nobody holds their lock any more."""
+    for folder in parent.glob(f"{SCRATCH}*"):
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except OSError:  # another user's, or gone by now
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            pass  # a run that is still going
+        finally:
+            os.close(lock)
+
+
+def default_cache_dir() -> Path:
+    """The first of the usual folders for temporary files that is on a disk, not in memory."""
+    candidates = [Path(tempfile.gettempdir()), Path("/var/tmp"), Path.cwd()]
+    return next((each for each in candidates if each.is_dir() and not is_in_memory(each)), candidates[0])
+
+
+def is_in_memory(folder: Path, mounts: Path = Path("/proc/mounts")) -> bool:
+    """Whether a folder's file system keeps its files in memory."""
+    try:
+        lines = [line.split() for line in mounts.read_text().splitlines()]
+    except OSError:
+        return False
+    folder = folder.resolve()
+    around = [(len(place), kind) for _, place, kind, *_ in lines if folder.is_relative_to(place)]
+    return max(around, default=(0, ""))[1] in ("tmpfs", "ramfs")
