@@ -13,8 +13,10 @@ from torch import Tensor
 from snows.errors import SnowsError, TraceError, UsageError, first_line
 from snows.graph import Layer, Network
 from snows.layer_rules import listed
+from snows.masks import Masks
 from snows.memory import is_out_of_memory
 from snows.options import Options
+from snows.outlook import outlook
 from snows.plan import Budget, Plan, halved_to_fit
 from snows.store import Store
 from snows.stream import Stream
@@ -95,9 +97,17 @@ class Streams:
         self.ceiling = self.need * batch_size
         self.cut(batch_size)
 
+    def outlook(self, masks: Masks, options: Options) -> str:
+        """What solving the layers of `masks` will hold.
+
+        Raises:
+            SnowsError: not even one image fits.
+        """
+        return outlook(self.plan, self.budget, masks, options, max(map(len, self.mini_batches)))
+
     def recall(self, layer: Layer, k_step: int, batch_size: int) -> None:
         """Pass over a finished layer, in micro-batches of the size that had fitted when it was solved."""
-        self.fit(self.plan.need(layer, k_step))
+        self.fit(self.plan.need([layer], k_step))
         if batch_size < self.batch_size:
             self.allow(batch_size)
 

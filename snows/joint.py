@@ -19,7 +19,19 @@ from snows.graph import Layer
 from snows.masks import Masks
 from snows.objective import Objective, with_shift, without_shift
 from snows.options import Options
-from snows.preconditioner import SAMPLE, RowInverses, by_channel, can_factor, pull_back, second_moment
+from snows.preconditioner import (
+    ALL_BYTES,
+    MAX_BYTES,
+    SAMPLE,
+    RowInverses,
+    by_channel,
+    can_factor,
+    common_cap,
+    generator_for,
+    inverse_bytes,
+    pull_back,
+    second_moment,
+)
 from snows.solver import Preconditioner, Solution
 from snows.survivors import behind_batch_norm, masked, minimised
 from snows.trace import Values
@@ -45,7 +57,7 @@ class JointObjective(Objective):
 
     def __init__(self, layers: list[Layer], streams: Streams, options: Options):
         network, (first, *others) = streams.network, layers
-        streams.fit(streams.plan.need(first, 0, others))
+        streams.fit(streams.plan.need(layers, len(network.nodes)))
         streams.restart()
         streams.sparse.advance(first.node)
         streams.dense.advance(first.node)
@@ -92,9 +104,9 @@ class LayerInverses:
     A layer whose inputs cannot be had is scaled by the others' mean curvature.
     """
 
-    def __init__(self, objective: JointObjective, inverses: list[RowInverses | None], magnitudes: list[Tensor]):
+    def __init__(self, objective: JointObjective, inverses: list[RowInverses | None]):
         self.objective = objective
-        known = torch.stack([m for inverse, m in zip(inverses, magnitudes) if inverse is not None])
+        known = torch.stack([inverse.magnitude for inverse in inverses if inverse is not None])
         known = known.clamp_min(known.max() * 1e-6).clamp_min(torch.finfo(known.dtype).tiny)  # a dead layer's is zero
         usual, rest = known.log().mean().exp(), iter(known)
         self.blocks = [(inverse, usual if inverse is None else next(rest)) for inverse in inverses]
@@ -105,12 +117,16 @@ class LayerInverses:
         return torch.cat([part.flatten() for part in solved])
 
 
-def layer_inverses(objective: JointObjective, unknown: Tensor, mask: Tensor, seed: int) -> Preconditioner | None:
+def layer_inverses(
+    objective: JointObjective, unknown: Tensor, mask: Tensor, seed: int, max_bytes: int = ALL_BYTES
+) -> Preconditioner | None:
     """The preconditioner at `unknown`; None if no layer's inputs can be had.
+
+    max_bytes: of all the layers' inverses together.
 
     Costs one forward and one backward pass of a sample of the images, for all the layers, and what inverses cost.
     """
-    window, generator = objective.window, torch.Generator().manual_seed(seed)
+    window, generator = objective.window, generator_for(objective.device, seed)
     network = window.network
     factored = [layer for layer in window.layers if can_factor(network, layer)]
     if not factored:
@@ -131,13 +147,14 @@ def layer_inverses(objective: JointObjective, unknown: Tensor, mask: Tensor, see
             scales[layer] += pulled.square().sum(0)
             moments[layer] += second_moment(module, x, shifted[layer])
             positions[layer] += len(pulled)
-    inverses, magnitudes = [], []
-    for layer, support in zip(window.layers, objective.parts(mask)):
-        known = layer in factored
-        inverse = RowInverses(moments[layer] / positions[layer], scales[layer], support.bool()) if known else None
-        inverses.append(inverse)
-        magnitudes.append(inverse.magnitude if known else None)
-    return LayerInverses(objective, inverses, magnitudes)
+    supports = {layer: support.bool() for layer, support in zip(window.layers, objective.parts(mask))}
+    needs = [min(MAX_BYTES, inverse_bytes(supports[layer], unknown.element_size())) for layer in factored]
+    cap = common_cap(needs, max_bytes)
+    inverses = {
+        layer: RowInverses(moments.pop(layer) / positions[layer], scales[layer], supports[layer], max_bytes=cap)
+        for layer in factored
+    }
+    return LayerInverses(objective, [inverses.get(layer) for layer in window.layers])
 
 
 def solve_jointly(
@@ -147,7 +164,9 @@ def solve_jointly(
     objective = JointObjective(layers, streams, options)
     start = objective.join([masked(streams.network, layer, masks[layer.name]) for layer in layers])
     support = objective.join([masks[layer.name] for layer in layers], True)
-    precondition = layer_inverses(objective, start, support, options.seed) if options.preconditioner == "rows" else None
+    precondition = None
+    if options.preconditioner == "rows":
+        precondition = layer_inverses(objective, start, support, options.seed, streams.budget.inverses(ALL_BYTES))
     options = options.but(
         newton_steps=options.joint_steps, max_CG_iterations=options.joint_CG_iterations, batching=False
     )

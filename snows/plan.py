@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from snows.graph import Layer, Network
-from snows.memory import free_memory, is_gpu, used_memory
+from snows.memory import free_memory, used_memory
 from snows.options import Options
 from snows.staging import nbytes
 from snows.trace import call
@@ -40,7 +40,7 @@ class Budget:
     device: int
     host: int
     asked: bool = False
-    on_gpu: bool = False
+    apart: bool = False  # the device is not the host
 
     @classmethod
     def of(cls, options: Options, device: torch.device | str) -> Budget:
@@ -49,17 +49,26 @@ class Budget:
         free = [free_memory(place) for place in places]
         if asked:
             free = [min(left, asked - used_memory(place)) for left, place in zip(free, places)]
-        return cls(*(max(0, left) for left in free), bool(asked), is_gpu(device))
+        return cls(*(max(0, left) for left in free), bool(asked), torch.device(device).type != "cpu")
 
     @property
     def micro_batch(self) -> int:
         """Bytes for the linearisation of one micro-batch, with what comes and goes beside it."""
-        return self.device // 4 if self.on_gpu else min(MICRO_BATCH, self.device // 4)
+        return self.device // 4 if self.apart else min(MICRO_BATCH, self.device // 4)
 
     @property
     def kept(self) -> int:
         """Bytes for the linearisations of other micro-batches, so that products need not compute them again."""
         return self.device // (4 if self.asked else 2)
+
+    def inverses(self, most: int) -> int:
+        """Bytes for a preconditioner's inverses: `most`, where there is four times as much."""
+        return min(most, self.device // 4)
+
+    @property
+    def room(self) -> int:
+        """Bytes for streams and targets outside of files."""
+        return self.features("host") + (self.features("device") if self.apart else 0)
 
     def features(self, place: str) -> int:
         """Bytes for streams and targets on the device or on the host."""
@@ -75,7 +84,7 @@ class Plan:
     kept: dict[fx.Node, int] = field(default_factory=dict)
     images: int = 0
     passing: int = 0  # bytes per image that are alive on the way through the network, at the most
-    needs: dict[tuple[str, int], int] = field(default_factory=dict)
+    needs: dict[tuple[str, int, int], int] = field(default_factory=dict)
 
     @classmethod
     @torch.no_grad()
@@ -96,14 +105,11 @@ class Plan:
                     values.pop(read, None)
         return plan
 
-    def need(self, layer: Layer, k_step: int, others: Sequence[Layer] = ()) -> int:
-        """Bytes per image that work on a layer takes, or on several at once: the most of what it does.
-
-        others: further layers; the window is then the whole line behind the first.
-        """
-        key = (layer.name, len(self.network.nodes) if others else k_step)
+    def need(self, layers: Sequence[Layer], k_step: int) -> int:
+        """Bytes per image that work on a layer, or on several at once, takes: the most of what it does."""
+        key = (layers[0].name, len(layers), k_step)
         if key not in self.needs:
-            window = Window(self.network, layer, key[1], others=others)
+            window = Window(self.network, layers[0], k_step, others=layers[1:])
             columns = max(map(self.columns, window.layers))
             self.needs[key] = max(self.linearisation(window), columns, self.passing)
         return self.needs[key]
@@ -132,6 +138,11 @@ class Plan:
     def targets(self, layer: Layer, k_step: int) -> int:
         """Bytes per image of the features of a layer's window."""
         return sum(self.output[node] for node in Window(self.network, layer, k_step).features)
+
+    def vectors(self, layers: Sequence[Layer]) -> int:
+        """Bytes of the vectors that the solver holds while it solves these layers at once."""
+        size = sum(layer.shape.numel() for layer in layers)
+        return VECTORS * size * next(self.network.model.parameters()).element_size()
 
 
 def kept_beside(network: Network, node: fx.Node, values: dict) -> int:

@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from snows.graph import Layer, Network
+from snows.memory import is_gpu
 from snows.objective import Objective
 from snows.trace import Values
 from snows.window import Window
 
 MAX_BYTES = 2**29  # of all the inverses of a layer; beyond it each row's support is cut into smaller blocks
+ALL_BYTES = 2**30  # of the inverses of all layers together, in the joint steps
+ROWS_BYTES = 2**26  # of the rows that are inverted at a time
 RELATIVE_DAMPING = 1e-3
 SAMPLE = 256  # images that the moments are estimated from
 MAX_INPUTS = 16384  # columns beyond which A is not formed, and CG runs plain
@@ -62,14 +65,23 @@ class RowInverses:
     def _inverse(self, moment: Tensor, group: Tensor, block: slice, damping: float) -> Tensor:
         """(rows, width, width): the inverse of every row's block of A, the identity where it is padded."""
         support, kept = self.support[:, block], self.kept[:, block]
-        matrix = moment[group[:, None, None], support[:, :, None], support[:, None, :]]
-        matrix *= kept[:, :, None] * kept[:, None, :]
-        matrix.diagonal(dim1=1, dim2=2).add_(1 - kept)
+        rows, width = support.shape
+        some = max(1, ROWS_BYTES // (width * width * moment.element_size()))  # rows at a time, for want of memory
+        parts = [slice(start, start + some) for start in range(0, rows, some)]
+        inverse = moment.new_empty(rows, width, width)
+        identity = torch.eye(width, dtype=moment.dtype, device=moment.device)
         while True:
-            identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-            factor, failed = torch.linalg.cholesky_ex(matrix + damping * identity)
-            if not failed.any() or not damping < 1:
-                return torch.cholesky_inverse(factor)
+            failed = torch.zeros((), dtype=torch.bool, device=moment.device)
+            for part in parts:
+                columns, own = support[part], kept[part]
+                matrix = moment[group[part, None, None], columns[:, :, None], columns[:, None, :]]
+                matrix *= own[:, :, None] * own[:, None, :]
+                matrix.diagonal(dim1=1, dim2=2).add_(1 - own)
+                factor, info = torch.linalg.cholesky_ex(matrix + damping * identity)
+                failed |= info.any()
+                inverse[part] = inverse_of(factor)
+            if not failed or not damping < 1:
+                return inverse
             damping *= 10  # rounding made a nearly singular block indefinite
 
     def __call__(self, residual: Tensor) -> Tensor:
@@ -77,6 +89,31 @@ class RowInverses:
         parts = [torch.bmm(inverse, rows[:, block, None])[..., 0] for block, inverse in self.blocks]
         solved = torch.cat(parts, dim=1) / self.scale[:, None] * self.kept
         return torch.zeros_like(residual.flatten(1)).scatter_(1, self.support, solved).view_as(residual)
+
+
+def inverse_of(factor: Tensor) -> Tensor:
+    """(L L^T)^-1 of Cholesky factors L, (n, width, width): on a GPU in batches, where torch's own takes one by one."""
+    if factor.device.type == "cpu":
+        return torch.cholesky_inverse(factor)
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+    return inverse.mT @ inverse
+
+
+def common_cap(needs: list[int], total: int) -> int:
+    """The most that each may have, where those that need less have what they need and all together have `total`."""
+    left = total
+    for i, need in enumerate(sorted(needs)):
+        if need * (len(needs) - i) > left:
+            return left // (len(needs) - i)
+        left -= need
+    return max(needs, default=0)
+
+
+def inverse_bytes(mask: Tensor, element_size: int) -> int:
+    """Bytes of the inverses of whole rows of a mask (out, in, ...), padded to the longest."""
+    rows = mask.flatten(1).sum(1)
+    return len(rows) * max(1, int(rows.max())) ** 2 * element_size
 
 
 def shows_inputs(network: Network, layer: Layer) -> bool:
@@ -127,7 +164,7 @@ def output_scale(objective: Objective, weight: Tensor, seed: int) -> Tensor:
 
     Estimated with one probe of random signs u per image: the mean of (J^T C^1/2 u)^2 is that diagonal (Hutchinson).
     """
-    generator, total = torch.Generator().manual_seed(seed), 0.0
+    generator, total = generator_for(objective.device, seed), 0.0
     for i in objective.sample(SAMPLE):
         values = objective.inputs(i)
         pulled = pull_back_probe(objective.window, values, weight, objective.coefficients, generator)
@@ -157,18 +194,28 @@ def pull_back(
     features: list[Tensor], outputs: list[Tensor], coefficients: list[float], generator: torch.Generator
 ) -> tuple[Tensor, ...]:
     """J^T C^1/2 u for random signs u, by each of the outputs that the features were computed from."""
-    signs = [
-        torch.randint(0, 2, f.shape, generator=generator).to(f).mul_(2).sub_(1) * c**0.5
-        for f, c in zip(features, coefficients)
-    ]
+    signs = [random_signs(f, generator) * c**0.5 for f, c in zip(features, coefficients)]
     features, signs = zip(*((f, sign) for f, sign in zip(features, signs) if f.requires_grad))
     return grad(features, outputs, signs)
 
 
-def row_inverses(objective: Objective, weight: Tensor, mask: Tensor, seed: int) -> RowInverses:
+def generator_for(device: torch.device | str, seed: int) -> torch.Generator:
+    """Random numbers where they are used, on a GPU; from the host for all else."""
+    return torch.Generator(device if is_gpu(device) else "cpu").manual_seed(seed)
+
+
+def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """-1 or 1 with equal probability, shaped as a tensor and where it is; drawn as single bytes."""
+    drawn = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8, device=generator.device)
+    return drawn.to(like.device).to(like.dtype).mul_(2).sub_(1)
+
+
+def row_inverses(
+    objective: Objective, weight: Tensor, mask: Tensor, seed: int, max_bytes: int = MAX_BYTES
+) -> RowInverses:
     """The preconditioner of a layer at `weight`, the objective's unknown.
 
     Costs one unfolding of the layer's inputs and one backward pass, over a sample of the calibration set.
     """
     scale = output_scale(objective, objective.split(weight)[0], seed)
-    return RowInverses(input_moment(objective), scale, mask)
+    return RowInverses(input_moment(objective), scale, mask, max_bytes=max_bytes)

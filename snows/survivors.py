@@ -12,7 +12,7 @@ from snows.calibration import Streams
 from snows.graph import Layer, Network
 from snows.objective import Objective, reconstruction
 from snows.options import Options
-from snows.preconditioner import can_factor, row_inverses
+from snows.preconditioner import MAX_BYTES, can_factor, row_inverses
 from snows.scores import mean_moment
 from snows.solver import Preconditioner, Solution, check_finite, solve
 from snows.sparsegpt import update
@@ -65,7 +65,7 @@ def solve_layer(
     layer: Layer, mask: Tensor, streams: Streams, options: Options, solver: Callable[..., Solution]
 ) -> Solution:
     """Advance both streams to a layer and solve it on its support, from its masked weight; nothing is written back."""
-    streams.fit(streams.plan.need(layer, options.k_step))
+    streams.fit(streams.plan.need([layer], options.k_step))
     streams.advance(layer)
     start = Solution(masked(streams.network, layer, mask))
     if options.w_warm:
@@ -81,7 +81,7 @@ def solve_from(
     unknown, support = objective.join(start.weight), objective.join(mask, True)
     precondition = None
     if options.preconditioner == "rows" and can_factor(streams.network, layer):
-        precondition = row_inverses(objective, unknown, support, options.seed)
+        precondition = row_inverses(objective, unknown, support, options.seed, streams.budget.inverses(MAX_BYTES))
     kept = f"layer {layer.name} keeps its masked weights"
     solution = minimised(objective, unknown, support, precondition, options, solver, kept)
     solution.products += start.products
