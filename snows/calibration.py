@@ -41,7 +41,8 @@ class Streams:
         options = Options() if options is None else options
         self.dense_model = copy.deepcopy(network.model)
         self.plan = Plan.of(network, batches[0][:2].to(device), sum(map(len, batches)))
-        self.budget = Budget.of(options, device)
+        chosen = network.layers if options.joint_steps else network.layers[:1]
+        self.budget = Budget.of(options, device, self.plan.vectors(chosen))
         self.store = Store(device, self.budget.features("device"), self.budget.features("host"), options.cache_dir)
         self.ceiling = self.budget.micro_batch  # bytes that a micro-batch may need
         self.need = self.plan.passing  # bytes per image of the work at hand

@@ -84,6 +84,9 @@ class Options:
     memory_budget: float = option(
         0.0, "GiB of memory, on the host and on the device each, that the run may take; 0: what is free", low=0
     )
+    precision: str = option(
+        "tf32", "of convolutions and matrix products on a GPU: factors rounded to TF32, or not", ("tf32", "highest")
+    )
     cache_dir: str = option("", "folder for features that do not fit the memory (default: the system's for such files)")
     w_warm: bool = option(False, "start each layer at its layer-wise least-squares solution on the support")
     seed: int = option(0, "seed of the calibration sample and of the preconditioner's probes", low=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
@@ -24,6 +25,8 @@ from snows.scores import check_inputs, select
 from snows.solver import Solution, solve
 from snows.sparsegpt import choose_mask
 from snows.survivors import SETTLED, Way, masked, set_layer, sparsegpt_problem
+
+log = logging.getLogger("snows")
 
 
 def prune(
@@ -79,6 +82,7 @@ def prune(
     if algo == "MP" and mask_alg != "SparseGPT":
         steps = masked_only(network, selection.masks)
     else:
+        log.info(streams().outlook(selection.masks, options))
         way = Way(algo, solver, sequential=mask_alg == "SparseGPT")
         first = selection if stages[0] is pattern else choose(stages[0])
         steps = layer_by_layer(streams(), stages, first.masks, choose, way, options, iter(finished))

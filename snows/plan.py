@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from snows.graph import Layer, Network
 from snows.memory import free_memory, used_memory
 from snows.options import Options
+from snows.preconditioner import ALL_BYTES
 from snows.staging import nbytes
 from snows.trace import call
 from snows.window import Window
@@ -39,17 +40,21 @@ class Budget:
 
     device: int
     host: int
+    vectors: int = 0
     asked: bool = False
     apart: bool = False  # the device is not the host
 
     @classmethod
-    def of(cls, options: Options, device: torch.device | str) -> Budget:
-        """What `memory_budget` leaves beside the networks and images that are in memory already, or what is free."""
+    def of(cls, options: Options, device: torch.device | str, vectors: int = 0) -> Budget:
+        """What `memory_budget` leaves beside the networks and images that are in memory already, or what is free.
+
+        vectors: bytes that the solver's vectors take at the most.
+        """
         asked, places = int(options.memory_budget * GIB), (device, "cpu")
         free = [free_memory(place) for place in places]
         if asked:
             free = [min(left, asked - used_memory(place)) for left, place in zip(free, places)]
-        return cls(*(max(0, left) for left in free), bool(asked), torch.device(device).type != "cpu")
+        return cls(*(max(0, left) for left in free), vectors, bool(asked), torch.device(device).type != "cpu")
 
     @property
     def micro_batch(self) -> int:
@@ -59,7 +64,7 @@ class Budget:
     @property
     def kept(self) -> int:
         """Bytes for the linearisations of other micro-batches, so that products need not compute them again."""
-        return self.device // (4 if self.asked else 2)
+        return self._half(self.device)
 
     def inverses(self, most: int) -> int:
         """Bytes for a preconditioner's inverses: `most`, where there is four times as much."""
@@ -72,7 +77,12 @@ class Budget:
 
     def features(self, place: str) -> int:
         """Bytes for streams and targets on the device or on the host."""
-        return (self.device if place == "device" else self.host) // (4 if self.asked else 2)
+        return self._half(self.device if place == "device" or not self.apart else self.host)
+
+    def _half(self, total: int) -> int:
+        """Half of what is free; of a budget that was asked for, half of what the largest uses beside it leave."""
+        beside = self.vectors + self.micro_batch + self.inverses(ALL_BYTES) if self.asked else 0
+        return max(0, total - beside) // 2
 
 
 @dataclass

@@ -56,8 +56,9 @@ class Held:
         weakref.finalize(self, store._give_back, place, size, path)
 
     def expect(self) -> None:
-        """Begin to move the values to the device, to be read there soon, where that can go on beside other work."""
+        """Begin to move the values to the device, to be read there next, where that can go on beside other work."""
         if self.pending is None and self.place != "device" and self.store.staging is not None:
+            self.store.expect_only(self)
             self.pending = self.store.staging.upload(self._on_host())
 
     def get(self, names: Collection | None = None) -> Values:
@@ -98,6 +99,7 @@ class Store:
         self.held = dict.fromkeys(self.room, 0)
         self.staging = Staging(self.device) if is_gpu(device) else None
         self.cache_dir, self.numbers = cache_dir, count()
+        self.expected: weakref.ref[Held] | None = None
         self._folder: Path | None = None
 
     def put(self, values: Values, files: bool = True) -> Held | None:
@@ -118,6 +120,13 @@ class Store:
         self.held[place] += size
         self.most[place] = max(self.most[place], self.held[place])
         return Held(self, place, values, size, path)
+
+    def expect_only(self, held: Held) -> None:
+        """Forget an upload that was expected before and not asked for: one at a time takes room on the device."""
+        before = self.expected() if self.expected is not None else None
+        if before is not None:
+            before.pending = None
+        self.expected = weakref.ref(held)
 
     def _download(self, values: Values) -> Values:
         if self.staging is not None:
