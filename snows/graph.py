@@ -62,7 +62,7 @@ class Network:
     """
 
     def __init__(self, model: nn.Module, device: torch.device | str = "cpu"):
-        self.model = copy.deepcopy(model).to(device).eval().requires_grad_(False)
+        self.model = copied(model, device).eval().requires_grad_(False)
         self.in_place = [m for m in self.model.modules() if getattr(m, "inplace", False) is True]  # until the trace
         self.nodes = trace(self.model)
         self.position = {node: i for i, node in enumerate(self.nodes)}
@@ -169,6 +169,18 @@ class Network:
         user = min(weight.users, key=self.position.get)
         direct = user.target in (F.conv2d, F.linear) and len(user.args) > 1 and user.args[1] is weight
         return user if direct or getattr(user.target, "__name__", "") in HIDING else None
+
+
+def copied(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """A copy of a model on a device, its tied parameters tied as they were: not every device's `to` keeps them so."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    model = copy.deepcopy(model).to(device)
+    for first, *others in names.values():
+        for owner, _, own in (name.rpartition(".") for name in others):
+            setattr(model.get_submodule(owner), own, model.get_parameter(first))
+    return model
 
 
 def prunable_parameters(module: nn.Module) -> list[str]:
