@@ -1,0 +1,116 @@
+"""How much of the host's memory a job takes, by its calibration images, with a budget and without.
+
+    python bench/memory.py [--jobs resnet50-k30 ...] [--images 16 32 64] [--budgets 0 8] [--out FILE]
+
+Networks with random weights on random images of 224 x 224 pixels, pruned 2:4. The layers that take most are the first
+ones, and the joint steps take all the layers at once: these are run, with one curvature product each, every run in a
+process of its own. What counts is anonymous memory (RssAnon), sampled every few milliseconds; pages of mapped files
+are the system's cache. Rows are added to a JSON file: {"rows": [...]}.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import torch
+import torchvision
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import snows  # noqa: E402
+from snows import run_folder  # noqa: E402
+from snows.experiment import shell  # noqa: E402
+from snows.solver import Solution, solve  # noqa: E402
+
+FIRST = ("layer1.0.conv1", "layer1.0.conv2")
+BLOCK = tuple(f"encoder.layers.encoder_layer_0.{name}" for name in ("self_attention.in_proj", "mlp.0"))
+# name -> (network, K, the layers to solve; None: all of them, in a joint step)
+JOBS = {
+    "resnet50-k30": ("resnet50", 30, FIRST),
+    "resnet50-k4": ("resnet50", 4, FIRST),
+    "resnet50-joint": ("resnet50", 0, None),
+    "vit_b_16-k3": ("vit_b_16", 3, BLOCK),
+    "vit_b_16-joint": ("vit_b_16", 0, None),
+}
+OPTIONS = dict(schedule=0, max_CG_iterations=1, joint_CG_iterations=1)
+
+
+class Peak(threading.Thread):
+    """The most anonymous memory that this process had while the thread ran."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.bytes, self.going = 0, True
+
+    def run(self):
+        while self.going:
+            status = Path("/proc/self/status").read_text()
+            self.bytes = max(self.bytes, 1024 * int(status.partition("RssAnon:")[2].split()[0]))
+            time.sleep(0.005)
+
+
+def joint_only(objective, weight, *args, **options) -> Solution:
+    """The solver, for the joint step; single layers stay as they are masked."""
+    return solve(objective, weight, *args, **options) if weight.ndim == 1 else Solution(weight)
+
+
+def measure(job: str, images: int, budget: float) -> dict:
+    """One run, in this process."""
+    name, k_step, chosen = JOBS[job]
+    torch.manual_seed(0)
+    model, calibration = torchvision.models.get_model(name), torch.randn(images, 3, 224, 224)
+    options = snows.Options(**OPTIONS, k_step=k_step, joint_steps=int(chosen is None), memory_budget=budget)
+    layers = (lambda layer: layer in chosen) if chosen else (lambda layer: True)
+    solver = solve if chosen else joint_only
+    peak = Peak()
+    peak.start()
+    pruned = snows.prune(model, calibration, snows.NM(2, 4), options, layers=layers, solver=solver)
+    peak.going = False
+    weights = b"".join(p.detach().numpy().tobytes() for p in pruned.model.parameters())
+    return {
+        "peak_bytes": peak.bytes,
+        "seconds": pruned.seconds,
+        "products": pruned.curvature_products,
+        "micro_batch": pruned.layers[-1].batch_size,
+        "weights": f"{zlib.crc32(weights):08x}",
+        "problems": pruned.problems,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS)
+    parser.add_argument("--images", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0, 8], help="GiB; 0: none (default: 0 8)")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "memory.json")
+    parser.add_argument("--one", action="store_true", help="a single run in this process, its figures printed as JSON")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.jobs[0], args.images[0], args.budgets[0])))
+        return
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    for job in args.jobs:
+        for images in args.images:
+            for budget in args.budgets:
+                command = [sys.executable, __file__, "--one", "--jobs", job, "--images", images, "--budgets", budget]
+                with tempfile.TemporaryFile("w+") as errors:
+                    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=errors, text=True)
+                    errors.seek(0)
+                    failed = (errors.read().strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+                found = json.loads(done.stdout) if done.returncode == 0 else {"failed": failed}
+                row = {"commit": commit.stdout.strip(), "job": job, "images": images, "budget_gib": budget, **found}
+                rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+                environment = run_folder.environment("cpu")
+                run_folder.write_json(args.out, {"rows": [*rows, {**row, "environment": environment}]})
+                print(row, flush=True)
+
+
+if __name__ == "__main__":
+    shell(main)
