@@ -168,8 +168,10 @@ def gather(calibration: Tensor | Iterable) -> Tensor:
         raise UsageError(
             f"calibration images must be numbers as the model wants them (float, normalised), not {calibration.dtype}."
         )
-    if not torch.isfinite(calibration).all():
-        bad = (~torch.isfinite(calibration)).flatten(1).any(1).nonzero().flatten().tolist()
+    # A few at a time: to ask takes as much memory again.
+    finite = torch.cat([part.isfinite().flatten(1).all(1) for part in calibration.split(64)])
+    if not finite.all():
+        bad = (~finite).nonzero().flatten().tolist()
         raise UsageError(f"{len(bad)} calibration images hold NaN or infinity (the first is number {bad[0]}).")
     return calibration.detach().cpu()
 

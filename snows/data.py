@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
 from snows.errors import SnowsError, UsageError
+from snows.store import room_for
 
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet")
 DIGITS_TEST = 597  # of the 1,797 digits, the last ones
@@ -37,10 +38,11 @@ class Data:
         if not 0 < count <= len(self.train):
             raise UsageError(f"cannot draw {count} calibration images (--ngrads) from {len(self.train)}.")
 
-    def calibration(self, count: int, seed: int, mirror: bool = False) -> tuple[Tensor, list[int]]:
+    def calibration(self, count: int, seed: int, mirror: bool = False, cache_dir: str = "") -> tuple[Tensor, list[int]]:
         """(images (count, c, h, w), their indices): a seeded sample of the training set, without replacement.
 
         mirror: flip each image left to right with probability 1/2.
+        cache_dir: the folder for images of more than a GiB; see snows/store.py.
 
         Raises:
             UsageError: more images are asked for than there are.
@@ -50,7 +52,12 @@ class Data:
         generator = torch.Generator().manual_seed(seed)
         indices = torch.randperm(len(self.train), generator=generator)[:count].tolist()
         loader = DataLoader(Subset(self.train, indices), batch_size=64, num_workers=self.workers)
-        images = torch.cat([images for images, _ in loader])
+        images, done = None, 0
+        for batch, _ in loader:
+            if images is None:
+                images = room_for(torch.Size((count, *batch.shape[1:])), batch.dtype, cache_dir)
+            images[done : done + len(batch)] = batch
+            done += len(batch)
         if mirror:
             chosen = torch.rand(count, generator=generator) < 0.5
             images[chosen] = images[chosen].flip(-1)

@@ -26,6 +26,7 @@ from snows.errors import WriteError
 from snows.memory import is_gpu
 from snows.staging import Staging, extent, laid_flat, nbytes, places
 
+LARGE = 2**30  # bytes of images that are not held in memory alone
 SCRATCH = "snows-scratch-"  # what the names of folders with such files begin with
 
 Values = dict[Any, Any]  # by name or node: tensors, and plain numbers that are kept as they are
@@ -176,6 +177,28 @@ class Store:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             weakref.finalize(self, _remove, self._folder, lock)
         return self._folder
+
+
+def room_for(shape: torch.Size, dtype: torch.dtype, cache_dir: str = "") -> Tensor:
+    """A new tensor of the host; if it is large, in a file, whose pages the system may give up. The file has no name.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    size = shape.numel() * dtype.itemsize
+    if size < LARGE:
+        return torch.empty(shape, dtype=dtype)
+    parent = Path(cache_dir) if cache_dir else default_cache_dir()
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=SCRATCH, dir=parent) as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would end the process at a later page
+            return torch.from_file(file.name, shared=True, size=shape.numel(), dtype=dtype).view(shape)
+    except OSError as error:
+        raise WriteError(
+            f"cannot write {size >> 20} MiB of images into {parent}: {error.strerror}. Name a folder with more room "
+            f"(--cache_dir)."
+        ) from error
 
 
 def _remove(folder: Path, lock: int) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from snows import store as stores
 from snows.errors import WriteError
 from snows.staging import Staging, extent, nbytes
-from snows.store import Store, is_in_memory
+from snows.store import Store, is_in_memory, room_for
 
 LAYOUTS = {
     "contiguous": lambda: torch.randn(3, 4, 5),
@@ -116,6 +117,22 @@ def test_a_folder_in_memory_is_known_by_its_file_system(tmp_path):
     assert is_in_memory(tmp_path, mounts)
     assert not is_in_memory(tmp_path / "disk", mounts)
     assert not is_in_memory(tmp_path.parent, mounts)
+
+
+def test_many_images_lie_in_a_file_without_a_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(stores, "LARGE", 1000)
+    large = room_for(torch.Size((5, 3, 10, 10)), torch.float32, str(tmp_path / "new"))
+    large[:] = torch.arange(1500.0).view(5, 3, 10, 10)
+    assert large.sum() == 1499 * 750
+    assert os.listdir(tmp_path / "new") == []
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    assert "(deleted)" in next(line for line in maps if str(tmp_path) in line)
+    small = room_for(torch.Size((2, 3)), torch.float64, str(tmp_path / "none"))
+    assert small.shape == (2, 3)
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match="--cache_dir"):
+        room_for(torch.Size((1000,)), torch.float32, str(tmp_path / "file"))
 
 
 class Event:
