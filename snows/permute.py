@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from snows.graph import Layer, Network
+from snows.known import is_watched
 from snows.masks import NM
 
 ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.Dropout, nn.Identity)
@@ -89,11 +90,6 @@ def is_private(network: Network, name: str) -> bool:
     read = any(node.op == "get_attr" and node.target.startswith(f"{name}.") for node in network.nodes)
     shared = any(network.is_shared(f"{name}.{parameter}") for parameter, _ in module.named_parameters())
     return network.calls[name] == 1 and not (read or shared or is_watched(module))
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether a module has hooks, which may do anything with its channels."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def is_elementwise(node: fx.Node, module: nn.Module | None) -> bool:
