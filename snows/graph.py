@@ -227,7 +227,7 @@ def to(values: Any, device: torch.device | str) -> Any:
 
     def move(tensor: Tensor) -> Tensor:
         if torch.device(device).type == "cpu" and tensor.is_cuda:
-            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True).copy_(tensor)
         return tensor.to(device, non_blocking=True)
 
     return tree_map_only(Tensor, move, values)

@@ -127,8 +127,10 @@ def best_order(weight: Tensor, pattern: NM, seed: int) -> tuple[Tensor, float, f
     first = score.sum()
     pairs = len(order) // 2
     for _ in range(ROUNDS if pairs else 0):
-        one, other = torch.randperm(len(order), generator=generator)[: 2 * pairs].view(2, pairs).to(weight.device)
-        i, j = torch.randint(pattern.m, (2, pairs), generator=generator).to(weight.device)
+        one, other = (
+            torch.randperm(len(order), generator=generator, device="cpu")[: 2 * pairs].view(2, pairs).to(weight.device)
+        )
+        i, j = torch.randint(pattern.m, (2, pairs), generator=generator, device="cpu").to(weight.device)
         trial = order.clone()
         trial[one, i], trial[other, j] = order[other, j], order[one, i]
         after = kept(trial)

@@ -159,7 +159,7 @@ def pull_back(
 ) -> tuple[Tensor, ...]:
     """J^T C^1/2 u for random signs u, by each of the outputs that the features were computed from."""
     signs = [
-        torch.randint(0, 2, f.shape, generator=generator).to(f).mul_(2).sub_(1) * c**0.5
+        torch.randint(0, 2, f.shape, generator=generator, device="cpu").to(f).mul_(2).sub_(1) * c**0.5
         for f, c in zip(features, coefficients)
     ]
     features, signs = zip(*((f, sign) for f, sign in zip(features, signs) if f.requires_grad))

@@ -194,8 +194,13 @@ class Window:
 @contextmanager
 def differentiable():
     """Operations in the form that has the derivatives that products need."""
-    with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
-        yield
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def per_output(scale: Tensor, weight: Tensor) -> Tensor:
