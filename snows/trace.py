@@ -21,22 +21,13 @@ from snows.known import NAMESPACES
 
 Values = dict[fx.Node, Any]  # what each node computed, for one micro-batch: tensors, but also plain integers
 
-OPERATORS = (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "matmul",
-    "lshift",
-    "rshift",
-    "and_",
-    "or_",
-    "xor",
-)
-IN_PLACE_OPERATORS = {getattr(operator, "i" + name.strip("_")): getattr(operator, name) for name in OPERATORS}
+IN_PLACE_OPERATORS = {
+    getattr(operator, "i" + name): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul")
+}
+# What computes something else than its in-place namesake: truth values, or samples with its input for probabilities.
+NO_TWINS = {"eq", "ne", "lt", "le", "gt", "ge", "not_equal", "less", "less_equal", "greater", "greater_equal"}
+NO_TWINS |= {"logical_not", "logical_and", "logical_or", "logical_xor", "bernoulli"}
 # What functions read, in order.
 INPUTS = dict.fromkeys((F.linear, F.conv2d), ("input", "weight", "bias"))
 INPUTS |= {F.scaled_dot_product_attention: ("query", "key", "value"), F.hardsigmoid: ("input",)}
@@ -153,7 +144,7 @@ def without_writing(node: fx.Node, model: nn.Module) -> fx.Node | None:
         write = getattr(spaces[0], name, None)
         twins = (getattr(space, name[:-1], None) for space in (spaces if node.op == "call_method" else NAMESPACES))
         twin = next(filter(callable, twins), None)
-        if twin is None:  # zero_, copy_, fill_, ...
+        if twin is None or name[:-1] in NO_TWINS:  # zero_, copy_, fill_, ...
             node.op, node.target = "call_function", on_a_copy(write)
         else:
             node.target = name[:-1] if node.op == "call_method" else twin

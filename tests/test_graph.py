@@ -1,7 +1,6 @@
 """Traces, windows and streams: they compute what the model computes, and count what the paper counts."""
 
 import copy
-import operator
 import weakref
 
 import pytest
@@ -268,7 +267,7 @@ def test_a_batch_norm_over_tokens_is_no_part_of_the_linear_map_before_it(outputs
 IN_PLACE = {
     f"{space.__name__}.{name}": getattr(space, name)
     for space in (torch, F, torch.Tensor)
-    for name in sorted(vars(space))
+    for name in sorted(dir(space))
     if name.endswith("_") and not name.startswith("_") and not name.endswith("__") and callable(getattr(space, name))
 }
 OTHER = torch.rand(2, 4, 3, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -295,7 +294,8 @@ def check_written(write, images):
     model = randomise(Written(write))
     try:
         torch.manual_seed(0)
-        expected = model(images).detach()
+        with torch.no_grad():
+            expected = model(images)
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
         return False
     network = Network(model)
@@ -336,8 +336,6 @@ WRITES = {
     "flag": lambda x: F.elu(x, 0.5, True),
     "flag by keyword": lambda x: F.hardtanh(x, inplace=True),
     "out": lambda x: torch.mul(x, 3, out=x),
-    "modulo": lambda x: operator.imod(x, 0.4),
-    "power": lambda x: operator.ipow(x, 3),
 }
 
 
