@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from snows.graph import Layer, Network
 from snows.known import is_watched
 from snows.masks import NM
+from snows.modes import own_modes
 
 ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.Dropout, nn.Identity)
 ELEMENTWISE_FUNCTIONS = {"relu", "relu6", "gelu", "silu", "hardswish", "dropout"}
@@ -35,6 +36,7 @@ class Permuted:
     kept: dict[str, tuple[float, float]]  # layer name -> (before, after)
 
 
+@own_modes()
 def permute(
     model: nn.Module, pattern: NM, layers: Callable[[str], bool] = lambda name: True, seed: int = 0
 ) -> Permuted:
