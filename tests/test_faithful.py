@@ -207,7 +207,7 @@ def test_hooks_on_the_backward_pass_do_not_change_gradients(images):
     assert torch.equal(pruned.model.conv.weight, expected.model.conv.weight)
 
 
-def test_a_window_that_computes_something_else_calls_its_batch_norms_as_they_are(images):
+def test_a_window_that_computes_something_else_calls_its_batch_norms_as_they_are(images, caplog):
     """A hook on all modules is not looked for; the check finds what it does."""
     network = Network(settled(Block()))
     assert len(network.affine) == 2
@@ -219,6 +219,7 @@ def test_a_window_that_computes_something_else_calls_its_batch_norms_as_they_are
         handle.remove()
     assert not network.affine
     assert not network.batch_norm_of
+    assert "its BatchNorms are called as they are: norm, norm2" in caplog.text
     assert [layer.name for layer in network.layers] == ["conv", "conv2", "head"]
 
 
