@@ -17,7 +17,7 @@ TINY = torch.finfo(torch.float32).tiny
 def smallest_first(removed: int, scores: dict[str, Tensor], caps: Counts) -> Counts:
     """The smallest scores of all go first, and no layer loses more than its cap."""
     candidates = [score.abs().flatten().sort().values[: caps[name]] for name, score in scores.items()]
-    layer = torch.cat([torch.full((len(c),), i) for i, c in enumerate(candidates)])
+    layer = torch.cat([torch.full((len(c),), i, device="cpu") for i, c in enumerate(candidates)])
     chosen = torch.cat(candidates).argsort(stable=True)[:removed]
     counts = torch.bincount(layer[chosen.cpu()], minlength=len(scores))
     return dict(zip(scores, counts.tolist()))

@@ -63,6 +63,11 @@ def check_model(model: Any) -> None:
         inner = "_orig_mod"
     if inner is not None:
         raise TraceError(f"cannot trace {type(model).__name__}: pass model.{inner}, the network inside.")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise TraceError(
+                f"cannot trace {name} (DistributedDataParallel): put the network inside, its .module, there."
+            )
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError("cannot trace a scripted or jit-traced model: pass the module that it was made from.")
     tensors = [*model.parameters(), *model.buffers()]

@@ -12,12 +12,14 @@ import operator
 import torch.nn.functional as F
 from torch import fx, nn
 
+from snows.known import is_plain
+
 
 def open_attention(graph: fx.Graph, model: nn.Module) -> None:
     """Replace every self-attention module of the graph by  linear -> attention -> linear  on its own parameters."""
     for node in list(graph.nodes):
         module = model.get_submodule(node.target) if node.op == "call_module" else None
-        if isinstance(module, nn.MultiheadAttention) and is_plain(node, module):
+        if is_plain(module, [nn.MultiheadAttention]) and is_self_attention(node, module):
             with graph.inserting_before(node):
                 opened = insert(graph, node, module)
             for item in list(node.users):
@@ -26,7 +28,7 @@ def open_attention(graph: fx.Graph, model: nn.Module) -> None:
             graph.erase_node(node)
 
 
-def is_plain(node: fx.Node, module: nn.MultiheadAttention) -> bool:
+def is_self_attention(node: fx.Node, module: nn.MultiheadAttention) -> bool:
     """Whether a call is self-attention without masks, of which only the output is used, not the attention weights."""
     asked = inspect.signature(module.forward).bind(*node.args, **node.kwargs).arguments
     query, key, value = (asked[name] for name in ("query", "key", "value"))

@@ -10,7 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from snows.errors import SnowsError, TraceError, UsageError, first_line
+from snows.errors import SnowsError, UsageError
+from snows.faithful import check
 from snows.graph import Layer, Network
 from snows.layer_rules import listed
 from snows.masks import Masks
@@ -20,6 +21,8 @@ from snows.outlook import outlook
 from snows.plan import Budget, Plan, halved_to_fit
 from snows.store import Store
 from snows.stream import Stream
+
+CHECKED = 8  # images that the line is compared with the model on
 
 T = TypeVar("T")
 log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
@@ -133,14 +136,17 @@ def fitting(streams: Streams, place: str, work: Callable[[], T]) -> T:
             log.warning("out of memory at %s: going on with micro-batches of %d images", place, streams.batch_size)
 
 
-def micro_batches(network: Network, calibration: Tensor | Iterable, batch_size: int) -> list[Tensor]:
-    """The calibration images in micro-batches, the last one short, once they are known to run through the line."""
+def micro_batches(network: Network, calibration: Tensor | Iterable, batch_size: int, k_step: int) -> list[Tensor]:
+    """The calibration images in micro-batches, the last one short, once they are known to run through the line.
+
+    k_step: of the windows, which are checked too; `network` refuses layers whose windows do not hold.
+    """
     dtype = next(network.model.parameters()).dtype
     if dtype not in (torch.float32, torch.float64):
         raise UsageError(f"the model's weights are {dtype}, too coarse to solve in: pass model.float().")
     images = gather(calibration).to(dtype)
     batches = list(images.split(min(batch_size, len(images))))
-    check(network, batches[0].to(next(network.model.parameters()).device))
+    check(network, batches[0][:CHECKED].to(next(network.model.parameters()).device), k_step)
     return batches
 
 
@@ -173,37 +179,5 @@ def gather(calibration: Tensor | Iterable) -> Tensor:
     if not finite.all():
         bad = (~finite).nonzero().flatten().tolist()
         raise UsageError(f"{len(bad)} calibration images hold NaN or infinity (the first is number {bad[0]}).")
-    return calibration.detach().cpu()
-
-
-@torch.no_grad()
-def check(network: Network, images: Tensor) -> None:
-    """Run the line once and compare it with the model itself: a trace must not have frozen a data-dependent choice.
-
-    Raises:
-        UsageError: the images do not run through the model. TraceError: the line computes something else.
-    """
-    try:
-        own = as_it_came(network, images)
-    except Exception as error:  # whatever the model raises of images that are not its own
-        shape = "x".join(map(str, images.shape[1:]))
-        raise UsageError(f"calibration images of {shape} do not run through the model: {first_line(error)}") from error
-    line = Stream(network, network.model, [images], images.device)
-    line.advance(network.nodes[-1])
-    tolerance = 1e-3 * own.nan_to_num(0, 0, 0).abs().max().item()
-    if not torch.allclose(line[0][network.output], own, rtol=1e-3, atol=tolerance, equal_nan=True):
-        raise TraceError(
-            "the traced model computes something else than the model: its forward pass depends on data, or writes into "
-            "a view of a value that it reads again."
-        )
-
-
-def as_it_came(network: Network, images: Tensor) -> Tensor:
-    """The logits of the model with its in-place modules as they were before the trace."""
-    for module in network.in_place:
-        module.inplace = True
-    try:
-        return network.model(images.clone())
-    finally:
-        for module in network.in_place:
-            module.inplace = False
+    calibration = calibration.detach().cpu()
+    return calibration.clone() if calibration.is_inference() else calibration

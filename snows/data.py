@@ -50,7 +50,7 @@ class Data:
         self.check_enough(count)
         torch.manual_seed(seed)  # a transform that the user edits in may draw random numbers
         generator = torch.Generator().manual_seed(seed)
-        indices = torch.randperm(len(self.train), generator=generator)[:count].tolist()
+        indices = torch.randperm(len(self.train), generator=generator, device="cpu")[:count].tolist()
         loader = DataLoader(Subset(self.train, indices), batch_size=64, num_workers=self.workers)
         images, done = None, 0
         for batch, _ in loader:
@@ -59,7 +59,7 @@ class Data:
             images[done : done + len(batch)] = batch
             done += len(batch)
         if mirror:
-            chosen = torch.rand(count, generator=generator) < 0.5
+            chosen = torch.rand(count, generator=generator, device="cpu") < 0.5
             images[chosen] = images[chosen].flip(-1)
         return images, indices
 

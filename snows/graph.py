@@ -8,29 +8,37 @@ line from a layer to the K-th counted operation behind it is a `Window` (snows/w
 from __future__ import annotations
 
 import copy
+import operator
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch.func import functional_call
-from torch.nn.modules import activation
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from snows.attention import is_output
-from snows.trace import trace
+from snows.known import (
+    ACTIVATION_MODULES,
+    ACTIVATIONS,
+    has_activation,
+    is_fixed_batch_norm,
+    is_plain,
+    is_zero,
+    multiplies_by_weight,
+    prunable_parameters,
+    prunable_weights,
+)
+from snows.trace import fetch, trace
 
 # The operations that the paper counts (DESIGN: convolution, linear, attention, activation, normalisation).
-ACTIVATION_MODULES = tuple(getattr(activation, name) for name in activation.__all__ if name != "MultiheadAttention")
 COUNTED_MODULES = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.Bilinear),
     *(_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.InstanceNorm2d, nn.LocalResponseNorm),
     *ACTIVATION_MODULES,
 )
-ACTIVATIONS = {"relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "prelu", "sigmoid", "tanh"}
-ACTIVATIONS |= {"hardswish", "hardsigmoid", "hardtanh", "softmax", "log_softmax", "softplus", "softsign", "logsigmoid"}
 LINEAR_MAPS = {"conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "scaled_dot_product_attention"}
 NORMS = {"layer_norm", "group_norm", "batch_norm", "rms_norm", "instance_norm", "local_response_norm"}
 # Functions that hide linear maps: torchvision's Swin hands both projections of an attention to one.
@@ -63,32 +71,61 @@ class Network:
 
     def __init__(self, model: nn.Module, device: torch.device | str = "cpu"):
         self.model = copied(model, device).eval().requires_grad_(False)
+        for module in self.model.modules():
+            module._backward_hooks.clear()  # these and the next belong to training
+            module._backward_pre_hooks.clear()
+            if isinstance(module, nn.DataParallel):
+                module.device_ids = []  # it calls the network inside, wherever that is
         self.in_place = [m for m in self.model.modules() if getattr(m, "inplace", False) is True]  # until the trace
         self.nodes = trace(self.model)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.input = self.nodes[0]
         self.output = self.nodes[-1].args[0]
         self.last_use = {n: max((self.position[u] for u in n.users), default=-1) for n in self.nodes}
+        self.by_target: dict[str, list[fx.Node]] = {}  # what calls a module, or reads a parameter
+        for node in self.nodes:
+            if node.op in ("call_module", "get_attr"):
+                self.by_target.setdefault(node.target, []).append(node)
         self.calls = Counter(node.target for node in self.nodes if node.op == "call_module")
         self.owners = Counter(id(p) for m in self.model.modules() for p in m._parameters.values() if p is not None)
+        self.pairs: set[fx.Node] = set()  # what returns several values, known once images have passed
+        self.affine = {node for node in self.nodes if is_fixed_batch_norm(self.module(node))}
         self.batch_norm_of = self._pair_batch_norms()
         self.layers, self.refused = self._find_layers()
 
-    def module(self, node: fx.Node) -> nn.Module | None:
+    def call_as_it_is(self, nodes: Iterable[fx.Node]) -> None:
+        """Take these BatchNorms for no affine maps, nor fold them."""
+        self.affine -= set(nodes)
+        self.batch_norm_of = self._pair_batch_norms()
+        refused = self.refused
+        self.layers, self.refused = self._find_layers()
+        for name in refused.keys() - self.refused.keys():
+            self.refuse(name, refused[name])
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Leave a layer dense."""
+        self.layers = [layer for layer in self.layers if layer.name != name]
+        self.refused[name] = reason
+
+    def module(self, node: Any) -> nn.Module | None:
         """The module that a node calls, or None."""
-        return self.model.get_submodule(node.target) if node.op == "call_module" else None
+        calls = isinstance(node, fx.Node) and node.op == "call_module"
+        return self.model.get_submodule(node.target) if calls else None
 
     def is_counted(self, node: fx.Node) -> bool:
         """Whether the paper counts this node as an operation. A BatchNorm behind a convolution is part of it."""
+        if node in self.pairs:
+            return False  # but what is read of it is
         if node.op == "call_module":
             module = self.module(node)
             if isinstance(module, nn.MultiheadAttention):
                 return False  # but its output is, the first of the pair that it returns
             if node in self.batch_norm_of.values():
-                return not isinstance(getattr(module, "act", nn.Identity()), nn.Identity)
+                return has_activation(module) and not isinstance(getattr(module, "act", nn.Identity()), nn.Identity)
             return isinstance(module, COUNTED_MODULES) or any(True for _ in prunable_weights(module))
-        if is_output(node):
-            return isinstance(self.module(node.args[0]), nn.MultiheadAttention)
+        if node.target is operator.getitem:
+            source = node.args[0]
+            return source in self.pairs or (is_output(node) and isinstance(self.module(source), nn.MultiheadAttention))
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
         return node.op in ("call_function", "call_method") and name in COUNTED_FUNCTIONS
 
@@ -98,12 +135,20 @@ class Network:
             return parameter.startswith(node.target + ".")
         return node.op == "get_attr" and node.target == parameter
 
+    def users(self, parameter: str) -> list[fx.Node]:
+        """The modules that own a parameter and the functions that read it, in execution order."""
+        parts = parameter.split(".")
+        paths = (".".join(parts[: i + 1]) for i in range(len(parts)))
+        reading = [node for path in paths for node in self.by_target.get(path, ())]
+        found = {user for node in reading for user in (node.users if node.op == "get_attr" else [node])}
+        return sorted(found, key=self.position.get)
+
     def is_shared(self, parameter: str) -> bool:
         """Whether a parameter belongs to several modules (tied weights)."""
         return self.owners[id(self.model.get_parameter(parameter))] > 1
 
     def _pair_batch_norms(self) -> dict[fx.Node, fx.Node]:
-        """Convolutions whose only user is a BatchNorm with fixed statistics.
+        """Convolutions whose only user is a BatchNorm with fixed statistics, their weight and bias read by no one else.
 
         Not one that multiplies by zero, as residual branches are initialised: its output tells nothing of its input.
         Nor one behind a linear map, which takes tokens for channels where there are any.
@@ -111,10 +156,11 @@ class Network:
         pairs = {}
         for node in self.nodes:
             producer = node.args[0] if node.args else None
-            if not isinstance(producer, fx.Node) or type(self.module(producer)) is not nn.Conv2d:
+            if node not in self.affine or not is_plain(self.module(producer), [nn.Conv2d]):
                 continue
-            once = self.calls[producer.target] == 1 and len(producer.users) == 1
-            if once and is_fixed_batch_norm(self.module(node)) and not is_zero(self.module(node).weight):
+            read = [user for key in ("weight", "bias") for user in self.users(f"{producer.target}.{key}")]
+            once = set(read) == {producer} and len(producer.users) == 1
+            if once and not is_zero(self.module(node).weight):
                 pairs[producer] = node
         return pairs
 
@@ -134,41 +180,44 @@ class Network:
                 if not multiplies_by_weight(module):
                     refused[name] = "it does not multiply by its weight as it is (standardised, say)"
                     continue
-                node = next((n for n in self.nodes if self.reads(n, parameter)), None)
-                if node is not None and node.op == "get_attr":
-                    weight, node = node, self._functional_user(node)
-                    if node is None:
-                        (user, *_) = (getattr(user.target, "__name__", user.target) for user in weight.users)
-                        refused[name] = f"its weight goes into {user}, not straight into a linear map or convolution"
-                        continue
+                node = next(iter(self.users(parameter)), None)
                 if node is None:
                     refused[name] = "the traced forward pass does not use it"
+                elif not self._multiplies(node, parameter):
+                    user = getattr(node.target, "__name__", node.target)
+                    refused[name] = f"its weight goes into {user}, not straight into a linear map or convolution"
                 elif isinstance(self.module(node), nn.MultiheadAttention):
                     refused[name] = "its attention takes masks or several inputs, or returns its weights"
                 else:
                     weight = module._parameters[key]
                     groups = getattr(module, "groups", 1)
-                    layers[name] = Layer(name, parameter, node, weight.shape, groups, self._bias_of(node))
+                    layers[name] = Layer(name, parameter, node, weight.shape, groups, self._bias_of(node, parameter))
         return sorted(layers.values(), key=lambda layer: self.position[layer.node]), refused
 
-    def _bias_of(self, node: fx.Node) -> str | None:
-        """The name of the bias that the output of a convolution or linear map alone is added to, or None."""
+    def _bias_of(self, node: fx.Node, weight: str) -> str | None:
+        """The name of the bias that the output of a convolution or linear map alone is added to, or None.
+
+        It is a parameter that nothing reads but what reads the weight, or but the BatchNorm that it belongs to.
+        """
         if node.target is F.linear:
             bias = node.args[2] if len(node.args) > 2 else None
             name = bias.target if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
-        elif type(self.module(node)) in (nn.Conv2d, nn.Linear):
+            readers = self.users(weight)
+        elif is_plain(self.module(node), (nn.Conv2d, nn.Linear)):
             owner = self.batch_norm_of.get(node, node)
-            elsewhere = owner is not node and self.calls[owner.target] > 1
-            name = f"{owner.target}.bias" if self.module(owner).bias is not None and not elsewhere else None
+            name = f"{owner.target}.bias" if self.module(owner)._parameters.get("bias") is not None else None
+            readers = self.users(weight) if owner is node else [owner]
         else:
             return None
-        return None if name is None or self.is_shared(name) else name
+        alone = name is not None and set(self.users(name)) <= set(readers)
+        own = alone and isinstance(fetch(self.model, name), nn.Parameter) and not self.is_shared(name)
+        return name if own else None
 
-    def _functional_user(self, weight: fx.Node) -> fx.Node | None:
-        """The function that multiplies by this weight as it is, or None."""
-        user = min(weight.users, key=self.position.get)
-        direct = user.target in (F.conv2d, F.linear) and len(user.args) > 1 and user.args[1] is weight
-        return user if direct or getattr(user.target, "__name__", "") in HIDING else None
+    def _multiplies(self, node: fx.Node, weight: str) -> bool:
+        """Whether a node that uses a weight is a module that owns it, or a function that multiplies by it as it is."""
+        if self.reads(node, weight) or getattr(node.target, "__name__", "") in HIDING:
+            return True
+        return node.target in (F.conv2d, F.linear) and len(node.args) > 1 and self.reads(node.args[1], weight)
 
 
 def copied(model: nn.Module, device: torch.device | str) -> nn.Module:
@@ -181,51 +230,3 @@ def copied(model: nn.Module, device: torch.device | str) -> nn.Module:
         for owner, _, own in (name.rpartition(".") for name in others):
             setattr(model.get_submodule(owner), own, model.get_parameter(first))
     return model
-
-
-def prunable_parameters(module: nn.Module) -> list[str]:
-    """The names of the weights that a module itself owns and that may be pruned."""
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        return ["weight"]
-    if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-        return ["in_proj_weight"]
-    return []
-
-
-def prunable_weights(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
-    """(name inside `module`, parameter) of every prunable weight of a leaf of the trace."""
-    for path, child in module.named_modules():
-        for key in prunable_parameters(child):
-            yield f"{path}.{key}".lstrip("."), getattr(child, key)
-
-
-@torch.no_grad()
-def multiplies_by_weight(module: nn.Module) -> bool:
-    """Whether what a convolution or linear map computes is linear in its weight, so that zeros there are zeros.
-
-    Asked of classes with a forward pass of their own, with noise for the input and for weights R and S: the output is
-    another at S than at R, and its mean at R + S and R - S is that at R. Where they take no such input, it is taken so.
-    """
-    if isinstance(module, nn.MultiheadAttention) or type(module).forward in (nn.Conv2d.forward, nn.Linear.forward):
-        return True
-    shape, generator = (1, module.weight.shape[1]), torch.Generator().manual_seed(0)
-    if isinstance(module, nn.Conv2d):
-        shape = (1, module.in_channels, *(d * (k - 1) + 1 for k, d in zip(module.kernel_size, module.dilation)))
-    shapes = (shape, module.weight.shape, module.weight.shape)
-    x, r, s = (torch.randn(each, generator=generator).to(module.weight) for each in shapes)
-    try:
-        at_r, at_s, *around = (functional_call(module, {"weight": weight}, (x,)) for weight in (r, s, r + s, r - s))
-    except (RuntimeError, TypeError, ValueError):
-        return True
-    return not torch.equal(at_r, at_s) and torch.allclose(
-        sum(around), 2 * at_r, rtol=1e-3, atol=1e-3 * at_r.abs().max().item()
-    )
-
-
-def is_zero(weight: Tensor | None) -> bool:
-    return weight is not None and not weight.any()
-
-
-def is_fixed_batch_norm(module: nn.Module | None) -> bool:
-    """A BatchNorm that normalises with running statistics: an affine map, x -> scale * x + shift."""
-    return isinstance(module, _BatchNorm) and module.running_var is not None

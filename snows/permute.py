@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from snows.graph import Layer, Network
+from snows.known import is_watched
 from snows.masks import NM
+from snows.modes import own_modes
 
 ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.Dropout, nn.Identity)
 ELEMENTWISE_FUNCTIONS = {"relu", "relu6", "gelu", "silu", "hardswish", "dropout"}
@@ -34,6 +36,7 @@ class Permuted:
     kept: dict[str, tuple[float, float]]  # layer name -> (before, after)
 
 
+@own_modes()
 def permute(
     model: nn.Module, pattern: NM, layers: Callable[[str], bool] = lambda name: True, seed: int = 0
 ) -> Permuted:
@@ -91,11 +94,6 @@ def is_private(network: Network, name: str) -> bool:
     return network.calls[name] == 1 and not (read or shared or is_watched(module))
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether a module has hooks, which may do anything with its channels."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def is_elementwise(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether a node does the same to every number of its only input."""
     if module is not None:
@@ -131,8 +129,10 @@ def best_order(weight: Tensor, pattern: NM, seed: int) -> tuple[Tensor, float, f
     first = score.sum()
     pairs = len(order) // 2
     for _ in range(ROUNDS if pairs else 0):
-        one, other = torch.randperm(len(order), generator=generator)[: 2 * pairs].view(2, pairs).to(weight.device)
-        i, j = torch.randint(pattern.m, (2, pairs), generator=generator).to(weight.device)
+        one, other = (
+            torch.randperm(len(order), generator=generator, device="cpu")[: 2 * pairs].view(2, pairs).to(weight.device)
+        )
+        i, j = torch.randint(pattern.m, (2, pairs), generator=generator, device="cpu").to(weight.device)
         trial = order.clone()
         trial[one, i], trial[other, j] = order[other, j], order[one, i]
         after = kept(trial)

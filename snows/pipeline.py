@@ -19,6 +19,7 @@ from snows.graph import Layer, Network
 from snows.joint import solve_jointly
 from snows.masks import NM, Masks, Pattern, Selection
 from snows.memory import forget_peak, peak_memory
+from snows.modes import own_modes
 from snows.options import Options
 from snows.result import Group, LayerRecord, Pruned, Step, zeros
 from snows.scores import check_inputs, select
@@ -29,6 +30,7 @@ from snows.survivors import SETTLED, Way, masked, set_layer, sparsegpt_problem
 log = logging.getLogger("snows")
 
 
+@own_modes()
 def prune(
     model: nn.Module,
     calibration: Tensor | Iterable,
@@ -74,12 +76,19 @@ def prune(
     arguments.check(model, pattern, options, mask_alg, algo, layers, device)
     options = options.but(**SETTLED.get(algo, {}))
     network = Network(model, device)
-    streams = cache(lambda: Streams(network, micro_batches(network, calibration, options.batch_size), device, options))
+    batches = partial(micro_batches, network, calibration, options.batch_size, options.k_step)
+    streams = cache(lambda: Streams(network, batches(), device, options))
     choose = partial(select, network, layers, mask_alg, streams, options)
-    selection, stages = choose(pattern), sweeps(pattern, options)
+    selection, solving = choose(pattern), algo != "MP" or mask_alg == "SparseGPT"
+    if solving:
+        streams()  # the images show which layers cannot be followed
+        if selection.masks.keys() & network.refused.keys():
+            pattern = without(pattern, network.refused)
+            selection = choose(pattern)
+    stages = sweeps(pattern, options)
     if algo == "SparseGPT":
         check_inputs(algo, [layer for layer in network.layers if layer.name in selection.masks], network)
-    if algo == "MP" and mask_alg != "SparseGPT":
+    if not solving:
         steps = masked_only(network, selection.masks)
     else:
         log.info(streams().outlook(selection.masks, options))
@@ -102,6 +111,13 @@ def prune(
     finally:
         result.seconds = earlier + time.perf_counter() - started
     return result
+
+
+def without(pattern: Pattern | Masks, refused: Iterable[str]) -> Pattern | Masks:
+    """Masks without those of layers that are refused; a pattern as it is."""
+    if isinstance(pattern, dict):
+        return {name: mask for name, mask in pattern.items() if name not in refused}
+    return pattern
 
 
 def sweeps(pattern: Pattern | Masks, options: Options) -> list[Pattern | Masks]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from snows.graph import Layer, Network
+from snows.known import is_plain
 from snows.memory import is_gpu
 from snows.objective import Objective
 from snows.trace import Values
@@ -118,7 +119,7 @@ def inverse_bytes(mask: Tensor, element_size: int) -> int:
 
 def shows_inputs(network: Network, layer: Layer) -> bool:
     """Whether a layer's input columns can be had: those of a plain convolution or linear map."""
-    return layer.node.target is F.linear or type(network.module(layer.node)) in (nn.Conv2d, nn.Linear)
+    return layer.node.target is F.linear or is_plain(network.module(layer.node), (nn.Conv2d, nn.Linear))
 
 
 def can_factor(network: Network, layer: Layer) -> bool:

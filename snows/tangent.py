@@ -22,13 +22,11 @@ from torch import Tensor, fx, nn
 from torch.autograd import grad
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from snows.graph import ACTIVATION_MODULES, ACTIVATIONS, is_fixed_batch_norm
+from snows.known import ELEMENTWISE, ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES, acts_elementwise, is_plain
 from snows.trace import Values, call
 from snows.window import Window, attention_scale, attention_weights, differentiable, is_plain_attention
 
 LINEAR_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-MIXING = (nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.GLU)  # activations that are not elementwise
-ELEMENTWISE = ACTIVATIONS - {"softmax", "log_softmax", "prelu"}
 
 Tangent = Any  # a tensor, a tuple of them, or None: no dependence on the weight
 Direction = dict[str, Tensor]  # what the direction is in the window's parameters, by their full names
@@ -66,21 +64,31 @@ class Tangents:
 
     def _rule(self, node: fx.Node, values: Values) -> Rule:
         """How the tangent of a node follows from those of its inputs; it keeps no more of `values` than it needs."""
-        module, name = self.window.module(node), getattr(node.target, "__name__", node.target)
-        if type(module) in LINEAR_MODULES:
+        module = self.window.module(node)
+        if is_plain(module, LINEAR_MODULES) and len(node.all_input_nodes) == 1:
             return self._linear_module(node, values)
         if node.target is F.linear:
             return self._linear_function(node, values)
         if self.window.is_identity(node):
             return lambda tangents, direction: tangents.get(node.args[0])
-        activation = isinstance(module, ACTIVATION_MODULES) and not isinstance(module, MIXING)
-        if activation or is_fixed_batch_norm(module) or (node.op != "call_module" and name in ELEMENTWISE):
+        if self._is_elementwise(node):
             return self._elementwise(node, values)
-        if node.target in (operator.add, torch.add) and not node.kwargs and isinstance(values[node], Tensor):
+        plain_sum = node.target in (operator.add, torch.add) and len(node.args) == 2 and not node.kwargs
+        if plain_sum and isinstance(values[node], Tensor):
             return self._sum(node, values)
         if node.target is F.scaled_dot_product_attention and is_plain_attention(node.args, node.kwargs):
             return self._attention(node, values)
         return self._forward_mode(node, values)
+
+    def _is_elementwise(self, node: fx.Node) -> bool:
+        """Whether a node is known to do the same to every number of its one input (a slope may move as well)."""
+        if len(node.all_input_nodes) != 1:
+            return False
+        if node in self.window.network.affine:
+            return acts_elementwise(self.window.module(node))
+        if node.op == "call_method":
+            return node.target in ELEMENTWISE
+        return is_plain(self.window.module(node), ELEMENTWISE_MODULES) or node.target in ELEMENTWISE_FUNCTIONS
 
     def _linear_module(self, node: fx.Node, values: Values) -> Rule:
         (source,), model = node.args, self.window.model
@@ -104,14 +112,16 @@ class Tangents:
         return rule
 
     def _linear_function(self, node: fx.Node, values: Values) -> Rule:
-        source, weight, *_ = node.args
-        fixed_weight = values[weight]
+        source, weight, *biases = node.args
+        fixed_weight, shape = values[weight], values[node].shape
         x = values[source] if weight in self.window.nodes else None
 
         def rule(tangents, direction):
             parts = [F.linear(tangents[source], fixed_weight)] if source in tangents else []
             if weight in tangents:
                 parts.append(F.linear(x, *(tangents.get(parameter) for parameter in node.args[1:])))
+            elif biases and biases[0] in tangents:
+                parts.append(tangents[biases[0]].expand(shape))
             return total(parts)
 
         return rule
@@ -124,11 +134,11 @@ class Tangents:
         return lambda tangents, direction: tangents[source] * slope if source in tangents else None
 
     def _sum(self, node: fx.Node, values: Values) -> Rule:
-        shape = values[node].shape
+        shape, dtype = values[node].shape, values[node].dtype
 
         def rule(tangents, direction):
             parts = [tangents[term] for term in node.args if isinstance(term, fx.Node) and term in tangents]
-            return total(parts).expand(shape) if parts else None
+            return total(parts).expand(shape).to(dtype) if parts else None
 
         return rule
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.func import functional_call
 
 from snows.attention import open_attention
 from snows.errors import TraceError
+from snows.known import NAMESPACES
 
 Values = dict[fx.Node, Any]  # what each node computed, for one micro-batch: tensors, but also plain integers
 
@@ -23,6 +25,9 @@ IN_PLACE_OPERATORS = {
     getattr(operator, "i" + name): getattr(operator, name)
     for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul")
 }
+# What computes something else than its in-place namesake: truth values, or samples with its input for probabilities.
+NO_TWINS = {"eq", "ne", "lt", "le", "gt", "ge", "not_equal", "less", "less_equal", "greater", "greater_equal"}
+NO_TWINS |= {"logical_not", "logical_and", "logical_or", "logical_xor", "bernoulli"}
 # What functions read, in order.
 INPUTS = dict.fromkeys((F.linear, F.conv2d), ("input", "weight", "bias"))
 INPUTS |= {F.scaled_dot_product_attention: ("query", "key", "value"), F.hardsigmoid: ("input",)}
@@ -38,7 +43,14 @@ class _Tracer(fx.Tracer):
         self.leaves = tuple(get_notrace_modules())
         self.failed_in: str | None = None
 
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        """The images alone: whatever else forward() takes (masks, say) keeps its defaults, as in model(images)."""
+        (first, *_) = inspect.signature(self.root.forward).parameters
+        return lambda images: self.root.forward(images), [self.create_proxy("placeholder", first, (), {})]
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        if isinstance(module, nn.DataParallel):
+            return False
         return isinstance(module, self.leaves) or super().is_leaf_module(module, name)
 
     def call_module(self, module, forward, args, kwargs):
@@ -57,13 +69,12 @@ def trace(model: nn.Module) -> list[fx.Node]:
         TraceError: the forward pass cannot be traced, or takes or returns more than one tensor.
     """
     tracer = _Tracer()
-    # Optional inputs of forward() (attention masks, ...) keep their defaults, as in model(images).
-    _, *others = inspect.signature(model.forward).parameters.values()
-    others = [p for p in others if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if any(p.default is p.empty for p in others):
-        raise TraceError(f"cannot trace {type(model).__name__}: its forward() needs more than the images.")
     try:
-        graph = tracer.trace(model, concrete_args={p.name: p.default for p in others})
+        inspect.signature(model.forward).bind("images")
+    except TypeError as error:
+        raise TraceError(f"cannot trace {type(model).__name__}: its forward() needs more than the images.") from error
+    try:
+        graph = tracer.trace(model)
     except Exception as error:
         place = tracer.failed_in or f"the model itself ({type(model).__name__})"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -71,13 +82,6 @@ def trace(model: nn.Module) -> list[fx.Node]:
             f"cannot trace {place}: {reason}. SNOWS needs a forward pass without data-dependent control flow; "
             f"wrap that part with torch.fx.wrap or register it with timm.models.register_notrace_module."
         ) from error
-    _, *placeholders = (node for node in graph.nodes if node.op == "placeholder")
-    defaults = set(placeholders)
-    for node in graph.nodes:  # the tracer asserts that the defaults were passed: nothing else reads them
-        defaults.update([node] if defaults.intersection(node.all_input_nodes) else [])
-    for node in reversed(list(graph.nodes)):
-        if node in defaults:
-            graph.erase_node(node)
     make_positional(graph, model)
     open_attention(graph, model)
     make_out_of_place(graph, model)
@@ -108,21 +112,8 @@ def make_out_of_place(graph: fx.Graph, model: nn.Module) -> None:
     """
     position = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        module = model.get_submodule(node.target) if node.op == "call_module" else None
-        if module is not None and getattr(module, "inplace", False) is True:
-            pass  # the module itself is switched below
-        elif node.op == "call_function" and node.target in IN_PLACE_OPERATORS:
-            node.target = IN_PLACE_OPERATORS[node.target]
-        elif node.op == "call_function" and node.kwargs.get("inplace", False) is True:
-            node.kwargs = {**node.kwargs, "inplace": False}
-        elif node.op == "call_function" and is_in_place(getattr(node.target, "__name__", ""), torch):
-            node.target = getattr(torch, node.target.__name__[:-1])
-        elif node.op == "call_method" and is_in_place(node.target, Tensor):
-            node.target = node.target[:-1]
-        else:
-            continue
-        overwritten = node.all_input_nodes[0]
-        for user in list(overwritten.users):
+        overwritten = without_writing(node, model)
+        for user in list(overwritten.users) if overwritten is not None else []:
             if position[user] > position[node]:
                 user.replace_input_with(overwritten, node)
     for module in model.modules():
@@ -130,9 +121,45 @@ def make_out_of_place(graph: fx.Graph, model: nn.Module) -> None:
             module.inplace = False
 
 
-def is_in_place(name: str, namespace: Any) -> bool:
-    """Whether `name` follows torch's naming of in-place operations and has an out-of-place twin in `namespace`."""
-    return name.endswith("_") and not name.endswith("__") and hasattr(namespace, name[:-1])
+def without_writing(node: fx.Node, model: nn.Module) -> fx.Node | None:
+    """Let a node that writes into a value compute the same without; returns the node of that value, or None."""
+    overwritten = next(iter(node.all_input_nodes), None)
+    if node.op == "call_module":  # the module itself is switched by the caller
+        return overwritten if getattr(model.get_submodule(node.target), "inplace", False) is True else None
+    if node.op == "call_method":
+        name, spaces = node.target, (Tensor,)
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        spaces = [space for space in NAMESPACES if getattr(space, name, None) is node.target]
+    else:
+        return None
+    if node.target in IN_PLACE_OPERATORS:
+        node.target = IN_PLACE_OPERATORS[node.target]
+    elif node.kwargs.get("inplace", False) is True:
+        node.kwargs = {**node.kwargs, "inplace": False}
+    elif spaces and isinstance(node.kwargs.get("out"), fx.Node):
+        overwritten = node.kwargs["out"]
+        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "out"}
+    elif spaces and name.endswith("_") and not name.endswith("__"):
+        write = getattr(spaces[0], name, None)
+        twins = (getattr(space, name[:-1], None) for space in (spaces if node.op == "call_method" else NAMESPACES))
+        twin = next(filter(callable, twins), None)
+        if twin is None or name[:-1] in NO_TWINS:  # zero_, copy_, fill_, ...
+            node.op, node.target = "call_function", on_a_copy(write)
+        else:
+            node.target = name[:-1] if node.op == "call_method" else twin
+    else:
+        return None
+    return overwritten
+
+
+def on_a_copy(write: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same as a function that writes into its first argument, which stays as it is."""
+
+    def function(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return write(x.clone(), *args, **kwargs)
+
+    return function
 
 
 def call(node: fx.Node, model: nn.Module, values: Values, parameters: dict[str, Tensor]) -> Any:

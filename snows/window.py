@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from snows.graph import Layer, Network, is_fixed_batch_norm
+from snows.graph import Layer, Network
+from snows.known import has_activation
 from snows.trace import Values, call, value_of
 
 
@@ -74,7 +75,7 @@ class Window:
         for node in network.nodes[start:]:
             if node in behind or behind.intersection(node.all_input_nodes):
                 behind.add(node)
-                if node is layer.node or network.is_counted(node):
+                if network.is_counted(node) or (node is layer.node and node not in network.pairs):
                     counted.append(node)
             if len(counted) > k_step:
                 break
@@ -184,16 +185,18 @@ class Window:
 
     def step(self, node: fx.Node, values: Values, parameters: dict[str, Tensor]) -> Any:
         """What one node computes from `values`, BatchNorms being folded or affine maps."""
-        module = self.module(node)
-        if not is_fixed_batch_norm(module):
+        if node not in self.network.affine:
             return call(node, self.model, values, parameters)
-        x = values[node.args[0]]
+        module, x = self.module(node), values[node.args[0]]
         x = x if node in self.applied else normalise(module, x)
-        return module.act(module.drop(x)) if hasattr(module, "act") else x
+        if has_activation(module):
+            for name in ("drop", "act"):
+                x = getattr(module, name, nn.Identity())(x)
+        return x
 
     def is_identity(self, node: fx.Node) -> bool:
         """Whether a node does nothing: a BatchNorm that is folded into the convolution in front of it."""
-        return node in self.applied and not hasattr(self.module(node), "act")
+        return node in self.applied and not has_activation(self.module(node))
 
 
 def last_reads(nodes: list[fx.Node], keep: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
@@ -209,8 +212,13 @@ def last_reads(nodes: list[fx.Node], keep: list[fx.Node]) -> dict[fx.Node, list[
 @contextmanager
 def differentiable():
     """Operations in the form that has the derivatives that products need."""
-    with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
-        yield
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def per_output(scale: Tensor, weight: Tensor) -> Tensor:

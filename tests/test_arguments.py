@@ -25,9 +25,18 @@ def forward_once(model):
     return model
 
 
+def distributed_within(model):
+    """No process group is needed for what is refused by its class."""
+    inner = nn.Module.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(inner)
+    inner.module = nn.Identity()
+    return nn.Sequential(model, inner)
+
+
 MODELS = {
     "no module": (lambda model: model.forward, "must be a torch.nn.Module, not method"),
     "data parallel": (nn.DataParallel, r"pass model\.module"),
+    "distributed within": (distributed_within, r"cannot trace 1 \(DistributedDataParallel\): put .* its \.module"),
     "compiled": (torch.compile, r"pass model\._orig_mod"),
     "scripted": (torch.jit.script, "pass the module that it was made from"),
     "lazy": (lambda model: nn.Sequential(model, nn.LazyLinear(2)), "without numbers"),

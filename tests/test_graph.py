@@ -15,6 +15,7 @@ import snows
 from snows.errors import TraceError
 from snows.graph import Network
 from snows.stream import Stream
+from snows.trace import call
 from snows.window import Window
 
 FAMILIES = {
@@ -262,3 +263,114 @@ def test_a_batch_norm_over_tokens_is_no_part_of_the_linear_map_before_it(outputs
     stream.advance(network.layers[0].node)
     window = Window(network, network.layers[0], k_step=9)
     torch.testing.assert_close(window(window.enter(stream[0]), model[1].weight)[-1].flatten(1), model(images))
+
+
+IN_PLACE = {
+    f"{space.__name__}.{name}": getattr(space, name)
+    for space in (torch, F, torch.Tensor)
+    for name in sorted(dir(space))
+    if name.endswith("_") and not name.startswith("_") and not name.endswith("__") and callable(getattr(space, name))
+}
+OTHER = torch.rand(2, 4, 3, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+ARGUMENTS = [(), (0.3,), (0.2, 0.8), (OTHER,), (2,), (0, 1), (0, OTHER > 0.5), (OTHER > 0.5, 0.0), (OTHER, OTHER)]
+ARGUMENTS += [(OTHER, 0.5), (0.5, True), (0, torch.tensor([1]), 0.5)]
+MAY_CHANGE_SHAPE = {"resize_", "set_", "sparse_resize_", "sparse_resize_and_clear_", "share_memory_", "apply_", "map_"}
+
+
+class Written(nn.Module):
+    """Something writes into what a convolution computed, and the old name is read afterwards."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.conv, self.head, self.write = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 1), write
+
+    def forward(self, x):
+        x = self.conv(x).sigmoid()
+        self.write(x)
+        return self.head(x)
+
+
+def check_written(write, images):
+    """Whether a function that can be called so leaves every value of the line as it was computed."""
+    model = randomise(Written(write))
+    try:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            expected = model(images)
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+        return False
+    network = Network(model)
+    values, kept = {network.input: images}, {}
+    torch.manual_seed(0)
+    for node in network.nodes[1:-1]:
+        values[node] = call(node, network.model, values, {})
+        kept[node] = copy.deepcopy(values[node].detach())
+    for node, value in kept.items():
+        torch.testing.assert_close(values[node], value, equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(values[network.output], expected, equal_nan=True)
+    return True
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_function_of_torchs_stays_in_place():
+    images = torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    done = set()
+    for name, function in IN_PLACE.items():
+        if name.split(".")[-1] in MAY_CHANGE_SHAPE:
+            continue
+        by_name = getattr(torch.Tensor, name.split(".")[-1], None) if "Tensor" in name else None
+        for args in ARGUMENTS:
+            called = name.split(".")[-1]
+
+            def write(x, function=function, args=args, by_name=by_name, called=called):
+                return getattr(x, called)(*args) if by_name is not None else function(x, *args)
+
+            if check_written(write, images):
+                done.add(called)
+                break
+    assert {"leaky_relu_", "elu_", "hardtanh_", "rrelu_", "celu_", "selu_", "relu_", "threshold_"} <= done
+    assert {"zero_", "fill_", "copy_", "clamp_", "masked_fill_", "index_fill_", "normal_", "add_"} <= done
+    assert len(done) > 100
+
+
+WRITES = {
+    "flag": lambda x: F.elu(x, 0.5, True),
+    "flag by keyword": lambda x: F.hardtanh(x, inplace=True),
+    "out": lambda x: torch.mul(x, 3, out=x),
+}
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_nor_does_what_writes_otherwise(kind):
+    images = torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert check_written(WRITES[kind], images)
+
+
+class Options(nn.Module):
+    """A forward pass that reads its optional arguments, whatever they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 4, 1), nn.Linear(4, 3)
+
+    def forward(self, x, *more, scale=2.0, **options):
+        x = torch.relu(self.conv(x)) * options.get("gain", scale)
+        for other in more:
+            x = x + other
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("build", [Options, lambda: nn.Sequential(nn.DataParallel(Options()))], ids=["own", "parallel"])
+def test_optional_arguments_have_their_defaults_and_data_parallel_is_what_it_holds(build, images):
+    model = randomise(build())
+    pruned = snows.prune(model, images, snows.NM(1, 2))
+    prefix = "" if isinstance(model, Options) else "0.module."
+    assert list(pruned.masks) == [f"{prefix}conv", f"{prefix}head"]
+    assert type(pruned.model) is type(model)
+    assert all(layer.loss_after < layer.loss_before for layer in pruned.layers if not layer.joint)
+
+
+@pytest.mark.parametrize("forward", [lambda self: 0, lambda self, x, mask: x, lambda self, x, *, mask: x])
+def test_a_forward_that_takes_something_else_than_images_is_refused(forward):
+    with pytest.raises(TraceError, match=r"its forward\(\) needs more than the images"):
+        Network(type("Other", (nn.Module,), {"forward": forward})())

@@ -81,6 +81,21 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, (self.weight - mean) / std, self.bias)
 
 
+class Signs(nn.Conv2d):
+    """A binary convolution, whose parent's forward pass calls what it replaces."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight.sign(), bias)
+
+
+class Watched(nn.Conv2d):
+    """A convolution with a hook behind it, which leaves zeros in its weight zeros."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_forward_hook(lambda module, args, out: out.relu())
+
+
 class Gained(Standardised):
     """The same behind a gain of zero, as residual branches begin."""
 
@@ -107,7 +122,8 @@ class Opaque(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("kind", "pruned"), [(nn.Conv2d, True), (Absolute, True), (Standardised, False), (Gained, False)]
+    ("kind", "pruned"),
+    [(nn.Conv2d, True), (Absolute, True), (Standardised, False), (Gained, False), (Signs, False), (Watched, True)],
 )
 @pytest.mark.parametrize("opaque", [True, False])
 def test_a_convolution_that_multiplies_by_another_weight_than_its_own_is_left_dense(monkeypatch, kind, pruned, opaque):

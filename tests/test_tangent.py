@@ -83,6 +83,45 @@ class ByKeyword(nn.Module):
         return F.linear(input=x, weight=self.head.weight, bias=self.head.bias)
 
 
+class MovingParameters(nn.Module):
+    """Functions whose weights, biases and slopes depend on the layer, together with their inputs or without them."""
+
+    def __init__(self, apply):
+        super().__init__()
+        self.conv, self.apply_to, self.fixed = nn.Conv2d(2, 4, 1), apply, nn.Linear(4, 4)
+
+    def forward(self, x):
+        fixed = torch.cat([x, 1 - x], 1).flatten(2).transpose(1, 2)  # (n, 16, 4), as y
+        y = self.conv(x).flatten(2).transpose(1, 2)
+        return torch.tanh(self.apply_to(fixed, y, self.fixed))
+
+
+@torch.fx.wrap
+def mish(x):
+    """No function of torch's, for all its name."""
+    return x * x.mean()
+
+
+MOVING = {
+    "bias": lambda fixed, y, linear: F.linear(fixed, linear.weight, y.mean((0, 1))),
+    "bias of one number": lambda fixed, y, linear: F.linear(
+        fixed, linear.weight, y.mean((0, 1, 2), keepdim=True)[0, 0]
+    ),
+    "input and bias": lambda fixed, y, linear: F.linear(y, linear.weight, y.mean((0, 1))),
+    "weight": lambda fixed, y, linear: F.linear(fixed, y[0, :4], linear.bias),
+    "weight and bias": lambda fixed, y, linear: F.linear(fixed, y[0, :4], y.mean((0, 1))),
+    "all three": lambda fixed, y, linear: F.linear(input=y, weight=y[0, :4], bias=y.mean((0, 1))),
+    "convolution": lambda fixed, y, linear: F.conv1d(y, y[:4, :16].repeat(2, 1, 1)[:4, :, :1], y.mean((0, 1))),
+    "prelu": lambda fixed, y, linear: F.prelu(y.transpose(1, 2), y.mean((0, 1))),
+    "prelu of what is fixed": lambda fixed, y, linear: F.prelu(fixed.transpose(1, 2), y.mean((0, 1))),
+    "sum with a share": lambda fixed, y, linear: torch.add(fixed, y, alpha=3) + torch.sub(y, fixed, alpha=0.5),
+    "sum with a size": lambda fixed, y, linear: torch.add(y, y.shape[0]) + torch.rsub(y, y, alpha=2),
+    "a name of torch's": lambda fixed, y, linear: mish(y),
+    "softmax by keyword": lambda fixed, y, linear: F.softmax(y, dim=1) + y.softmax(dim=-1),
+    "layer norm": lambda fixed, y, linear: F.layer_norm(fixed, (4,), y.mean((0, 1)), y.sum((0, 1))),
+}
+
+
 def sequential(*behind):
     return lambda: nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), *(module() for module in behind))
 
@@ -110,6 +149,7 @@ OPERATIONS = {
     "attention, keys alone": lambda: Attending({1}),
     "causal attention": lambda: Attending({0, 1, 2}, is_causal=True),
 }
+OPERATIONS |= {f"moving {name}": lambda apply=apply: MovingParameters(apply) for name, apply in MOVING.items()}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

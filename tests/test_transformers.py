@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, randomise
 from test_objective import build
-from timm.models import beit, cait, eva, swin_transformer, vision_transformer, xcit
+from timm.models import beit, cait, eva, naflexvit, swin_transformer, vision_transformer, xcit
 from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -197,6 +197,15 @@ def test_the_weights_that_ship_fit(name, utils):
     untrained = utils.KNOWN[name](False)
     assert untrained.stated_accuracy is None
     assert not torch.equal(classifier.model.head.weight, untrained.model.head.weight)
+
+
+@pytest.mark.parametrize("pool", ["avg", "map"])
+def test_a_transformer_whose_embedding_returns_a_pair_is_pruned(pool):
+    options = dict(patch_size=4, embed_dim=8, depth=1, num_heads=2, mlp_ratio=1.5, pos_embed_grid_size=(2, 2))
+    model = randomise(naflexvit.NaFlexVit(naflexvit.NaFlexVitCfg(**options, global_pool=pool), num_classes=3))
+    pruned = snows.prune(model, image_batch(model, 3), snows.NM(2, 4), snows.Options(k_step=2, schedule=0))
+    assert "embeds.proj" in pruned.masks
+    assert all(layer.loss_after < layer.loss_before for layer in pruned.layers if not layer.joint)
 
 
 def test_no_layer_selected_is_an_error():
