@@ -149,7 +149,8 @@ def layer_by_layer(
                 step = timed_step(layer, sweep, mask, rule, streams, way, options)
             else:
                 check_finished(step, layer, sweep, mask if rule is None else step.mask)
-                streams.shrink(step.record.batch_size)
+                if step.fitted:
+                    streams.shrink(step.record.batch_size)
             masks[layer.name] = step.mask
             failed |= {layer.name} if step.record.problem else set()
             yield [(layer, step, solved)]
