@@ -115,9 +115,8 @@ def test_runs_survive_twenty_kills_at_random_moments(whole, tmp_path):
         for _ in range(5):
             if kill(process, moments):
                 kills += 1
-                if not (folder / "args.json").exists():  # before the run had begun: nothing to go on from
-                    shutil.rmtree(folder, ignore_errors=True)
-            resumed = ["--resume", folder] if folder.exists() else [*SMALL, "--out_dir", folder]
+            begun = (folder / "args.json").exists()
+            resumed = ["--resume", folder] if begun else [*SMALL, "--out_dir", folder]
             process = start(*resumed)
         _, err = end(process)
         assert err == ""
