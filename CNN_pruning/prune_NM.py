@@ -8,6 +8,7 @@ With no flags: the ResNet-20 that ships in checkpoints/, on scikit-learn's handw
 import utils
 
 from snows import experiment, flags
+from snows.shell import shell
 
 
 def main():
@@ -18,4 +19,4 @@ def main():
 
 
 if __name__ == "__main__":
-    experiment.shell(main)
+    shell(main)

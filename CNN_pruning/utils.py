@@ -5,17 +5,19 @@ A line of KNOWN per network; --arch takes any torchvision or timm name besides.
 
 from __future__ import annotations
 
+import runpy
 import sys
 from functools import partial
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+runpy.run_path(str(ROOT / "snows" / "loading.py"))  # what follows takes seconds
+sys.path.insert(0, str(ROOT))  # a plain checkout works without installation
+
 import timm
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a plain checkout works without installation
-
 from resnet_cifar import ResNet
+from torch import nn
 
 from snows.classifier import Classifier, cifar_transform
 from snows.data import normalised

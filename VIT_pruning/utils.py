@@ -6,12 +6,15 @@ A line of KNOWN per network; --arch takes any torchvision or timm name besides.
 from __future__ import annotations
 
 import argparse
+import runpy
 import sys
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a plain checkout works without installation
+ROOT = Path(__file__).resolve().parent.parent
+runpy.run_path(str(ROOT / "snows" / "loading.py"))  # what follows takes seconds
+sys.path.insert(0, str(ROOT))  # a plain checkout works without installation
 
 from vit_small import vit_cifar10, vit_digits
 

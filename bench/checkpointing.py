@@ -26,8 +26,8 @@ from resnet_cifar import ResNet  # noqa: E402
 import snows  # noqa: E402
 from snows import data, run_folder  # noqa: E402
 from snows.classifier import load_checkpoint  # noqa: E402
-from snows.experiment import shell  # noqa: E402
 from snows.journal import Journal  # noqa: E402
+from snows.shell import shell  # noqa: E402
 
 ANY = lambda name: True  # noqa: E731
 

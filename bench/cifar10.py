@@ -23,7 +23,7 @@ import snows  # noqa: E402
 from snows import data  # noqa: E402
 from snows.classifier import load_checkpoint  # noqa: E402
 from snows.evaluate import accuracy  # noqa: E402
-from snows.experiment import shell  # noqa: E402
+from snows.shell import shell  # noqa: E402
 
 PATTERNS = {f"unstructured {share}": snows.Unstructured(share) for share in (0.5, 0.6, 0.7, 0.8, 0.9)}
 PATTERNS |= {"2:4": snows.NM(2, 4), "1:4": snows.NM(1, 4), "4:8": snows.NM(4, 8)}

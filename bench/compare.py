@@ -23,8 +23,8 @@ import snows
 from snows import options, run_folder
 from snows.errors import UsageError
 from snows.evaluate import accuracy
-from snows.experiment import shell
 from snows.scores import LAYER_WISE, MASK_ALGORITHMS
+from snows.shell import shell
 from snows.survivors import SETTLED
 
 PATTERNS = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "1:4", "2:8")

@@ -22,10 +22,10 @@ from vit_small import vit_cifar10  # noqa: E402
 
 from snows import NM, Options, data, run_folder  # noqa: E402
 from snows.classifier import load_checkpoint  # noqa: E402
-from snows.experiment import shell  # noqa: E402
 from snows.graph import Layer, Network  # noqa: E402
 from snows.objective import reconstruction  # noqa: E402
 from snows.preconditioner import row_inverses  # noqa: E402
+from snows.shell import shell  # noqa: E402
 from snows.solver import backtrack, conjugate_gradients, dot, solve  # noqa: E402
 from snows.stream import Stream  # noqa: E402
 

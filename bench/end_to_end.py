@@ -19,8 +19,8 @@ from rows import Results
 
 import snows
 from snows.evaluate import accuracy
-from snows.experiment import shell
 from snows.objective import Objective
+from snows.shell import shell
 from snows.solver import Solution
 
 EVALUATIONS = 40  # gradients of a first-order solver, per layer

@@ -30,10 +30,10 @@ import snows  # noqa: E402
 from snows import memory, run_folder  # noqa: E402
 from snows.calibration import Streams  # noqa: E402
 from snows.classifier import load_checkpoint  # noqa: E402
-from snows.experiment import shell  # noqa: E402
 from snows.graph import Network  # noqa: E402
 from snows.objective import reconstruction  # noqa: E402
 from snows.precision import precision  # noqa: E402
+from snows.shell import shell  # noqa: E402
 
 ACTIVITIES = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
 

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT)]
 
 import snows  # noqa: E402
 from snows import run_folder  # noqa: E402
-from snows.experiment import shell  # noqa: E402
+from snows.shell import shell  # noqa: E402
 from snows.solver import Solution, solve  # noqa: E402
 
 FIRST = ("layer1.0.conv1", "layer1.0.conv2")

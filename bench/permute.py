@@ -16,8 +16,8 @@ from rows import Results
 
 import snows
 from snows.evaluate import accuracy
-from snows.experiment import shell
 from snows.permute import permute
+from snows.shell import shell
 
 PATTERNS = ("2:4", "1:4")
 ONE_PASS = snows.Options(schedule=0, joint_steps=0)

@@ -21,11 +21,11 @@ from resnet_cifar import ResNet  # noqa: E402
 from vit_small import vit_cifar10  # noqa: E402
 
 from snows import run_folder  # noqa: E402
-from snows.experiment import shell  # noqa: E402
 from snows.flags import whole  # noqa: E402
 from snows.graph import Layer, Network  # noqa: E402
 from snows.objective import reconstruction  # noqa: E402
 from snows.options import Options  # noqa: E402
+from snows.shell import shell  # noqa: E402
 from snows.stream import Stream  # noqa: E402
 
 NETWORKS = {  # name -> (builder, pixels, batch)

@@ -29,7 +29,7 @@ from vit_small import vit_cifar10, vit_digits  # noqa: E402
 
 from snows.data import load, normalised  # noqa: E402
 from snows.evaluate import accuracy  # noqa: E402
-from snows.experiment import shell  # noqa: E402
+from snows.shell import shell  # noqa: E402
 
 
 @dataclass

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
-from snows.errors import SnowsError, UsageError
+from snows.errors import SnowsError, UsageError, first_line
 from snows.store import room_for
 
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet")
@@ -51,9 +54,8 @@ class Data:
         torch.manual_seed(seed)  # a transform that the user edits in may draw random numbers
         generator = torch.Generator().manual_seed(seed)
         indices = torch.randperm(len(self.train), generator=generator, device="cpu")[:count].tolist()
-        loader = DataLoader(Subset(self.train, indices), batch_size=64, num_workers=self.workers)
         images, done = None, 0
-        for batch, _ in loader:
+        for batch, _ in self.batches(Subset(self.train, indices), 64):
             if images is None:
                 images = room_for(torch.Size((count, *batch.shape[1:])), batch.dtype, cache_dir)
             images[done : done + len(batch)] = batch
@@ -63,9 +65,33 @@ class Data:
             images[chosen] = images[chosen].flip(-1)
         return images, indices
 
-    def test_batches(self, batch_size: int) -> DataLoader:
+    def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The whole test set in order, the last batch short."""
-        return DataLoader(self.test, batch_size=batch_size, num_workers=self.workers)
+        return self.batches(self.test, batch_size)
+
+    def batches(self, dataset: Dataset, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels, loaded by `workers` processes.
+
+        Raises:
+            SnowsError: the processes cannot be started or be heard. What an image raises, they only pass on.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores
+            try:
+                yield from DataLoader(dataset, batch_size, num_workers=self.workers, worker_init_fn=be_quiet)
+            except (OSError, RuntimeError, EOFError) as error:
+                if self.workers == 0 or str(error).startswith("Caught "):
+                    raise
+                why = first_line(error).split(". ")[0]
+                raise SnowsError(
+                    f"the {self.workers} processes that load images fail: {why}. Lower --num_workers "
+                    f"(0: this process loads them), or raise the limits of open files (ulimit -n) and shared memory."
+                ) from error
+
+
+def be_quiet(worker: int) -> None:
+    """Let a process that loads images say nothing itself: what it has to tell, the process that started it hears."""
+    sys.stderr = io.StringIO()
 
 
 class Arrays(Dataset):

@@ -6,9 +6,7 @@ import argparse
 import itertools
 import os
 import re
-import signal
 import sys
-import traceback
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,20 +14,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from snows import evaluate, memory, options, run_folder, screen
+from snows import evaluate, options, run_folder, screen
 from snows.arguments import check_device
-from snows.errors import Interrupted, SnowsError, Terminated, UsageError, WriteError, exit_code, first_line
-from snows.flags import check_mask_flags, resume_command, script, settings
+from snows.errors import Interrupted, SnowsError, WriteError, first_line
+from snows.flags import check_mask_flags
 from snows.graph import Network
 from snows.journal import Journal, checksum
 from snows.layer_rules import check_patterns
 from snows.mask_files import check_pattern, read_masks
 from snows.masks import NM, Pattern
+from snows.memory import is_out_of_memory
 from snows.permute import permute
 from snows.pipeline import prune
 from snows.registry import Known, load_classifier, load_data
 from snows.report import write_report
 from snows.result import Pruned, Step, sparsity
+from snows.resume import check_unchanged, earlier, note_changes, read_metrics, resume_command, script, settings
+from snows.shell import ignore_signals, own_stops
 from snows.survivors import SETTLED
 
 Layers = Callable[[str], bool]  # whether to prune a layer, by its name
@@ -79,7 +80,7 @@ class Experiment:
             make_deterministic()
         check_mask_flags(args)
         if args.out_dir is not None and args.resume is None and len(args.algo) * len(args.seed) == 1:
-            run_folder.check_empty(args.out_dir)
+            run_folder.check_free(args.out_dir)
         self.args, self.layers, self.settings = args, layers, settings(args)
         classifier = load_classifier(args, known)
         self.model = classifier.model
@@ -170,23 +171,30 @@ class Experiment:
     def once(self, algo: str, seed: int, folder: Path) -> dict:
         """One run: prune, evaluate, save, print; returns its metrics."""
         with run_folder.locked(folder):
+            if self.args.resume is None:
+                run_folder.clear_begun(folder)
             metrics, images = self.begin(algo, seed, folder)
             try:
-                pruned = self.prune(algo, seed, folder, images)
-                metrics |= {"accuracy": self.accuracy(pruned.model), "finished": True}
-                metrics = run_folder.save(folder, pruned, metrics)
-                export_masks(self.args, folder)
-                print(screen.summary(metrics, folder), flush=True)
-                conclude(folder)
+                with own_stops():
+                    pruned = self.prune(algo, seed, folder, images)
+                    metrics |= {"accuracy": self.accuracy(pruned.model), "finished": True}
+                    metrics = run_folder.save(folder, pruned, metrics)
+                    export_masks(self.args, folder)
+                    print(screen.summary(metrics, folder), flush=True)
+                    conclude(folder)
             except Interrupted as stopped:
-                run_folder.save(folder, stopped.result, metrics)
-                write_report([folder], folder / "report.html")
-                saved = f"{stopped}: those are saved in {folder}, the other layers are still dense."
-                raise Interrupted(f"{saved} Go on: {resume_command(folder)}", stopped.stop) from None
+                ignore_signals()
+                saved = save_stopped(folder, stopped.result, metrics)
+                raise Interrupted(f"{stopped}: {saved} Go on: {resume_command(folder)}", stopped.stop) from None
             except KeyboardInterrupt as stop:
                 raise Interrupted(f"interrupted. Go on: {resume_command(folder)}", stop) from None
             except WriteError as full:
                 raise SnowsError(f"{full} Make room, then go on: {resume_command(folder)}") from full
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                command = f"{resume_command(folder)} --batch_size N"
+                raise SnowsError(f"out of memory: {first_line(error)}. Go on with a smaller N: {command}") from error
         return metrics
 
     def begin(self, algo: str, seed: int, folder: Path) -> tuple[dict, torch.Tensor | None]:
@@ -209,12 +217,14 @@ class Experiment:
         }
         if args.resume is not None:
             check_unchanged(folder, metrics, environment)
-            return metrics, images
-        run_folder.write_json(folder / "environment.json", environment)
-        run_folder.write_json(folder / "calibration.json", {"indices": indices})
-        run_folder.write_json(folder / "metrics.json", metrics)
-        command = {"script": script(), "argv": args.argv, "algo": algo, "seed": seed}
-        run_folder.write_json(folder / "args.json", {**self.settings, **command})  # the last: it makes a run of it
+            note_changes(args, len(Journal(folder)))
+        else:
+            run_folder.write_json(folder / "environment.json", environment)
+            run_folder.write_json(folder / "calibration.json", {"indices": indices})
+        if args.resume is None or args.changed:
+            run_folder.write_json(folder / "metrics.json", metrics)
+            command = {"script": script(), "argv": args.argv, "algo": algo, "seed": seed, "resumes": args.resumes}
+            run_folder.write_json(folder / "args.json", {**self.settings, **command})  # the last: it makes a run of it
         return metrics, images
 
     def prune(self, algo: str, seed: int, folder: Path, images: torch.Tensor | None) -> Pruned:
@@ -240,7 +250,7 @@ class Experiment:
                 device=args.device,
                 on_layer=progress,
                 on_step=keep,
-                finished=journal,
+                finished=earlier(args, journal),
             )
         except RuntimeError as error:
             if "deterministic" not in str(error):
@@ -256,32 +266,23 @@ def export_masks(args: argparse.Namespace, folder: Path) -> None:
         run_folder.write(args.export_masks, (folder / "masks.safetensors").read_bytes())
 
 
+def save_stopped(folder: Path, result: Pruned, metrics: dict) -> str:
+    """Save the network as far as a run came that was stopped; what there is to say of it.
+
+    The finished layers are in the journal already: where they cannot be saved once more, nothing is lost.
+    """
+    try:
+        run_folder.save(folder, result, metrics)
+        write_report([folder], folder / "report.html")
+    except Exception as error:  # no room, no memory: the run goes on all the same
+        return f"those are kept, but not yet as a network ({first_line(error).rstrip('.')})."
+    return f"those are saved in {folder}, the other layers are still dense."
+
+
 def conclude(folder: Path) -> None:
     """What is left to do once a run's results are saved: its steps are no longer needed, and its report is drawn."""
     Journal(folder).clear()
     write_report([folder], folder / "report.html")
-
-
-def read_metrics(folder: Path) -> dict:
-    """The metrics of a run that was begun."""
-    checksums = (f"{what}_checksum" for what in ("weights", "masks", "calibration"))
-    return run_folder.read_json(folder / "metrics.json", "dense_accuracy", "masked_accuracy", *checksums)
-
-
-def check_unchanged(folder: Path, metrics: dict, environment: dict) -> None:
-    """Refuse to go on with other weights, masks or images than a run began with; warn of another machine or library.
-
-    Raises:
-        UsageError: the checkpoint, the file of masks or the dataset has changed.
-    """
-    before = read_metrics(folder)
-    for what in ("weights", "masks", "calibration"):
-        if before[f"{what}_checksum"] != metrics[f"{what}_checksum"]:
-            raise UsageError(f"cannot go on with {folder}: its {what} are not what they were when the run began.")
-    began = run_folder.read_json(folder / "environment.json", *environment)
-    changed = [f"{k} was {began[k]}, now {v}" for k, v in environment.items() if k != "command" and began[k] != v]
-    if changed:
-        print(f"warning: {'; '.join(changed)}: the last bits of the result may differ.", file=sys.stderr)
 
 
 def warn_if_far(measured: float | None, stated: float | None) -> None:
@@ -292,39 +293,3 @@ def warn_if_far(measured: float | None, stated: float | None) -> None:
             f"The usual cause is a wrong normalisation (--mean, --std) or another test set.",
             file=sys.stderr,
         )
-
-
-def shell(main: Callable[[], object]) -> None:
-    """Run a script's main: every error ends in one line. 2 is wrong usage, 130 Ctrl-C, 143 SIGTERM, 1 the rest."""
-    memory.keep_freed_memory()
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        main()
-    except SnowsError as error:
-        fail(str(error), error.exit_code)
-    except KeyboardInterrupt as stop:
-        fail("interrupted", exit_code(stop))
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else flushing it fails once more at the exit
-        fail("nobody reads the output any more", 1)
-    except OSError as error:
-        fail(str(error).strip().splitlines()[-1], 1)  # a loading process puts its traceback above it
-    except MemoryError as error:
-        fail(f"out of memory. {error}", 1)
-    except OverflowError as error:
-        fail(f"a number is too large: {error}", 2)
-    except Exception as error:
-        if "--verbose" in sys.argv:
-            traceback.print_exc()
-        fail(f"unexpected {type(error).__name__}: {first_line(error)} (a defect; --verbose shows where)", 1)
-
-
-def fail(message: str, code: int) -> None:
-    line = " ".join(message.split()).encode(errors="backslashreplace").decode()  # names need not be text
-    print("error:", line, file=sys.stderr)
-    sys.exit(code)
-
-
-def terminate(*_) -> None:
-    """The handler of SIGTERM."""
-    raise Terminated

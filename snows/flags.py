@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from snows import options, run_folder
+from snows import options
 from snows.allocation import ALLOCATIONS
 from snows.data import DATASETS
 from snows.errors import UsageError
 from snows.layer_rules import read_rules
 from snows.masks import NM, Unstructured
+from snows.resume import resumed
 from snows.scores import LAYER_WISE, MASK_ALGORITHMS
 from snows.survivors import ALGORITHMS
 
-# Flags that have no bearing on a run's result, which may differ when it goes on.
-NO_SETTINGS = {"argv", "run", "resume", "out_dir", "data_dir", "num_workers", "test_batch_size", "verbose", "quiet"}
-NO_SETTINGS |= {"evaluate_layers", "export_masks"}
 ALGO_HELP = "how the survivors are set: SNOWS; MP, as they were; MP+, by layer-wise least squares; SparseGPT's own way"
 
 
@@ -115,42 +110,17 @@ def add_run_flags(flags: argparse.ArgumentParser) -> None:
 
 
 def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:
-    """The flags of the command; with --resume, those that the run began with.
+    """The flags of the command; with --resume, those that the run began with and those that have changed since.
+
+    `changed`: what this command changes, by flag: (before, now).
 
     Raises:
         UsageError: --resume names no run of this script, or other flags contradict it.
     """
     argv = sys.argv[1:]
     args = flags.parse_args(argv)
-    if args.resume is None:
-        args.argv = argv
-        return args
-    saved = run_folder.read_json(args.resume / "args.json", "script", "argv", "algo", "seed")
-    if saved["script"] != script():
-        raise UsageError(f"{args.resume} was begun by {saved['script']}: resume it with that.")
-    began = flags.parse_args(saved["argv"])
-    args = flags.parse_args(argv, copy.copy(began))
-    args.argv, args.run = saved["argv"], (saved["algo"], saved["seed"])
-    before, now = {**saved, "algo": began.algo, "seed": began.seed}, settings(args)
-    changed = [f"--{name} was {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]
-    if changed:
-        raise UsageError(f"{args.resume} has other settings: {'; '.join(changed)}. Leave those flags out.")
-    return args
-
-
-def settings(args: argparse.Namespace) -> dict:
-    """What decides the results of a command's runs, by flag, as JSON holds it."""
-    chosen = {**vars(options.from_flags(args, args.seed[0])), **vars(args)}
-    return json.loads(json.dumps({k: v for k, v in chosen.items() if k not in NO_SETTINGS}, default=str))
-
-
-def script() -> str:
-    """The script that runs, with its folder."""
-    return "/".join(Path(sys.argv[0]).resolve().parts[-2:])
-
-
-def resume_command(folder: Path) -> str:
-    return shlex.join(["python", sys.argv[0], "--resume", str(folder)])
+    args.argv, args.resumes, args.changed = argv, [], {}
+    return args if args.resume is None else resumed(flags, args)
 
 
 def add_unstructured_flags(flags: argparse.ArgumentParser, default: float) -> None:

@@ -1,7 +1,7 @@
 """The finished layers of a run, one file each, from which a run that was stopped goes on.
 
 steps/0000.safetensors, steps/0001.safetensors, ... in the run's folder: a layer's weight, its mask and the shift of its
-bias, and as metadata its record and a checksum. Each is written whole or not at all, once, when its layer is finished.
+bias, and as metadata its record and a checksum of them all. Each is written whole or not at all, behind its layer.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from snows.errors import UsageError, WriteError
+from snows.errors import UsageError, WriteError, first_line
+from snows.memory import is_out_of_memory
 from snows.result import LayerRecord, Step
 from snows.run_folder import write
 
@@ -45,7 +45,8 @@ class Journal:
         if step.shift is not None:
             tensors["shift"] = step.shift
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        metadata = {"record": json.dumps(asdict(step.record)), "checksum": checksum(tensors.values())}
+        record = json.dumps(asdict(step.record))
+        metadata = {"record": record, "checksum": fingerprint(record, tensors)}
         try:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
@@ -61,30 +62,43 @@ def read(path: Path) -> Step:
     """One step.
 
     Raises:
-        UsageError: the file is missing or damaged.
+        UsageError: the file is missing or damaged. OSError: it cannot be read.
     """
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-            metadata = file.metadata()
+        content = path.read_bytes()
+        tensors, metadata = safetensors.torch.load(content), header(content)["__metadata__"]
+        if metadata["checksum"] != fingerprint(metadata["record"], tensors):
+            raise ValueError("its checksum is wrong")
         record = json.loads(metadata["record"])
-        step = Step(LayerRecord(**{**record, "shape": tuple(record["shape"])}), **tensors)
-        intact = checksum(tensors[name] for name in ("weight", "mask", "shift") if name in tensors)
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise UsageError(damaged(path, error)) from error
-    if intact != metadata["checksum"]:
-        raise UsageError(damaged(path, "its checksum is wrong"))
-    return step
+        return Step(LayerRecord(**{**record, "shape": tuple(record["shape"])}), **tensors)
+    except Exception as error:  # what damaged bytes raise has no end
+        sound = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        if sound or is_out_of_memory(error):
+            raise
+        raise UsageError(damaged(path, first_line(error))) from error
+
+
+def header(content: bytes) -> dict:
+    """What a safetensors file says of itself: the JSON behind the eight bytes that hold its length."""
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
 
 
 def damaged(path: Path, reason: object) -> str:
     return f"{path} is damaged ({reason}): delete it and those numbered after it, and the run goes on before it."
 
 
-def checksum(tensors: Iterable[Tensor]) -> str:
-    """A CRC-32 of the tensors' bytes, in order."""
-    value = 0
+def fingerprint(record: str, tensors: dict[str, Tensor]) -> str:
+    """A checksum of a record and of named tensors: their names, types, shapes and numbers."""
+    kinds = {name: (str(tensors[name].dtype), list(tensors[name].shape)) for name in sorted(tensors)}
+    return checksum((tensors[name] for name in kinds), json.dumps([record, kinds]))
+
+
+def checksum(tensors: Iterable[Tensor], text: str = "") -> str:
+    """A CRC-32 of a text and of the tensors' bytes, in order."""
+    value = zlib.crc32(text.encode())
     for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().flatten()
+        dense = tensor.detach().cpu().contiguous()
+        # What holds one number counts as contiguous with any strides, which a view as bytes would trip over.
+        flat = dense.as_strided((dense.numel(),), (1,))
         value = zlib.crc32(flat.view(torch.uint8).numpy(), value)
     return f"{value:08x}"

@@ -169,7 +169,7 @@ def layer_by_layer(
                 step = timed_step(layer, sweep, mask, rule, streams, way, options)
             else:
                 check_finished(step, layer, sweep, mask if rule is None else step.mask)
-                streams.recall(layer, options.k_step, step.record.batch_size)
+                streams.recall(layer, options.k_step, step.record.batch_size if step.fitted else None)
             masks[layer.name] = step.mask
             failed |= {layer.name} if step.record.problem else set()
             yield [(layer, step, solved)]

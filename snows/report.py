@@ -195,6 +195,6 @@ def main():
 
 
 if __name__ == "__main__":
-    from snows.experiment import shell
+    from snows.shell import shell
 
     shell(main)

@@ -42,6 +42,7 @@ class Step:
     mask: Tensor
     weight: Tensor
     shift: Tensor | None = None  # (out,), added to the layer's bias, where biases are solved too
+    fitted: bool = True  # whether its micro-batches tell what fits the memory: not where a job has changed since
 
 
 Group = list[tuple[Layer, Step, bool]]  # layers set at a time; True: now, False: taken from what was finished

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import io
+import itertools
 import json
 import os
 import platform
@@ -29,15 +30,48 @@ from snows.errors import SnowsError, UsageError, WriteError
 from snows.masks import Masks
 from snows.result import LayerRecord, Pruned
 
+# What a run writes before its first layer, in this order, and the names that each holds; args.json makes a run of it.
+BEGUN = {"environment.json": "torch", "calibration.json": "indices", "metrics.json": "dense_accuracy"}
 
-def check_empty(path: Path) -> None:
-    """Refuse a folder that holds something.
+
+def check_free(path: Path) -> None:
+    """Refuse a folder that holds anything but what a run had written that was ended before it had begun.
 
     Raises:
         UsageError: it does, or is a file.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not is_free(path):
         raise UsageError(f"{path} exists and is not empty: choose another --out_dir.")
+
+
+def is_free(path: Path) -> bool:
+    """Whether a folder holds nothing but what a run writes before it has begun."""
+    return path.is_dir() and all(is_begun(file) for file in path.iterdir())
+
+
+def is_begun(file: Path) -> bool:
+    """Whether a file is one that a run writes before args.json: whole, or under the name that it is written as."""
+    if file.is_symlink() or not file.is_file():
+        return False
+    if file.suffix == ".tmp":
+        return file.stem in (*BEGUN, "args.json")
+    with suppress(UsageError):
+        return file.name in BEGUN and not read_json(file, BEGUN[file.name]).get("finished")
+    return False
+
+
+def clear_begun(folder: Path) -> None:
+    """Empty the folder of a run that was ended before it had begun, for another to begin in it.
+
+    Raises:
+        UsageError: it holds something else by now. WriteError: its files cannot be removed.
+    """
+    check_free(folder)
+    for file in list(folder.iterdir()):
+        try:
+            file.unlink()
+        except OSError as error:
+            raise WriteError(f"cannot write {folder}: {error.strerror}.") from error
 
 
 def new_folder(path: Path | None, name: str) -> Path:
@@ -46,13 +80,27 @@ def new_folder(path: Path | None, name: str) -> Path:
     Raises:
         UsageError: the folder holds a run already. SnowsError: it cannot be created.
     """
-    path = path or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    check_empty(path)
+    chosen = path or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
+        if path is None:
+            return unlike_others(chosen)
+        check_free(path)
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SnowsError(f"cannot create {path}: {error}") from error
+        raise SnowsError(f"cannot create {chosen}: {error}") from error
     return path
+
+
+def unlike_others(path: Path) -> Path:
+    """Create a folder of that name, with a number behind it where another run has taken it already."""
+    for number in itertools.count(2):
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            if not path.exists():  # what is in the way is above it
+                raise
+            path = path.with_name(f"{path.name.removesuffix(f'_{number - 1}')}_{number}")
 
 
 @contextmanager
@@ -117,7 +165,8 @@ def write(path: Path, content: str | bytes) -> None:
     except OSError as error:
         raise WriteError(f"cannot write {path}: {error.strerror or error}.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written, nothing can be removed either
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, record: dict | list) -> None:

@@ -1,6 +1,8 @@
 import os
 import runpy
+import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny networks lose time to threads, a busy machine more
@@ -73,6 +75,26 @@ def small(tmp_path_factory):
     return folder
 
 
+@contextmanager
+def same_signals():
+    """What signals do to this process is as it was."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit "ignore"
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture
+def signals(monkeypatch):
+    """A test that runs `shell` in this process, and leaves its signals as they were."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    with same_signals():
+        yield
+
+
 class Script:
     """Runs a script of either folder as the shell would, but in this process."""
 
@@ -81,7 +103,8 @@ class Script:
 
     def ended(self, path, *flags):
         """((stdout, stderr), exit code)"""
-        with self.monkeypatch.context() as patched:
+        with self.monkeypatch.context() as patched, same_signals():
+            patched.setattr(sys, "unraisablehook", sys.unraisablehook)
             patched.setattr(sys, "argv", [str(ROOT / path), *map(str, flags)])
             patched.setattr(sys, "path", [str((ROOT / path).parent), *sys.path])
             for module in {path.stem for path in ROOT.glob("*_pruning/*.py")} & set(sys.modules):

@@ -19,7 +19,7 @@ from conftest import ROOT
 
 from snows import run_folder
 from snows.errors import UsageError
-from snows.journal import Journal
+from snows.journal import Journal, checksum
 from snows.result import LayerRecord, Step
 
 SMALL = ["--k_step", "2", "--max_CG_iterations", "1", "--ngrads", "32", "--schedule", "1", "--sweeps", "1"]
@@ -115,9 +115,8 @@ def test_runs_survive_twenty_kills_at_random_moments(whole, tmp_path):
         for _ in range(5):
             if kill(process, moments):
                 kills += 1
-                if not (folder / "args.json").exists():  # before the run had begun: nothing to go on from
-                    shutil.rmtree(folder, ignore_errors=True)
-            resumed = ["--resume", folder] if folder.exists() else [*SMALL, "--out_dir", folder]
+            begun = (folder / "args.json").exists()
+            resumed = ["--resume", folder] if begun else [*SMALL, "--out_dir", folder]
             process = start(*resumed)
         _, err = end(process)
         assert err == ""
@@ -256,7 +255,7 @@ def test_a_run_of_other_weights_or_images_does_not_go_on(script, stopped):
         run_folder.write_json(path, metrics)
 
 
-def test_a_step_comes_back_as_it_was_and_a_flipped_bit_is_noticed(tmp_path):
+def test_a_step_comes_back_as_it_was(tmp_path):
     record = LayerRecord("a.b", 1, (2, 3), 0.5, 2.0, 1.0, 1, 2, 2.0, 0.1, 1000, 64, [[0.5, 0.25]], accuracy=91.2)
     generator = torch.Generator().manual_seed(0)
     weight, mask = torch.randn(2, 3, generator=generator), torch.rand(2, 3, generator=generator) < 0.5
@@ -269,14 +268,85 @@ def test_a_step_comes_back_as_it_was_and_a_flipped_bit_is_noticed(tmp_path):
         assert torch.equal(step.weight, weight)
         assert torch.equal(step.mask, mask)
         assert (step.shift is None) == (shift is None)
-    path = tmp_path / "steps" / "0001.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UsageError, match=r"0001.safetensors is damaged \(its checksum is wrong"):
-        list(journal)
     journal.clear()
     assert len(journal) == 0
+
+
+STEP = Step(
+    LayerRecord("a", 1, (2, 2), 0.5, 2.0, 1.0),
+    torch.tensor([[True, False], [False, True]]),
+    torch.arange(4.0, dtype=torch.float64).view(2, 2),
+    torch.ones(2),
+)
+
+
+def spoil(tmp_path, contents):
+    """Each content in place of a step's file: the step is refused in the one line, or comes back as it was."""
+    journal = Journal(tmp_path)
+    journal.append(STEP)
+    (path,) = journal.folder.iterdir()
+    for content in contents(path.read_bytes()):
+        path.write_bytes(content)
+        try:
+            (step,) = journal
+        except UsageError as error:
+            refusal = re.fullmatch(r".*0000.safetensors is damaged \([^\n]*\): delete it[^\n]*", str(error))
+            if not refusal:
+                raise
+        else:
+            assert step.record == STEP.record
+            for name in ("mask", "weight", "shift"):
+                ours, theirs = getattr(step, name), getattr(STEP, name)
+                assert (ours.dtype, ours.tolist()) == (theirs.dtype, theirs.tolist())
+
+
+def flipped(content):
+    for bit in range(8 * len(content)):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        yield changed
+
+
+@pytest.mark.parametrize("damage", [flipped, lambda content: (content[:end] for end in range(len(content)))])
+def test_no_flipped_bit_and_no_cut_of_a_step_goes_unnoticed(tmp_path, damage):
+    """The record too: its losses, its counts and its name, and the header that says what the tensors are."""
+    spoil(tmp_path, damage)
+
+
+def test_a_step_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch):
+    journal = Journal(tmp_path)
+    journal.append(STEP)
+    for error in (PermissionError(13, "Permission denied"), MemoryError(), RuntimeError("can't allocate memory")):
+
+        def fails(_, error=error):
+            raise error
+
+        monkeypatch.setattr(safetensors.torch, "load", fails)
+        with pytest.raises(type(error)):
+            list(journal)
+
+
+TENSORS = {
+    "no dimension": torch.tensor(3.0),
+    "one number between others": torch.arange(12.0).view(3, 4)[::2, 1:2][:1],
+    "a last column of one row": torch.ones(1, 3, dtype=torch.float64)[:, 2],
+    "no numbers": torch.zeros(0, 3),
+    "transposed": torch.arange(6.0).view(2, 3).t(),
+    "booleans": torch.tensor([True, False, True]),
+    "bfloat16": torch.arange(6.0).bfloat16().view(2, 3),
+    "every other": torch.arange(6.0)[::2],
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_a_checksum_is_of_the_numbers_whatever_the_shape_the_strides_and_the_type(tmp_path, kind):
+    tensor = TENSORS[kind]
+    assert checksum([tensor]) == checksum([tensor.clone(memory_format=torch.contiguous_format)])
+    if tensor.numel():
+        assert checksum([tensor]) != checksum([~tensor if tensor.dtype is torch.bool else tensor + 1])
+    Journal(tmp_path).append(Step(STEP.record, STEP.mask, tensor))
+    (step,) = Journal(tmp_path)
+    assert step.weight.equal(tensor)
 
 
 def test_a_run_killed_between_its_last_write_and_its_report_is_concluded(script, tmp_path, monkeypatch):
