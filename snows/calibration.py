@@ -110,7 +110,7 @@ class Streams:
         return outlook(self.plan, self.budget, masks, options, max(map(len, self.mini_batches)))
 
     def recall(self, layer: Layer, k_step: int, batch_size: int | None) -> None:
-        """Pass over a finished layer, in micro-batches of the size that had fitted when it was solved, if it is told."""
+        """Pass over a finished layer, in micro-batches of the size that had fitted then, if that is to be kept to."""
         self.fit(self.plan.need([layer], k_step))
         if batch_size is not None and batch_size < self.batch_size:
             self.allow(batch_size)

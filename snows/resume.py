@@ -21,7 +21,7 @@ NO_SETTINGS |= {"evaluate_layers", "export_masks"}
 # Flags that may change when a run goes on, since its problem stays the same; and what that means for the result.
 MEANINGS = ROUNDING, LEFT_OUT = ("the last bits of the result may differ", "those steps are left out")
 MAY_CHANGE = {"batch_size": ROUNDING, "memory_budget": ROUNDING, "device": ROUNDING, "joint_steps": LEFT_OUT}
-MAY_CHANGE |= {"num_workers": None, "test_batch_size": None}
+MAY_CHANGE |= {"precision": ROUNDING, "num_workers": None, "test_batch_size": None, "cache_dir": None}
 SIZES = {"batch_size", "memory_budget", "device"}  # those that decide how many images are in a micro-batch
 
 
