@@ -18,7 +18,16 @@ from torch import nn
 
 from snows import evaluate, memory, options, run_folder, screen
 from snows.arguments import check_device
-from snows.errors import Interrupted, SnowsError, Terminated, UsageError, WriteError, exit_code, first_line
+from snows.errors import (
+    Interrupted,
+    SnowsError,
+    Terminated,
+    Unfinished,
+    UsageError,
+    WriteError,
+    exit_code,
+    first_line,
+)
 from snows.flags import check_mask_flags, resume_command, script, settings
 from snows.graph import Network
 from snows.journal import Journal, checksum
@@ -178,15 +187,18 @@ class Experiment:
                 export_masks(self.args, folder)
                 print(screen.summary(metrics, folder), flush=True)
                 conclude(folder)
-            except Interrupted as stopped:
-                run_folder.save(folder, stopped.result, metrics)
-                write_report([folder], folder / "report.html")
-                saved = f"{stopped}: those are saved in {folder}, the other layers are still dense."
-                raise Interrupted(f"{saved} Go on: {resume_command(folder)}", stopped.stop) from None
-            except KeyboardInterrupt as stop:
-                raise Interrupted(f"interrupted. Go on: {resume_command(folder)}", stop) from None
             except WriteError as full:
                 raise SnowsError(f"{full} Make room, then go on: {resume_command(folder)}") from full
+            except SnowsError as stopped:
+                if stopped.result is None or isinstance(stopped, UsageError):
+                    raise
+                run_folder.save(folder, stopped.result, metrics)
+                write_report([folder], folder / "report.html")
+                saved = f"The finished layers are saved in {folder}, the other layers are still dense."
+                stopped.args = (f"{str(stopped).rstrip('.')}. {saved} Go on: {resume_command(folder)}",)
+                raise
+            except KeyboardInterrupt as stop:
+                raise Interrupted(f"interrupted. Go on: {resume_command(folder)}", stop) from None
         return metrics
 
     def begin(self, algo: str, seed: int, folder: Path) -> tuple[dict, torch.Tensor | None]:
@@ -242,7 +254,9 @@ class Experiment:
                 on_step=keep,
                 finished=journal,
             )
-        except RuntimeError as error:
+        except (RuntimeError, Unfinished) as error:
+            if isinstance(error.__cause__, OSError):  # of the output, which nobody reads any more, not of the job
+                raise error.__cause__ from None
             if "deterministic" not in str(error):
                 raise
             raise SnowsError(f"{first_line(error)} Run without --deterministic.") from error
@@ -301,6 +315,8 @@ def shell(main: Callable[[], object]) -> None:
     try:
         main()
     except SnowsError as error:
+        if isinstance(error, Unfinished) and "--verbose" in sys.argv:
+            traceback.print_exc()
         fail(str(error), error.exit_code)
     except KeyboardInterrupt as stop:
         fail("interrupted", exit_code(stop))

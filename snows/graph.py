@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from snows.attention import is_output
+from snows.errors import SnowsError, first_line
 from snows.memory import is_gpu
 from snows.trace import Values, call, trace
 
@@ -65,7 +66,7 @@ class Network:
     """
 
     def __init__(self, model: nn.Module, device: torch.device | str = "cpu"):
-        self.model = copy.deepcopy(model).to(device).eval().requires_grad_(False)
+        self.model = copied(model).to(device).eval().requires_grad_(False)
         self.in_place = [m for m in self.model.modules() if getattr(m, "inplace", False) is True]  # until the trace
         self.nodes = trace(self.model)
         self.position = {node: i for i, node in enumerate(self.nodes)}
@@ -172,6 +173,21 @@ class Network:
         user = min(weight.users, key=self.position.get)
         direct = user.target in (F.conv2d, F.linear) and len(user.args) > 1 and user.args[1] is weight
         return user if direct or getattr(user.target, "__name__", "") in HIDING else None
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of a model.
+
+    Raises:
+        SnowsError: it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever a module's tensors raise
+        raise SnowsError(
+            f"the model cannot be copied: {first_line(error)} torch.nn.utils.prune and weight_norm leave weights that "
+            f"cannot be: make them permanent first (prune.remove, remove_weight_norm)."
+        ) from error
 
 
 def prunable_parameters(module: nn.Module) -> list[str]:

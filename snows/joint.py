@@ -16,7 +16,7 @@ from torch import Tensor
 from snows.calibration import Streams
 from snows.graph import Layer, to
 from snows.masks import Masks
-from snows.objective import MicroBatch, Objective, with_shift, without_shift
+from snows.objective import MicroBatch, Objective, explained, with_shift, without_shift
 from snows.options import Options
 from snows.preconditioner import SAMPLE, RowInverses, by_channel, can_factor, pull_back, second_moment
 from snows.solver import Preconditioner, Solution
@@ -44,8 +44,7 @@ class JointObjective(Objective):
     def __init__(self, layers: list[Layer], streams: Streams, options: Options):
         network, (first, *others) = streams.network, layers
         streams.restart()
-        streams.sparse.advance(first.node)
-        streams.dense.advance(first.node)
+        streams.advance(first, options.targets)
         sparse, dense = streams.sparse, streams.dense if options.targets == "dense" else streams.sparse
         window, self.teacher = (
             Line(network, first, len(network.nodes), model, others) for model in (network.model, streams.dense_model)
@@ -147,11 +146,13 @@ def solve_jointly(
     objective = JointObjective(layers, streams, options)
     start = objective.join([masked(streams.network, layer, masks[layer.name]) for layer in layers])
     support = objective.join([masks[layer.name] for layer in layers], True)
-    precondition = layer_inverses(objective, start, support, options.seed) if options.preconditioner == "rows" else None
     options = options.but(
         newton_steps=options.joint_steps, max_CG_iterations=options.joint_CG_iterations, batching=False
     )
-    solution = minimised(objective, start, support, precondition, options, solver, "the layers keep their weights")
+    with explained(objective.window):
+        rows = options.preconditioner == "rows"
+        precondition = layer_inverses(objective, start, support, options.seed) if rows else None
+        solution = minimised(objective, start, support, precondition, options, solver, "the layers keep their weights")
     weights, shifts = objective.split(solution.weight)
     scales = [objective.window.output_scale(layer) for layer in layers]
     return solution, (weights, [behind_batch_norm(shift, scale) for shift, scale in zip(shifts, scales)])

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from snows.graph import Layer
 from snows.masks import Masks
 
 JOINT = "all layers together"  # what stands for the layers in a joint step
@@ -42,9 +41,6 @@ class Step:
     mask: Tensor
     weight: Tensor
     shift: Tensor | None = None  # (out,), added to the layer's bias, where biases are solved too
-
-
-Group = list[tuple[Layer, Step, bool]]  # layers set at a time; True: now, False: taken from what was finished
 
 
 @dataclass

@@ -50,7 +50,9 @@ def test_cg_without_a_tolerance_ends_with_the_iterate(n, kind, dtype, seed, expo
     try:
         result = conjugate_gradients(lambda v: a @ v, b, precondition, damping, tolerance=0.0, max_iterations=30)
     except FloatingPointError:  # numbers that the type cannot square, from the beginning
-        blown_up = kind in ("rank one", "projection") and exponents[1] > 12  # by rounding, along what the matrix does not see
+        blown_up = (
+            kind in ("rank one", "projection") and exponents[1] > 12
+        )  # by rounding, along what the matrix does not see
         assert max(exact) > huge or min(each for each in exact if each > 0) < tiny or blown_up
         return
     assert result.step.isfinite().all()
