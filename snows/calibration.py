@@ -32,7 +32,7 @@ class Streams:
         models = (self.network.model, self.dense_model)
         self.sparse, self.dense = (Stream(self.network, model, self.batches, self.device) for model in models)
 
-    def advance(self, layer: Layer, targets: str) -> None:
+    def advance(self, layer: Layer, targets: str = "dense") -> None:
         """The pruned network's stream up to a layer; the dense network's too where its features are the targets."""
         self.sparse.advance(layer.node)
         if targets == "dense":

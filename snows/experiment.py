@@ -255,7 +255,7 @@ class Experiment:
                 finished=journal,
             )
         except (RuntimeError, Unfinished) as error:
-            if isinstance(error.__cause__, OSError):  # of the output, which nobody reads any more, not of the job
+            if isinstance(error, Unfinished) and isinstance(error.__cause__, OSError):  # the output's, not the job's
                 raise error.__cause__ from None
             if "deterministic" not in str(error):
                 raise

@@ -56,7 +56,8 @@ def prune(
     layers: which layers to prune, by name; the others stay dense.
     solver: minimises one layer's objective on its support; yours, with the arguments of snows.solver.solve.
     on_layer: called with each finished layer's record and the number of layers to prune.
-    on_step: called with each layer just solved, to be kept, and the pruned model as it stands.
+    on_step: called with each layer just solved, to be kept, and the pruned model as it stands: the copy at work, on the
+        device, to be looked at only.
     finished: the steps that `on_step` was given by an earlier call with the same arguments, in order; they are written
         back instead of solved again, and the job goes on behind the last one, to the same result.
 

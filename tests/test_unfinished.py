@@ -2,10 +2,12 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import randomise
+from conftest import ROOT, randomise
 from torch import nn
 from torch.autograd import Function
 
@@ -126,6 +128,12 @@ def test_where_no_layer_can_be_solved_the_job_ends_in_the_first_ones_line(images
     assert e.value.result is None
 
 
+def test_masks_by_the_loss_need_derivatives_too(images):
+    model = randomise(Line(lambda x: square_forward(x)))
+    with pytest.raises(snows.SnowsError, match="torch cannot differentiate square_forward"):
+        snows.prune(model, images, snows.NM(1, 2), fast(k_step=2), mask_alg="OBS")
+
+
 def out_of_memory_at(monkeypatch, stuck):
     """Let no micro-batch fit where `stuck` says so of an objective; returns the sizes that were tried."""
     linearise, tried = snows.objective.Objective.linearise, []
@@ -240,6 +248,17 @@ def test_an_unexpected_error_in_a_script_saves_the_finished_layers_and_says_how_
     assert json.loads((folder / "metrics.json").read_text())["finished"] is False
     assert len(json.loads((folder / "layers.json").read_text())) == 1
     script("CNN_pruning/unstr.py", "--resume", folder)
+
+
+def test_a_reader_who_leaves_is_no_defect(tmp_path):
+    flags = ["--k_step", "1", "--max_CG_iterations", "1", "--ngrads", "8", "--skip_evaluation"]
+    command = [sys.executable, "-u", str(ROOT / "CNN_pruning" / "unstr.py"), *flags, "--out_dir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    next(line for line in process.stdout if " zero " in line)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait() == 1
+    assert err == "error: nobody reads the output any more\n"
 
 
 def test_a_layer_that_a_later_sweep_solves_takes_part_in_the_joint_steps(tiny, images):
