@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 
-from snows.errors import SnowsError, TraceError, UsageError, first_line
+from snows.errors import TraceError, UsageError, first_line
 from snows.masks import NM, Unstructured
 from snows.options import Options
 from snows.scores import MASK_ALGORITHMS
@@ -73,10 +72,3 @@ def check_model(model: Any) -> None:
     tensors = [*model.parameters(), *model.buffers()]
     if any(nn.parameter.is_lazy(tensor) or tensor.is_meta for tensor in tensors):
         raise UsageError("the model has parameters without numbers (lazy, or on the meta device): load its weights.")
-    try:
-        copy.deepcopy(model)
-    except Exception as error:  # whatever a module's tensors raise
-        raise SnowsError(
-            f"the model cannot be copied: {first_line(error)} torch.nn.utils.prune and weight_norm leave weights that "
-            f"cannot be: make them permanent first (prune.remove, remove_weight_norm)."
-        ) from error

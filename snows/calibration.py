@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from snows.errors import SnowsError, UsageError
+from snows.errors import Unsolvable, UsageError
 from snows.faithful import check
 from snows.graph import Layer, Network
 from snows.layer_rules import listed
@@ -67,10 +67,11 @@ class Streams:
             Stream(self.network, model, self.batches, self.device, self.store) for model in models
         )
 
-    def advance(self, layer: Layer) -> None:
-        """Both streams up to a layer."""
+    def advance(self, layer: Layer, targets: str = "dense") -> None:
+        """The pruned network's stream up to a layer; the dense network's too where its features are the targets."""
         self.sparse.advance(layer.node)
-        self.dense.advance(layer.node)
+        if targets == "dense":
+            self.dense.advance(layer.node)
 
     @property
     def kept_bytes(self) -> int | None:
@@ -116,11 +117,13 @@ class Streams:
             self.allow(batch_size)
 
 
-def fitting(streams: Streams, place: str, work: Callable[[], T]) -> T:
+def fitting(
+    streams: Streams, place: str, work: Callable[[], T], advice: str = "lower --k_step or raise --memory_budget"
+) -> T:
     """The result of `work`, done again with micro-batches of half the size as long as they need too much memory.
 
     Raises:
-        SnowsError: single images do not fit either.
+        Unsolvable: single images do not fit either; the message ends in the advice.
     """
     while True:
         try:
@@ -129,8 +132,10 @@ def fitting(streams: Streams, place: str, work: Callable[[], T]) -> T:
             if not is_out_of_memory(error):
                 raise
             if streams.batch_size == 1:
-                raise SnowsError(
-                    f"out of memory at {place} with one image at a time: lower --k_step or raise --memory_budget."
+                streams.restart()  # they may have stopped half way
+                raise Unsolvable(
+                    f"out of memory at {place} with one image at a time: {advice}.",
+                    f"out of memory with one image at a time: {advice}",
                 ) from error
             streams.halve()
             log.warning("out of memory at %s: going on with micro-batches of %d images", place, streams.batch_size)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 
 class SnowsError(Exception):
-    """Something that the user can mend; the message says what is wrong and what to do."""
+    """Something that the user can mend; the message says what is wrong and what to do.
+
+    result: where it ended a job that had solved something, the finished layers, the others still dense (a `Pruned`).
+    """
 
     exit_code = 1
+    result = None
 
 
 class UsageError(SnowsError):
@@ -21,6 +25,22 @@ class TraceError(SnowsError):
 
 class WriteError(SnowsError):
     """A file that cannot be written: a full disk, mostly. What was finished before it is safe."""
+
+
+class Unsolvable(SnowsError):
+    """A layer, or all of them together, that cannot be solved; `problem` says why. The job goes on without it."""
+
+    def __init__(self, message: str, problem: str):
+        super().__init__(message)
+        self.problem = problem
+
+
+class Unfinished(SnowsError):
+    """An error that nobody expected (its `__cause__`), behind the first solved layer; `result` holds the finished."""
+
+    def __init__(self, message: str, result):
+        super().__init__(message)
+        self.result = result
 
 
 class Terminated(KeyboardInterrupt):

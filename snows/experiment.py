@@ -16,7 +16,7 @@ from torch import nn
 
 from snows import evaluate, options, run_folder, screen
 from snows.arguments import check_device
-from snows.errors import Interrupted, SnowsError, WriteError, first_line
+from snows.errors import Interrupted, SnowsError, Unfinished, UsageError, WriteError, first_line
 from snows.flags import check_mask_flags
 from snows.graph import Network
 from snows.journal import Journal, checksum
@@ -182,14 +182,17 @@ class Experiment:
                     export_masks(self.args, folder)
                     print(screen.summary(metrics, folder), flush=True)
                     conclude(folder)
-            except Interrupted as stopped:
-                ignore_signals()
-                saved = save_stopped(folder, stopped.result, metrics)
-                raise Interrupted(f"{stopped}: {saved} Go on: {resume_command(folder)}", stopped.stop) from None
-            except KeyboardInterrupt as stop:
-                raise Interrupted(f"interrupted. Go on: {resume_command(folder)}", stop) from None
             except WriteError as full:
                 raise SnowsError(f"{full} Make room, then go on: {resume_command(folder)}") from full
+            except SnowsError as stopped:
+                if stopped.result is None or isinstance(stopped, UsageError):
+                    raise
+                ignore_signals()
+                saved = save_stopped(folder, stopped.result, metrics)
+                stopped.args = (f"{str(stopped).rstrip('.')}. {saved} Go on: {resume_command(folder)}",)
+                raise
+            except KeyboardInterrupt as stop:
+                raise Interrupted(f"interrupted. Go on: {resume_command(folder)}", stop) from None
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -252,7 +255,9 @@ class Experiment:
                 on_step=keep,
                 finished=earlier(args, journal),
             )
-        except RuntimeError as error:
+        except (RuntimeError, Unfinished) as error:
+            if isinstance(error, Unfinished) and isinstance(error.__cause__, OSError):  # the output's, not the job's
+                raise error.__cause__ from None
             if "deterministic" not in str(error):
                 raise
             raise SnowsError(f"{first_line(error)} Run without --deterministic.") from error

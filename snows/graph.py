@@ -20,6 +20,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from snows.attention import is_output
+from snows.errors import SnowsError, first_line
 from snows.known import (
     ACTIVATION_MODULES,
     ACTIVATIONS,
@@ -220,12 +221,23 @@ class Network:
         return node.target in (F.conv2d, F.linear) and len(node.args) > 1 and self.reads(node.args[1], weight)
 
 
-def copied(model: nn.Module, device: torch.device | str) -> nn.Module:
-    """A copy of a model on a device, its tied parameters tied as they were: not every device's `to` keeps them so."""
+def copied(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
+    """A deep copy of a model, on a device; tied parameters stay tied, which not every device's `to` sees to.
+
+    Raises:
+        SnowsError: it cannot be copied.
+    """
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
-    model = copy.deepcopy(model).to(device)
+    try:
+        model = copy.deepcopy(model)
+    except Exception as error:  # whatever a module's tensors raise
+        raise SnowsError(
+            f"the model cannot be copied: {first_line(error)} torch.nn.utils.prune and weight_norm leave weights that "
+            f"cannot be: make them permanent first (prune.remove, remove_weight_norm)."
+        ) from error
+    model = model if device is None else model.to(device)
     for first, *others in names.values():
         for owner, _, own in (name.rpartition(".") for name in others):
             setattr(model.get_submodule(owner), own, model.get_parameter(first))

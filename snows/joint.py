@@ -17,7 +17,7 @@ from snows.calibration import Streams
 from snows.examples import Examples
 from snows.graph import Layer
 from snows.masks import Masks
-from snows.objective import Objective, with_shift, without_shift
+from snows.objective import Objective, explained, with_shift, without_shift
 from snows.options import Options
 from snows.preconditioner import (
     ALL_BYTES,
@@ -59,8 +59,7 @@ class JointObjective(Objective):
         network, (first, *others) = streams.network, layers
         streams.fit(streams.plan.need(layers, len(network.nodes)))
         streams.restart()
-        streams.sparse.advance(first.node)
-        streams.dense.advance(first.node)
+        streams.advance(first, options.targets)
         sparse, dense = streams.sparse, streams.dense if options.targets == "dense" else streams.sparse
         window, teacher = (
             Line(network, first, len(network.nodes), model, others) for model in (network.model, streams.dense_model)
@@ -164,13 +163,14 @@ def solve_jointly(
     objective = JointObjective(layers, streams, options)
     start = objective.join([masked(streams.network, layer, masks[layer.name]) for layer in layers])
     support = objective.join([masks[layer.name] for layer in layers], True)
-    precondition = None
-    if options.preconditioner == "rows":
-        precondition = layer_inverses(objective, start, support, options.seed, streams.budget.inverses(ALL_BYTES))
     options = options.but(
         newton_steps=options.joint_steps, max_CG_iterations=options.joint_CG_iterations, batching=False
     )
-    solution = minimised(objective, start, support, precondition, options, solver, "the layers keep their weights")
+    with explained(objective.window):
+        rows = options.preconditioner == "rows"
+        room = streams.budget.inverses(ALL_BYTES)
+        precondition = layer_inverses(objective, start, support, options.seed, room) if rows else None
+        solution = minimised(objective, start, support, precondition, options, solver, "the layers keep their weights")
     weights, shifts = objective.split(solution.weight)
     scales = [objective.window.output_scale(layer) for layer in layers]
     return solution, (weights, [behind_batch_norm(shift, scale) for shift, scale in zip(shifts, scales)])

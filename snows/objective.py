@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.nn.functional import mse_loss
 
-from snows.errors import SnowsError
+from snows.errors import Unsolvable
 from snows.examples import Examples
 from snows.graph import Layer
+from snows.layer_rules import listed
 from snows.memory import free_memory, used_memory
 from snows.options import Options
 from snows.stream import Stream
@@ -31,6 +32,12 @@ from snows.window import Window
 
 Product = Callable[[Tensor], Tensor]
 FirstOrder = Callable[[], tuple[Tensor, Tensor]]  # the loss and its gradient, when asked for
+# What torch says of operations that lack a derivative, which it mostly names.
+NO_DERIVATIVE = re.compile(
+    r"derivative for (?:aten::)?(\w+) is not impl|forward AD with (?:aten::)?(\w+) that|"
+    r"backward through ([\w.:]+?)(?:\.default)? but no autograd|custom autograd.Function to use it with \w+ mode AD|"
+    r"numpy\(\) on Tensor that requires grad|modified by an inplace operation"
+)
 
 
 class Objective:
@@ -186,9 +193,8 @@ class Linearisation:
     def product(self, vector: Tensor) -> Tensor:
         """B v over all the micro-batches, or the sample; `vector` and the result are shaped as the weight."""
         total = torch.zeros_like(vector)
-        with explained(self.objective.window.layer.name):
-            for i, product in self.products.items():
-                total += (product or self._linearise(i)[1])(vector)
+        for i, product in self.products.items():
+            total += (product or self._linearise(i)[1])(vector)
         return total / self.share
 
 
@@ -268,16 +274,34 @@ def reconstruction(
 
 
 @contextmanager
-def explained(layer: str):
-    """Turn torch's complaint about a missing derivative into a line that names the layer and the operation."""
+def explained(window: Window):
+    """Turn torch's complaints about a missing derivative into a line that names the operation.
+
+    Raises:
+        Unsolvable: torch complained.
+    """
     try:
         yield
-    except RuntimeError as error:
-        missing = re.search(r"derivative for (?:aten::)?(\w+) is not impl|forward AD with (\w+) that", str(error))
+    except RuntimeError as error:  # of which NotImplementedError is one
+        missing = NO_DERIVATIVE.search(str(error))
         if missing is None:
             raise
-        operation = (missing[1] or missing[2]).removesuffix("_backward")
-        raise SnowsError(
-            f"cannot solve layer {layer}: torch cannot differentiate {operation}, which its window holds, in the way "
-            f"that products need. Replace that operation, or use a smaller --k_step."
-        ) from error
+        operation = next((name for name in missing.groups() if name), "").removesuffix("_backward") or foreign(window)
+        place, holder, advice = f"layer {window.layer.name}", "its window", "a smaller --k_step"
+        if len(window.layers) > 1:
+            place, holder, advice = "all the layers together", "the network", "--joint_steps 0"
+        if "forward" in missing[0].split(operation)[0]:
+            advice += ", or --curvature hessian"  # which takes no tangents
+        problem = (
+            f"torch cannot differentiate {operation}, which {holder} holds, in the way that products need. "
+            f"Replace that operation, or use {advice}"
+        )
+        raise Unsolvable(f"cannot solve {place}: {problem}.", problem) from error
+
+
+def foreign(window: Window) -> str:
+    """The operations of a window that are not torch's own: torch does not name those that it cannot differentiate."""
+    kinds = [type(window.module(node)) if node.op == "call_module" else node.target for node in window.nodes]
+    named = [kind for kind in kinds if not isinstance(kind, str)]
+    others = [kind for kind in named if not re.match(r"(torch|_operator|math|None)(\.|$)", str(kind.__module__))]
+    return listed(dict.fromkeys(kind.__name__ for kind in others)) or "an operation"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from itertools import islice
 
@@ -14,20 +13,22 @@ from torch import Tensor, nn
 
 from snows import arguments
 from snows.calibration import Streams, fitting, micro_batches
-from snows.errors import Interrupted, UsageError
+from snows.errors import Unsolvable, UsageError
 from snows.graph import Layer, Network
+from snows.job import Job
 from snows.joint import solve_jointly
 from snows.masks import NM, Masks, Pattern, Selection
 from snows.memory import forget_peak, peak_memory
 from snows.modes import own_modes
 from snows.options import Options
-from snows.result import Group, LayerRecord, Pruned, Step, zeros
+from snows.precision import precision
+from snows.result import LayerRecord, Pruned, Step, zeros
 from snows.scores import check_inputs, select
 from snows.solver import Solution, solve
 from snows.sparsegpt import choose_mask
 from snows.survivors import SETTLED, Way, masked, set_layer, sparsegpt_problem
 
-log = logging.getLogger("snows")
+log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
 
 
 @own_modes()
@@ -58,24 +59,27 @@ def prune(
     layers: which layers to prune, by name; the others stay dense.
     solver: minimises one layer's objective on its support; yours, with the arguments of snows.solver.solve.
     on_layer: called with each finished layer's record and the number of layers to prune.
-    on_step: called with each layer just solved, to be kept, and the pruned model as it stands.
+    on_step: called with each layer just solved, to be kept, and the pruned model as it stands: the copy at work, on the
+        device, to be looked at only.
     finished: the steps that `on_step` was given by an earlier call with the same arguments, in order; they are written
         back instead of solved again, and the job goes on behind the last one, to the same result.
 
-    A layer whose loss, gradient, products or solution are not finite keeps its masked (or warm-started) weights; its
-    record says so, and the job goes on.
+    A layer that cannot be solved (its loss, gradient, products or solution are not finite, torch has no derivative of
+    an operation behind it, or it does not fit the memory) keeps its masked (or warm-started) weights; its record says
+    so, and the job goes on. So do all the layers where the joint steps cannot be taken.
 
     Raises:
         TraceError: the model cannot be traced.
         UsageError: an argument is none of the above; the pattern, the masks or the calibration images do not fit the
-            model; a method needs what a layer hides; or `finished` is another's.
-        Interrupted: Ctrl-C; its `result` holds the finished layers, the others still dense.
+            model; a method needs what a layer hides; the solver gives back no solution; or `finished` is another's.
+        SnowsError: what else the caller can mend; no layer at all can be solved.
+        Interrupted: Ctrl-C. Unfinished: any other error, once a layer is solved.
+            Of these and of any SnowsError, `result` holds the finished layers, the others still dense.
     """
-    started = time.perf_counter()
-    options, earlier = Options() if options is None else options, 0.0
+    started, options = time.perf_counter(), Options() if options is None else options
     arguments.check(model, pattern, options, mask_alg, algo, layers, device)
     options = options.but(**SETTLED.get(algo, {}))
-    network = Network(model, device)
+    network, way = Network(model, device), Way(algo, solver, sequential=mask_alg == "SparseGPT")
     batches = partial(micro_batches, network, calibration, options.batch_size, options.k_step)
     streams = cache(lambda: Streams(network, batches(), device, options))
     choose = partial(select, network, layers, mask_alg, streams, options)
@@ -88,29 +92,52 @@ def prune(
     stages = sweeps(pattern, options)
     if algo == "SparseGPT":
         check_inputs(algo, [layer for layer in network.layers if layer.name in selection.masks], network)
+    turns = len(selection.masks) * (len(stages) + (options.joint_steps > 0))
+    left_dense = {**network.refused, **selection.left_dense}
+    tell = lambda record: on_layer(record, turns)  # noqa: E731
+    job = Job(model, network, way, iter(finished), on_step, tell, left_dense, started=started)
     if not solving:
-        steps = masked_only(network, selection.masks)
+        with job.kept():
+            only_mask(job, selection.masks)
     else:
         log.info(streams().outlook(selection.masks, options))
-        way = Way(algo, solver, sequential=mask_alg == "SparseGPT")
         first = selection if stages[0] is pattern else choose(stages[0])
-        steps = layer_by_layer(streams(), stages, first.masks, choose, way, options, iter(finished))
-    result = Pruned(copy.deepcopy(model), {}, left_dense={**network.refused, **selection.left_dense})
-    try:
-        for group in steps:
-            for layer, step, _ in group:
-                write_back(layer, step, network, result)
-            for _, step, solved in group:
-                if solved:
-                    on_step(step, result.model)
-                else:
-                    earlier += step.record.seconds
-                on_layer(step.record, len(selection.masks) * (len(stages) + (options.joint_steps > 0)))
-    except KeyboardInterrupt as stop:
-        raise Interrupted(f"interrupted after {len(result.layers)} layers", stop, result) from None
-    finally:
-        result.seconds = earlier + time.perf_counter() - started
-    return result
+        with job.kept(), precision(options.precision):
+            layer_by_layer(job, streams(), stages, first.masks, choose, options)
+        streams.cache_clear()  # the dense network and the features go before the network is copied once more
+    return job.result()
+
+
+def layer_by_layer(
+    job: Job,
+    streams: Streams,
+    stages: list[Pattern | Masks],
+    masks: Masks,
+    choose: Callable[[Pattern | Masks], Selection],
+    options: Options,
+) -> None:
+    """Set the layers in execution order, each on the pruned network as it stands, in a sweep for each stage.
+
+    Behind the last, all of them but those that it could not solve are solved together, if that is asked for.
+
+    masks: those of the first stage. A new stage's are chosen from the weights as the last one left them: its zeros,
+        the smallest, stay zeros. Where they are `sequential`, they only say how many weights each layer loses; which
+        ones is chosen when it is the layer's turn.
+    """
+    for sweep, stage in enumerate(stages):
+        new = sweep == 0 or stage is not stages[sweep - 1]
+        if sweep > 0:
+            options = options.but(w_warm=False)
+            streams.restart()
+            masks = choose(stage).masks if new else masks
+        for layer in (each for each in job.network.layers if each.name in masks):
+            rule = how_many(layer, masks[layer.name], stage) if job.way.sequential and new else None
+            set_one(job, layer, sweep, masks[layer.name], rule, streams, options)
+            masks[layer.name] = job.masks[layer.name]
+        job.check_solved()
+    layers = [layer for layer in job.network.layers if layer.name in masks.keys() - job.failed()]
+    if options.joint_steps and layers:
+        set_together(job, layers, len(stages), streams, options)
 
 
 def without(pattern: Pattern | Masks, refused: Iterable[str]) -> Pattern | Masks:
@@ -126,93 +153,75 @@ def sweeps(pattern: Pattern | Masks, options: Options) -> list[Pattern | Masks]:
     return [*on_the_way, *[pattern] * options.sweeps]
 
 
-def masked_only(network: Network, masks: Masks) -> Iterator[Group]:
-    """Every layer with its mask applied and nothing solved."""
-    for layer in network.layers:
-        if layer.name in masks:
-            mask = masks[layer.name]
-            weight = masked(network, layer, mask)
-            yield [(layer, Step(LayerRecord(layer.name, 0, tuple(layer.shape), zeros(weight)), mask, weight), False)]
-
-
-def layer_by_layer(
-    streams: Streams,
-    stages: list[Pattern | Masks],
-    masks: Masks,
-    choose: Callable[[Pattern | Masks], Selection],
-    way: Way,
-    options: Options,
-    finished: Iterator[Step],
-) -> Iterator[Group]:
-    """Set the layers in execution order, each on the pruned network as it stands, in a sweep for each stage.
-
-    Behind the last, all of them but those that could not be solved are solved together, if that is asked for.
-
-    masks: those of the first stage. A new stage's are chosen from the weights as the last one left them: its zeros,
-        the smallest, stay zeros. Where they are `sequential`, they only say how many weights each layer loses; which
-        ones is chosen when it is the layer's turn.
-
-    Yields the layers that were set at a time. The caller writes the new weights back before it asks for the next.
-    """
-    failed = set()
-    for sweep, stage in enumerate(stages):
-        new = sweep == 0 or stage is not stages[sweep - 1]
-        if sweep > 0:
-            options = options.but(w_warm=False)
-            streams.restart()
-            masks = choose(stage).masks if new else masks
-        for layer in (each for each in streams.network.layers if each.name in masks):
-            mask, step = masks[layer.name], next(finished, None)
-            rule = how_many(layer, mask, stage) if way.sequential and new else None
-            solved = step is None
-            if solved:
-                step = timed_step(layer, sweep, mask, rule, streams, way, options)
-            else:
-                check_finished(step, layer, sweep, mask if rule is None else step.mask)
-                streams.recall(layer, options.k_step, step.record.batch_size if step.fitted else None)
-            masks[layer.name] = step.mask
-            failed |= {layer.name} if step.record.problem else set()
-            yield [(layer, step, solved)]
-    layers = [layer for layer in streams.network.layers if layer.name in masks.keys() - failed]
-    if options.joint_steps and layers:
-        yield together(layers, masks, streams, way.solver, options, len(stages), list(islice(finished, len(layers))))
-
-
-def together(
-    layers: list[Layer],
-    masks: Masks,
-    streams: Streams,
-    solver: Callable[..., Solution],
-    options: Options,
-    sweep: int,
-    finished: list[Step],
-) -> Group:
-    """Solve all the layers at once, from their weights as they stand; a share of the effort is booked to each.
-
-    finished: where it holds only some of the layers, all of them are solved again, to the same weights.
-    """
-    for layer, step in zip(layers, finished):
-        check_finished(step, layer, sweep, masks[layer.name])
-    if len(finished) == len(layers):
-        return [(layer, step, False) for layer, step in zip(layers, finished)]
-    started = time.perf_counter()
-    forget_peak(streams.device)
-    solution, parts = fitting(
-        streams, "the joint steps", lambda: solve_jointly(layers, masks, streams, solver, options)
-    )
-    share = (time.perf_counter() - started) / len(layers)
-    solution.products /= len(layers)
-    group = []
-    for i, (layer, weight, shift) in enumerate(zip(layers, *parts, strict=True)):
-        record = recorded(layer, sweep, solution, weight, share, streams, joint=True)
-        step = Step(record, masks[layer.name], weight, shift)
-        group.append((layer, *((finished[i], False) if i < len(finished) else (step, True))))
-    return group
-
-
 def how_many(layer: Layer, mask: Tensor, pattern: Pattern) -> NM | int:
     """What SparseGPT's mask of a layer must keep to: its N:M, or as many weights removed as `mask` removes."""
     return pattern.of(layer.name) if isinstance(pattern, NM) else int((~mask).sum())
+
+
+def only_mask(job: Job, masks: Masks) -> None:
+    """Apply every layer's mask, and solve nothing."""
+    for layer in job.network.layers:
+        if layer.name in masks:
+            mask = masks[layer.name]
+            weight = masked(job.network, layer, mask)
+            step = Step(LayerRecord(layer.name, 0, tuple(layer.shape), zeros(weight)), mask, weight)
+            job.write(layer, step)
+            job.tell(step, solved=False)
+
+
+def set_one(
+    job: Job, layer: Layer, sweep: int, mask: Tensor, rule: NM | int | None, streams: Streams, options: Options
+) -> None:
+    """Set a layer, or write back what was finished of it; with a rule, its mask is to be chosen by that first."""
+    step = next(job.finished, None)
+    solved = step is None
+    if solved:
+        step = timed_step(job, layer, sweep, mask, rule, streams, options)
+    else:
+        check_finished(step, layer, sweep, mask if rule is None else step.mask)
+        streams.recall(layer, options.k_step, step.record.batch_size if step.fitted else None)
+    job.write(layer, step)
+    job.tell(step, solved)
+
+
+def set_together(job: Job, layers: list[Layer], sweep: int, streams: Streams, options: Options) -> None:
+    """Solve all the layers at once, from their weights as they stand; a share of the effort is booked to each.
+
+    What was finished of them is written back; where that is only some of the layers, all are solved, as they were.
+    """
+    finished = list(islice(job.finished, len(layers)))
+    for layer, step in zip(layers, finished):
+        check_finished(step, layer, sweep, job.masks[layer.name])
+    steps = finished
+    if len(finished) < len(layers):
+        steps = [*finished, *joint_steps(job, layers, sweep, streams, options)[len(finished) :]]
+    for layer, step in zip(layers, steps, strict=True):
+        job.write(layer, step)
+    for i, step in enumerate(steps):
+        job.tell(step, solved=i >= len(finished))
+
+
+def joint_steps(job: Job, layers: list[Layer], sweep: int, streams: Streams, options: Options) -> list[Step]:
+    """The layers solved together; as they stand, where that cannot be done."""
+    started = time.perf_counter()
+    forget_peak(streams.device)
+    advice = "raise --memory_budget, or do without them: --joint_steps 0"
+    try:
+        solution, parts = fitting(
+            *(streams, "the joint steps"),
+            lambda: solve_jointly(layers, job.masks, streams, job.way.solver, options),
+            advice,
+        )
+    except Unsolvable as error:
+        log.warning("the layers keep their weights: %s", error)
+        weights = [masked(job.network, layer, job.masks[layer.name]) for layer in layers]
+        solution, parts = Solution(weights[0], problem=error.problem), (weights, [None] * len(layers))
+    share = (time.perf_counter() - started) / len(layers)
+    solution.products /= len(layers)
+    return [
+        Step(recorded(layer, sweep, solution, weight, share, streams, joint=True), job.masks[layer.name], weight, shift)
+        for layer, weight, shift in zip(layers, *parts, strict=True)
+    ]
 
 
 def check_finished(step: Step, layer: Layer, sweep: int, mask: Tensor) -> None:
@@ -231,14 +240,19 @@ def check_finished(step: Step, layer: Layer, sweep: int, mask: Tensor) -> None:
 
 
 def timed_step(
-    layer: Layer, sweep: int, mask: Tensor, rule: NM | int | None, streams: Streams, way: Way, options: Options
+    job: Job, layer: Layer, sweep: int, mask: Tensor, rule: NM | int | None, streams: Streams, options: Options
 ) -> Step:
-    """Set a layer, in micro-batches that fit the memory, and record what it took; a rule replaces the mask."""
-    started = time.perf_counter()
+    """Solve a layer, in micro-batches that fit the memory, and record what it took; a rule replaces the mask."""
+    started, place = time.perf_counter(), f"layer {layer.name}"
     forget_peak(streams.device)
-    if rule is not None:
-        mask = fitting(streams, f"layer {layer.name}", lambda: choose_mask(*sparsegpt_problem(layer, streams), rule))
-    solution = fitting(streams, f"layer {layer.name}", lambda: set_layer(layer, mask, streams, way, options))
+    try:
+        if rule is not None:
+            mask = fitting(streams, place, lambda: choose_mask(*sparsegpt_problem(layer, streams), rule))
+        solution = fitting(streams, place, lambda: set_layer(layer, mask, streams, job.way, options))
+    except Unsolvable as error:
+        log.warning("layer %s keeps its masked weights: %s", layer.name, error)
+        job.unsolvable = job.unsolvable or str(error)
+        solution = Solution(masked(job.network, layer, mask), problem=error.problem)
     record = recorded(layer, sweep, solution, solution.weight, time.perf_counter() - started, streams)
     return Step(record, mask, solution.weight, solution.shift)
 
@@ -264,15 +278,3 @@ def recorded(
         solution.problem,
         joint,
     )
-
-
-@torch.no_grad()
-def write_back(layer: Layer, step: Step, network: Network, result: Pruned) -> None:
-    """Write a finished layer into the network at work and the result's model; note its mask and its record."""
-    for model in (network.model, result.model):
-        model.get_parameter(layer.parameter).copy_(step.weight)
-        if step.shift is not None:
-            bias = model.get_parameter(layer.bias)
-            bias.add_(step.shift.to(bias.device))
-    result.masks[layer.name] = step.mask.to(result.model.get_parameter(layer.parameter).device)
-    result.layers.append(step.record)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from snows.graph import Layer
 from snows.masks import Masks
 
 JOINT = "all layers together"  # what stands for the layers in a joint step
@@ -43,9 +42,6 @@ class Step:
     weight: Tensor
     shift: Tensor | None = None  # (out,), added to the layer's bias, where biases are solved too
     fitted: bool = True  # whether its micro-batches tell what fits the memory: not where a job has changed since
-
-
-Group = list[tuple[Layer, Step, bool]]  # layers set at a time; True: now, False: taken from what was finished
 
 
 @dataclass

@@ -24,7 +24,7 @@ from snows.errors import SnowsError, UsageError
 from snows.graph import Layer, Network
 from snows.layer_rules import by_reason, listed
 from snows.masks import Masks, Pattern, Selection, given
-from snows.objective import reconstruction
+from snows.objective import explained, reconstruction
 from snows.options import Options
 from snows.preconditioner import MAX_INPUTS, can_factor, columns, output_scale, shows_inputs
 from snows.stream import Stream
@@ -75,7 +75,8 @@ def obs(layer: Layer, stream: Stream, options: Options) -> Tensor:
     """w_ij^2 g_i A_jj / 2, g_i being what the K steps behind the layer make of its output i."""
     objective = reconstruction(layer, stream, stream, options.but(targets="same", biases=False))
     weight = weight_of(layer, stream)
-    scale = output_scale(objective, weight, options.seed)  # g, (out,)
+    with explained(objective.window):
+        scale = output_scale(objective, weight, options.seed)  # g, (out,)
     diagonal = by_weight(layer, mean_squares(layer, stream))
     return weight.square() * diagonal * scale.view(-1, *[1] * (weight.ndim - 1)) / 2
 

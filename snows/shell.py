@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import sys
@@ -10,8 +11,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from tqdm import tqdm
+
 from snows import memory
-from snows.errors import Interrupted, SnowsError, Terminated, exit_code, first_line
+from snows.errors import Interrupted, SnowsError, Terminated, Unfinished, exit_code, first_line
 
 SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 asked: list[KeyboardInterrupt] = []  # the signals that this process was given, as what they raised
@@ -22,6 +25,9 @@ def shell(main: Callable[[], object]) -> None:
     memory.keep_freed_memory()
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, where it was closed
     answer_signals()
+    log = logging.getLogger("snows")
+    log.handlers = [Spoken()]
+    log.setLevel(logging.WARNING if "--quiet" in sys.argv else logging.INFO)
     message, code = "", 0
     try:
         with own_stops():
@@ -35,8 +41,17 @@ def shell(main: Callable[[], object]) -> None:
         fail(message, code)
 
 
+class Spoken(logging.Handler):
+    """What the library has to say, as lines above a progress bar: warnings on stderr, the rest on stdout."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(record.getMessage(), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
+
+
 def told(error: BaseException) -> tuple[str, int]:
     """What is said of the error that ended a script, and its exit code."""
+    if isinstance(error, Unfinished) and "--verbose" in sys.argv:
+        traceback.print_exception(error)
     if isinstance(error, SnowsError) and not hides_out_of_memory(error):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):

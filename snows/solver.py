@@ -48,10 +48,12 @@ def conjugate_gradients(
 
     damping: lambda in units of the curvature along the first direction, p^T B p / p^T p, so that one value serves
         layers of any scale.
-    tolerance: stop once ||b - (B + lambda I) x|| <= tolerance * ||b||.
+    tolerance: stop once ||b - (B + lambda I) x|| <= tolerance * ||b||; the least is the type's own precision.
 
     Stops at the first direction whose curvature is not positive and returns what it has; if that is the very first
     direction, it returns a step along it, scaled by the size of its curvature.
+
+    Stops, too, with what it has, when the residual has become too small for the type to tell a direction from it.
 
     Raises:
         FloatingPointError: the right side, a product or a preconditioned residual is NaN or infinite.
@@ -61,6 +63,7 @@ def conjugate_gradients(
     if not norm > 0:
         return CGResult(x, bx, [])
     precondition = precondition or (lambda residual: residual)
+    tolerance = max(tolerance, torch.finfo(right_side.dtype).eps)
     z = precondition(r)
     p, rz, shift, residuals = z, dot(r, z), None, []
     for _ in range(max_iterations):
@@ -72,7 +75,10 @@ def conjugate_gradients(
         alpha = rz / damped
         next_r = r - alpha * (bp + shift * p)
         # The only values that the host waits for, once an iteration.
-        steepness, residual = torch.stack([damped, next_r.norm() / norm]).tolist()
+        numbers = torch.stack([damped, next_r.norm() / norm, alpha * pp.sqrt(), rz, pp])
+        steepness, residual, length, *squares = numbers.tolist()
+        if 0 in squares or (residuals and not all(map(math.isfinite, squares))):
+            break  # the direction vanishes in its square, or has come of a residual that does
         if not math.isfinite(steepness):
             raise FloatingPointError("a curvature product is not finite")
         if not steepness > 0:
@@ -80,7 +86,9 @@ def conjugate_gradients(
                 alpha = rz / abs(steepness) if steepness else torch.ones_like(rz)
                 x, bx = alpha * p, alpha * bp
             return CGResult(x, bx, residuals, negative_curvature=True)
-        if not math.isfinite(residual):
+        if not math.isfinite(residual + length):
+            if residuals:  # the curvature is too small to divide by
+                break
             raise FloatingPointError("the step is not finite")
         x, bx, r = x + alpha * p, bx + alpha * bp, next_r
         residuals.append(residual)

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from snows.calibration import Streams
+from snows.errors import UsageError
 from snows.graph import Layer, Network
-from snows.objective import Objective, reconstruction
+from snows.layer_rules import listed
+from snows.objective import Objective, explained, reconstruction
 from snows.options import Options
 from snows.preconditioner import MAX_BYTES, can_factor, row_inverses
 from snows.scores import mean_moment
@@ -64,9 +66,14 @@ def set_layer(layer: Layer, mask: Tensor, streams: Streams, way: Way, options: O
 def solve_layer(
     layer: Layer, mask: Tensor, streams: Streams, options: Options, solver: Callable[..., Solution]
 ) -> Solution:
-    """Advance both streams to a layer and solve it on its support, from its masked weight; nothing is written back."""
+    """Advance the streams to a layer and solve it on its support, from its masked weight; nothing is written back.
+
+    Raises:
+        Unsolvable: an operation behind the layer has no derivative.
+        UsageError: the solver gives back something else than a solution.
+    """
     streams.fit(streams.plan.need([layer], options.k_step))
-    streams.advance(layer)
+    streams.advance(layer, options.targets)
     start = Solution(masked(streams.network, layer, mask))
     if options.w_warm:
         start = solve_from(start, layer, mask, streams, options.but(**LEAST_SQUARES), solve)
@@ -79,11 +86,11 @@ def solve_from(
     """Solve a layer, at which both streams stand, from a weight on its support."""
     objective = reconstruction(layer, streams.sparse, streams.dense, options, streams.kept_bytes, streams.groups)
     unknown, support = objective.join(start.weight), objective.join(mask, True)
-    precondition = None
-    if options.preconditioner == "rows" and can_factor(streams.network, layer):
-        precondition = row_inverses(objective, unknown, support, options.seed, streams.budget.inverses(MAX_BYTES))
-    kept = f"layer {layer.name} keeps its masked weights"
-    solution = minimised(objective, unknown, support, precondition, options, solver, kept)
+    precondition, kept = None, f"layer {layer.name} keeps its masked weights"
+    with explained(objective.window):
+        if options.preconditioner == "rows" and can_factor(streams.network, layer):
+            precondition = row_inverses(objective, unknown, support, options.seed, streams.budget.inverses(MAX_BYTES))
+        solution = minimised(objective, unknown, support, precondition, options, solver, kept)
     solution.products += start.products
     solution.cg_iterations += start.cg_iterations
     solution.weight, shift = objective.split(solution.weight)
@@ -113,11 +120,30 @@ def minimised(
             damping=options.damping,
             batching=options.batching,
         )
+        check_solution(solution, start)
         check_finite(solution.weight, "the solution")
     except FloatingPointError as error:
         log.warning("%s: %s", otherwise, error)
         return Solution(start, problem=str(error))
+    if solution.weight[~support].any():  # not the solver of this library
+        solution.weight = solution.weight.where(support, 0)
+        solution.loss_after = objective.loss(solution.weight).item()
+        names = listed(layer.name for layer in objective.window.layers)
+        log.warning("the solver moved removed weights of layer %s: they are set back to zero", names)
     return solution
+
+
+def check_solution(solution: Solution, start: Tensor) -> None:
+    """Refuse what a solver gives back if it cannot be written where `start` was.
+
+    Raises:
+        UsageError: it is no Solution, or its weight is of another shape, type or device.
+    """
+    if not isinstance(solution, Solution) or not isinstance(solution.weight, Tensor):
+        raise UsageError(f"the solver must return a snows.solver.Solution, not {type(solution).__name__}.")
+    got, wanted = (f"{tuple(w.shape)}, {w.dtype}, on {w.device}" for w in (solution.weight, start))
+    if got != wanted:
+        raise UsageError(f"the solver must return a weight like the one that it is given ({wanted}), not {got}.")
 
 
 def behind_batch_norm(shift: Tensor | None, scale: Tensor | None) -> Tensor | None:

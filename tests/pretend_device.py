@@ -18,6 +18,7 @@ import snows
 from snows.calibration import Streams
 from snows.evaluate import accuracy
 from snows.graph import Network
+from snows.result import Step
 from snows.solver import solve
 from snows.store import Store
 from snows.survivors import solve_layer
@@ -179,6 +180,36 @@ def test_in_a_newton_step_inputs_and_targets_go_up_at_most_once(tiny, images, in
     assert solution.products > 0
     assert copied[torch.float64] <= 2 * images.nbytes  # the images of either stream; nothing that follows from them
     assert copied[torch.int8] > 0  # the signs of the probes
+
+
+RESUMED = {
+    "the defaults": (HALF, "MP", "SNOWS", {"schedule": 1}),
+    "masks as they are for two sweeps": (ONE_OF_TWO, "MP", "SNOWS", {"schedule": 0, "sweeps": 2, "biases": False}),
+    "SNOWS on SparseGPT": (ONE_OF_TWO, "SparseGPT", "SNOWS", {"schedule": 0, "sweeps": 2}),
+    "SparseGPT": (ONE_OF_TWO, "SparseGPT", "SparseGPT", {}),
+}
+
+
+@pytest.mark.parametrize("job", RESUMED)
+def test_a_job_on_a_device_goes_on_from_steps_on_the_host(tiny, images, job):
+    """As a journal holds them; from every prefix: in the first sweep, the last one, and the joint steps."""
+    pattern, mask_alg, algo, changes = RESUMED[job]
+    options = snows.Options(batch_size=5, max_CG_iterations=2, joint_steps=1, joint_CG_iterations=2).but(**changes)
+    job = (tiny, images, pattern, options)
+    how = {"mask_alg": mask_alg, "algo": algo, "layers": lambda name: name != "stem"}
+    steps, reference = [], snows.prune(*job, **how)
+
+    def keep(step, model):
+        shift = None if step.shift is None else step.shift.cpu()
+        steps.append(Step(step.record, step.mask.cpu(), step.weight.cpu(), shift))
+
+    snows.prune(*job, **how, device="pretend", on_step=keep)
+    assert len(steps) == len(reference.layers)
+    for count in range(len(steps) + 1):
+        resumed = snows.prune(*job, **how, device="pretend", finished=steps[:count])
+        for name, weight in reference.model.state_dict().items():
+            torch.testing.assert_close(resumed.model.state_dict()[name], weight, rtol=1e-9, atol=1e-9)
+        assert all(torch.equal(mask, reference.masks[name]) for name, mask in resumed.masks.items())
 
 
 def test_accuracy_is_measured_on_a_device(tiny, images):

@@ -15,7 +15,7 @@ from torch.func import functional_call
 import snows.objective
 from snows.errors import SnowsError
 from snows.graph import Network
-from snows.objective import Objective, reconstruction
+from snows.objective import Objective, explained, reconstruction
 from snows.options import Options
 from snows.preconditioner import output_scale
 from snows.stream import Stream
@@ -236,7 +236,8 @@ class Distances(nn.Module):
 def test_an_operation_without_the_derivative_it_needs_is_named(images, curvature, operation, name):
     model = randomise(nn.Sequential(nn.Conv2d(2, 2, 1), operation(), nn.Conv2d(2, 2, 1)))
     objective, _, weight = build(model, images, 0, 1, curvature)
-    with pytest.raises(SnowsError, match=rf"cannot solve layer 0: torch cannot differentiate {name},"):
+    message = rf"cannot solve layer 0: torch cannot differentiate {name},"
+    with pytest.raises(SnowsError, match=message), explained(objective.window):
         objective.linearise(weight).product(weight)
 
 

@@ -364,7 +364,7 @@ def test_ctrl_c_saves_the_finished_layers_and_exits_with_130(tmp_path):
             break
     _, err = process.communicate()
     assert process.returncode == 130
-    assert "layers: those are saved in" in err
+    assert "layers. The finished layers are saved in" in err
     assert f"--resume {tmp_path / 'run'}" in err
     assert "Traceback" not in err
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
