@@ -26,8 +26,8 @@ sys.path[:0] = [str(ROOT)]
 
 import snows  # noqa: E402
 from snows import run_folder  # noqa: E402
+from snows.result import Step  # noqa: E402
 from snows.shell import shell  # noqa: E402
-from snows.solver import Solution, solve  # noqa: E402
 
 FIRST = ("layer1.0.conv1", "layer1.0.conv2")
 BLOCK = tuple(f"encoder.layers.encoder_layer_0.{name}" for name in ("self_attention.in_proj", "mlp.0"))
@@ -56,9 +56,18 @@ class Peak(threading.Thread):
             time.sleep(0.005)
 
 
-def joint_only(objective, weight, *args, **options) -> Solution:
-    """The solver, for the joint step; single layers stay as they are masked."""
-    return solve(objective, weight, *args, **options) if weight.ndim == 1 else Solution(weight)
+def masked(model, images: int) -> list[Step]:
+    """Every layer as its mask leaves it, as steps that are finished: what is left to do is the joint step."""
+    pruned = snows.prune(model, None, snows.NM(2, 4), algo="MP")
+    parameters = dict(pruned.model.named_parameters())
+    steps = []
+    for layer in pruned.layers:
+        weight = next(
+            parameters[name] for name in (f"{layer.name}.weight", f"{layer.name}_weight") if name in parameters
+        )
+        layer.batch_size = images
+        steps.append(Step(layer, pruned.masks[layer.name], weight.detach()))
+    return steps
 
 
 def measure(job: str, images: int, budget: float) -> dict:
@@ -68,10 +77,10 @@ def measure(job: str, images: int, budget: float) -> dict:
     model, calibration = torchvision.models.get_model(name), torch.randn(images, 3, 224, 224)
     options = snows.Options(**OPTIONS, k_step=k_step, joint_steps=int(chosen is None), memory_budget=budget)
     layers = (lambda layer: layer in chosen) if chosen else (lambda layer: True)
-    solver = solve if chosen else joint_only
+    finished = [] if chosen else masked(model, images)
     peak = Peak()
     peak.start()
-    pruned = snows.prune(model, calibration, snows.NM(2, 4), options, layers=layers, solver=solver)
+    pruned = snows.prune(model, calibration, snows.NM(2, 4), options, layers=layers, finished=finished)
     peak.going = False
     weights = b"".join(p.detach().numpy().tobytes() for p in pruned.model.parameters())
     return {
