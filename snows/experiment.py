@@ -280,8 +280,8 @@ def save_stopped(folder: Path, result: Pruned, metrics: dict) -> str:
         run_folder.save(folder, result, metrics)
         write_report([folder], folder / "report.html")
     except Exception as error:  # no room, no memory: the run goes on all the same
-        return f"those are kept, but not yet as a network ({first_line(error).rstrip('.')})."
-    return f"those are saved in {folder}, the other layers are still dense."
+        return f"The finished layers are kept, but not yet as a network ({first_line(error).rstrip('.')})."
+    return f"The finished layers are saved in {folder}, the other layers are still dense."
 
 
 def conclude(folder: Path) -> None:

@@ -1,3 +1,4 @@
+import logging
 import os
 import runpy
 import signal
@@ -103,7 +104,10 @@ class Script:
 
     def ended(self, path, *flags):
         """((stdout, stderr), exit code)"""
+        log = logging.getLogger("snows")
         with self.monkeypatch.context() as patched, same_signals():
+            patched.setattr(log, "handlers", log.handlers)  # which a script sets for its own process
+            patched.setattr(log, "level", log.level)
             patched.setattr(sys, "unraisablehook", sys.unraisablehook)
             patched.setattr(sys, "argv", [str(ROOT / path), *map(str, flags)])
             patched.setattr(sys, "path", [str((ROOT / path).parent), *sys.path])

@@ -159,7 +159,7 @@ def test_the_network_that_a_step_is_told_of_computes_what_comes_back(tied, image
 def test_the_dense_network_runs_along_the_line_only_where_its_features_are_the_targets(
     tiny, images, targets, algo, monkeypatch
 ):
-    advance, advanced = snows.graph.Stream.advance, set()
+    advance, advanced = snows.stream.Stream.advance, set()
 
     def watch(stream, node):
         advanced.add(id(stream.model))

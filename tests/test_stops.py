@@ -64,7 +64,7 @@ def test_signals_while_a_stopped_run_is_saved_change_nothing(script, tmp_path, m
         patched.setattr(run_folder, "save", stop_again)
         _, err = script("CNN_pruning/unstr.py", *SMALL, "--out_dir", folder, code=SIGNALS[number])
     assert len(err.strip().splitlines()) == 1
-    assert "interrupted after 2 layers: those are saved in" in err
+    assert "interrupted after 2 layers. The finished layers are saved in" in err
     assert f"--resume {folder}" in err
     assert not list(folder.rglob("*.tmp"))
     assert (folder / "report.html").exists()

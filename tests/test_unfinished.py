@@ -161,7 +161,7 @@ def test_a_layer_that_does_not_fit_keeps_its_masked_weights_and_the_job_goes_on(
 
 def test_a_stream_that_ran_out_of_memory_half_way_starts_again(tiny, images, monkeypatch):
     """At its second micro-batch, on the way to `grouped`: the first one's values are those of another cut by then."""
-    advance, call = snows.graph.Stream.advance, snows.graph.call
+    advance, call = snows.stream.Stream.advance, snows.stream.call
 
     def stops(stream, node):
         seen = []
@@ -173,10 +173,10 @@ def test_a_stream_that_ran_out_of_memory_half_way_starts_again(tiny, images, mon
             return call(step, *args)
 
         with monkeypatch.context() as patched:
-            patched.setattr(snows.graph, "call", no_memory)
+            patched.setattr(snows.stream, "call", no_memory)
             advance(stream, node)
 
-    monkeypatch.setattr(snows.graph.Stream, "advance", stops)
+    monkeypatch.setattr(snows.stream.Stream, "advance", stops)
     pruned = snows.prune(tiny, images, snows.NM(1, 2), fast(batch_size=1))
     assert list(pruned.problems) == ["grouped"]
     assert [r.name for r in pruned.layers if r.loss_after < r.loss_before] == ["stem", "gate", "fc"]
