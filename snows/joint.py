@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from snows.calibration import Streams
+from snows.derivatives import explained
 from snows.examples import Examples
 from snows.graph import Layer
 from snows.masks import Masks
-from snows.objective import Objective, explained, with_shift, without_shift
+from snows.objective import Objective, with_shift, without_shift
 from snows.options import Options
 from snows.preconditioner import (
     ALL_BYTES,

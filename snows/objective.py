@@ -9,9 +9,7 @@ coefficient c_k per depth. Nothing here forms a curvature matrix: only its produ
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -19,10 +17,8 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.nn.functional import mse_loss
 
-from snows.errors import Unsolvable
 from snows.examples import Examples
 from snows.graph import Layer
-from snows.layer_rules import listed
 from snows.memory import free_memory, used_memory
 from snows.options import Options
 from snows.stream import Stream
@@ -32,12 +28,6 @@ from snows.window import Window
 
 Product = Callable[[Tensor], Tensor]
 FirstOrder = Callable[[], tuple[Tensor, Tensor]]  # the loss and its gradient, when asked for
-# What torch says of operations that lack a derivative, which it mostly names.
-NO_DERIVATIVE = re.compile(
-    r"derivative for (?:aten::)?(\w+) is not impl|forward AD with (?:aten::)?(\w+) that|"
-    r"backward through ([\w.:]+?)(?:\.default)? but no autograd|custom autograd.Function to use it with \w+ mode AD|"
-    r"numpy\(\) on Tensor that requires grad|modified by an inplace operation"
-)
 
 
 class Objective:
@@ -195,7 +185,7 @@ class Linearisation:
         total = torch.zeros_like(vector)
         for i, product in self.products.items():
             total += (product or self._linearise(i)[1])(vector)
-        return total / self.share
+        return total if self.share == 1 else total / self.share
 
 
 def hessian(
@@ -271,37 +261,3 @@ def reconstruction(
 
     source = dense if options.targets == "dense" else sparse
     return Objective(Examples(window, sparse, source, teach, groups=groups or []), options, kept_bytes)
-
-
-@contextmanager
-def explained(window: Window):
-    """Turn torch's complaints about a missing derivative into a line that names the operation.
-
-    Raises:
-        Unsolvable: torch complained.
-    """
-    try:
-        yield
-    except RuntimeError as error:  # of which NotImplementedError is one
-        missing = NO_DERIVATIVE.search(str(error))
-        if missing is None:
-            raise
-        operation = next((name for name in missing.groups() if name), "").removesuffix("_backward") or foreign(window)
-        place, holder, advice = f"layer {window.layer.name}", "its window", "a smaller --k_step"
-        if len(window.layers) > 1:
-            place, holder, advice = "all the layers together", "the network", "--joint_steps 0"
-        if "forward" in missing[0].split(operation)[0]:
-            advice += ", or --curvature hessian"  # which takes no tangents
-        problem = (
-            f"torch cannot differentiate {operation}, which {holder} holds, in the way that products need. "
-            f"Replace that operation, or use {advice}"
-        )
-        raise Unsolvable(f"cannot solve {place}: {problem}.", problem) from error
-
-
-def foreign(window: Window) -> str:
-    """The operations of a window that are not torch's own: torch does not name those that it cannot differentiate."""
-    kinds = [type(window.module(node)) if node.op == "call_module" else node.target for node in window.nodes]
-    named = [kind for kind in kinds if not isinstance(kind, str)]
-    others = [kind for kind in named if not re.match(r"(torch|_operator|math|None)(\.|$)", str(kind.__module__))]
-    return listed(dict.fromkeys(kind.__name__ for kind in others)) or "an operation"

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from snows.calibration import Streams, fitting
+from snows.derivatives import explained
 from snows.errors import SnowsError, UsageError
 from snows.graph import Layer, Network
 from snows.layer_rules import by_reason, listed
 from snows.masks import Masks, Pattern, Selection, given
-from snows.objective import explained, reconstruction
+from snows.objective import reconstruction
 from snows.options import Options
 from snows.preconditioner import MAX_INPUTS, can_factor, columns, output_scale, shows_inputs
 from snows.stream import Stream

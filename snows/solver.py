@@ -90,7 +90,9 @@ def conjugate_gradients(
             if residuals:  # the curvature is too small to divide by
                 break
             raise FloatingPointError("the step is not finite")
-        x, bx, r = x + alpha * p, bx + alpha * bp, next_r
+        x += alpha * p  # in place: of all layers together, each vector may take a large share of the memory
+        bx += alpha * bp
+        r = next_r
         residuals.append(residual)
         if residual <= tolerance:
             break
@@ -203,11 +205,11 @@ def _newton_step(
     """One damped Newton step on one objective; updates `result` and returns (next damping, loss before, loss after)."""
     here = objective.linearise(result.weight)
     check_finite(here.loss, "the loss")
-    gradient = here.gradient * mask
+    descent = here.gradient.mul_(mask).neg_()
     cg = conjugate_gradients(
-        lambda v: here.product(v) * mask, -gradient, precondition, damping, tolerance, max_iterations
+        lambda v: here.product(v).mul_(mask), descent, precondition, damping, tolerance, max_iterations
     )
-    slope = dot(gradient, cg.step)
+    slope = -dot(descent, cg.step)
     result.cg_iterations += cg.iterations
     result.products += cg.iterations * here.share * share
     result.residuals.append(cg.residuals)

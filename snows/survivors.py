@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from snows.calibration import Streams
+from snows.derivatives import explained
 from snows.errors import UsageError
 from snows.graph import Layer, Network
 from snows.layer_rules import listed
-from snows.objective import Objective, explained, reconstruction
+from snows.objective import Objective, reconstruction
 from snows.options import Options
 from snows.preconditioner import MAX_BYTES, can_factor, row_inverses
 from snows.scores import mean_moment

@@ -13,9 +13,10 @@ from torch import nn
 from torch.func import functional_call
 
 import snows.objective
+from snows.derivatives import explained
 from snows.errors import SnowsError
 from snows.graph import Network
-from snows.objective import Objective, explained, reconstruction
+from snows.objective import Objective, reconstruction
 from snows.options import Options
 from snows.preconditioner import output_scale
 from snows.stream import Stream
