@@ -3,9 +3,9 @@
     python bench/gpu.py [--checkpoint resnet20_cifar10.pt --dset cifar10.npz] [--device cuda] [--out FILE]
 
 bench/gpu.sh runs it with the data beside the checkout. Jobs: the ResNet-20 of the README's first command at full size
-(needs --checkpoint and --dset); a ViT-B/16 at 2:4, K = 3, 256 images, and a ResNet-50 at 2:4, both with random weights
-on random images; one curvature product beside a large matrix product; and a small job on the CPU and on the device.
-Each row of {"rows": [...]} names its job; without the files the first job is left out and said to be.
+(needs --checkpoint and --dset, else left out); a ViT-B/16 at 2:4, K = 3, 256 images, and a ResNet-50 at 2:4, both with
+random weights on random images, the latter once more with a small memory budget; one curvature product beside a large
+matrix product; and a small job on the CPU and on the device. Each row of {"rows": [...]} names its job.
 """
 
 import argparse
@@ -35,8 +35,6 @@ from snows.objective import reconstruction  # noqa: E402
 from snows.precision import precision  # noqa: E402
 from snows.shell import shell  # noqa: E402
 
-ACTIVITIES = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-
 
 def wait(device: str) -> None:
     if memory.is_gpu(device):
@@ -54,7 +52,7 @@ def copies(profiler: profile) -> float | None:
 def job(model, images, pattern, options, device: str) -> dict:
     """A whole job: seconds, peak memory and products; and of one more like it, on few images, the share of copies."""
     pruned = snows.prune(model, images, pattern, options, device=device)
-    with profile(activities=ACTIVITIES) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA if memory.is_gpu(device) else ProfilerActivity.CPU]) as profiler:
         snows.prune(model, images[: len(images) // 4], pattern, options.but(schedule=0, joint_steps=0), device=device)
     return {
         "images": len(images),
@@ -84,6 +82,12 @@ def vit(args: argparse.Namespace) -> dict:
 
 def resnet50(args: argparse.Namespace) -> dict:
     return job(network("resnet50"), images_for(args), snows.NM(2, 4), snows.Options(), args.device)
+
+
+def staged(args: argparse.Namespace) -> dict:
+    """The ResNet-50 with a budget for a fraction of its features: what copies by way of the host cost."""
+    options = snows.Options(memory_budget=args.budget)
+    return job(network("resnet50"), images_for(args), snows.NM(2, 4), options, args.device)
 
 
 def network(name: str):
@@ -150,7 +154,8 @@ def against_cpu(args: argparse.Namespace) -> dict:
     }
 
 
-JOBS = {"cifar": cifar, "vit_b_16": vit, "resnet50": resnet50, "product": product, "against_cpu": against_cpu}
+JOBS = {"cifar": cifar, "vit_b_16": vit, "resnet50": resnet50, "staged": staged}
+JOBS |= {"product": product, "against_cpu": against_cpu}
 
 
 def main():
@@ -160,6 +165,7 @@ def main():
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--dset", type=Path)
     parser.add_argument("--scale", type=int, default=256, help="images of the ImageNet jobs (default: 256)")
+    parser.add_argument("--budget", type=float, default=6, help="GiB of the job named staged (default: 6)")
     parser.add_argument("--matrix", type=int, default=8192, help="side of the matrices (default: 8192)")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu.json")
     args = parser.parse_args()

@@ -17,7 +17,7 @@ from snows.layer_rules import listed
 from snows.masks import Masks
 from snows.memory import is_out_of_memory
 from snows.options import Options
-from snows.outlook import outlook
+from snows.outlook import check_fits, outlook, works
 from snows.plan import Budget, Plan, halved_to_fit
 from snows.store import Store
 from snows.stream import Stream
@@ -73,10 +73,9 @@ class Streams:
         if targets == "dense":
             self.dense.advance(layer.node)
 
-    @property
-    def kept_bytes(self) -> int | None:
-        """Bytes that the graphs of micro-batches may take to be kept, where a budget was asked for."""
-        return self.budget.kept if self.budget.asked else None
+    def kept_bytes(self, layers: list[Layer]) -> int | None:
+        """Bytes that graphs may take to be kept while these layers are solved, where a budget was asked for."""
+        return self.budget.kept(self.plan.vectors(layers)) if self.budget.asked else None
 
     @property
     def batch_size(self) -> int:
@@ -102,6 +101,14 @@ class Streams:
         self.ceiling = self.need * batch_size
         self.cut(batch_size)
 
+    def check_fits(self, layers: list[Layer], options: Options) -> None:
+        """Refuse a job of which not even one image fits.
+
+        Raises:
+            SnowsError: it says of what, with the numbers.
+        """
+        check_fits(self.budget, works(self.plan, self.budget, layers, options, 1))
+
     def outlook(self, masks: Masks, options: Options) -> str:
         """What solving the layers of `masks` will hold.
 
@@ -125,6 +132,7 @@ def fitting(
     Raises:
         Unsolvable: single images do not fit either; the message ends in the advice.
     """
+    ceiling, size = streams.ceiling, streams.batch_size
     while True:
         try:
             return work()
@@ -132,7 +140,8 @@ def fitting(
             if not is_out_of_memory(error):
                 raise
             if streams.batch_size == 1:
-                streams.restart()  # they may have stopped half way
+                streams.ceiling = ceiling  # it is not the others' fault
+                streams.cut(size)
                 raise Unsolvable(
                     f"out of memory at {place} with one image at a time: {advice}.",
                     f"out of memory with one image at a time: {advice}",

@@ -49,7 +49,7 @@ class Examples:
     def inputs(self, index: int) -> Values:
         """What the window reads for micro-batch `index`, on the device; the next one is on its way."""
         values = self.sparse.read(index, self.reads)
-        self.sparse.expect(index + 1)
+        self.sparse.expect(index + 1, self.reads)
         beside = self.beside[index]
         return self.window.enter(values if beside is None else {**values, **beside.get()})
 

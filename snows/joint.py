@@ -72,7 +72,7 @@ class JointObjective(Objective):
 
         self.shifted = [options.biases and layer.bias is not None for layer in layers]
         examples = Examples(window, sparse, dense, teach, hold=False)
-        super().__init__(examples, options.but(curvature_images=options.joint_images), streams.kept_bytes)
+        super().__init__(examples, options.but(curvature_images=options.joint_images), streams.kept_bytes(layers))
 
     def join(self, weights: list[Tensor], shift: float | Tensor = 0.0) -> Tensor:
         """The unknown made of all the layers' weights (or masks), with one value for all their shifts."""

@@ -15,7 +15,13 @@ Limit = tuple[int, int]  # bytes: the most that there may be, and what is in use
 
 # What RuntimeErrors say that mean no more than that: the CPU's allocator, oneDNN under RLIMIT_AS, CUDA, cuBLAS, cuDNN.
 OUT_OF_MEMORY = (
-    *("can't allocate memory", "could not create a primitive", "could not create a memory", "out of memory"),
+    *(
+        "can't allocate memory",
+        "Cannot allocate memory",
+        "could not create a primitive",
+        "could not create a memory",
+        "out of memory",
+    ),
     *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED"),
 )
 

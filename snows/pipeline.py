@@ -79,33 +79,34 @@ def prune(
     started, options = time.perf_counter(), Options() if options is None else options
     arguments.check(model, pattern, options, mask_alg, algo, layers, device)
     options = options.but(**SETTLED.get(algo, {}))
-    network, way = Network(model, device), Way(algo, solver, sequential=mask_alg == "SparseGPT")
-    batches = partial(micro_batches, network, calibration, options.batch_size, options.k_step)
-    streams = cache(lambda: Streams(network, batches(), device, options))
-    choose = partial(select, network, layers, mask_alg, streams, options)
-    selection, solving = choose(pattern), algo != "MP" or mask_alg == "SparseGPT"
-    if solving:
-        streams()  # the images show which layers cannot be followed
-        if selection.masks.keys() & network.refused.keys():
-            pattern = without(pattern, network.refused)
-            selection = choose(pattern)
-    stages = sweeps(pattern, options)
-    if algo == "SparseGPT":
-        check_inputs(algo, [layer for layer in network.layers if layer.name in selection.masks], network)
-    turns = len(selection.masks) * (len(stages) + (options.joint_steps > 0))
-    left_dense = {**network.refused, **selection.left_dense}
-    tell = lambda record: on_layer(record, turns)  # noqa: E731
-    job = Job(model, network, way, iter(finished), on_step, tell, left_dense, started=started)
-    if not solving:
-        with job.kept():
-            only_mask(job, selection.masks)
-    else:
-        log.info(streams().outlook(selection.masks, options))
-        first = selection if stages[0] is pattern else choose(stages[0])
-        with job.kept(), precision(options.precision):
-            layer_by_layer(job, streams(), stages, first.masks, choose, options)
-        streams.cache_clear()  # the dense network and the features go before the network is copied once more
-    return job.result()
+    with precision(options.precision):
+        network, way = Network(model, device), Way(algo, solver, sequential=mask_alg == "SparseGPT")
+        batches = partial(micro_batches, network, calibration, options.batch_size, options.k_step)
+        streams = cache(lambda: Streams(network, batches(), device, options))
+        choose = partial(select, network, layers, mask_alg, streams, options)
+        selection, solving = choose(pattern), algo != "MP" or mask_alg == "SparseGPT"
+        if solving:
+            streams()  # the images show which layers cannot be followed
+            if selection.masks.keys() & network.refused.keys():
+                pattern = without(pattern, network.refused)
+                selection = choose(pattern)
+        stages = sweeps(pattern, options)
+        if algo == "SparseGPT":
+            check_inputs(algo, [layer for layer in network.layers if layer.name in selection.masks], network)
+        turns = len(selection.masks) * (len(stages) + (options.joint_steps > 0))
+        left_dense = {**network.refused, **selection.left_dense}
+        tell = lambda record: on_layer(record, turns)  # noqa: E731
+        job = Job(model, network, way, iter(finished), on_step, tell, left_dense, started=started)
+        if not solving:
+            with job.kept():
+                only_mask(job, selection.masks)
+        else:
+            log.info(streams().outlook(selection.masks, options))
+            first = selection if stages[0] is pattern else choose(stages[0])
+            with job.kept():
+                layer_by_layer(job, streams(), stages, first.masks, choose, options)
+            streams.cache_clear()  # the dense network and the features go before the network is copied once more
+        return job.result()
 
 
 def layer_by_layer(
@@ -245,6 +246,7 @@ def timed_step(
     """Solve a layer, in micro-batches that fit the memory, and record what it took; a rule replaces the mask."""
     started, place = time.perf_counter(), f"layer {layer.name}"
     forget_peak(streams.device)
+    streams.fit(streams.plan.need([layer], options.k_step))
     try:
         if rule is not None:
             mask = fitting(streams, place, lambda: choose_mask(*sparsegpt_problem(layer, streams), rule))

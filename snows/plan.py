@@ -26,6 +26,7 @@ from snows.window import Window
 
 GIB = 2**30
 MICRO_BATCH = 2**30  # bytes that a micro-batch may need on the host, if there is four times as much
+GPU_MICRO_BATCH = 2**33  # and on a device of its own
 LINEAR = (operator.add, torch.add, F.linear, F.conv2d)  # functions that keep no slope
 VECTORS = 12  # of the unknown's size that the solver holds at a time, its products' included
 
@@ -59,12 +60,12 @@ class Budget:
     @property
     def micro_batch(self) -> int:
         """Bytes for the linearisation of one micro-batch, with what comes and goes beside it."""
-        return self.device // 4 if self.apart else min(MICRO_BATCH, self.device // 4)
+        return min(GPU_MICRO_BATCH if self.apart else MICRO_BATCH, self.device // 4)
 
-    @property
-    def kept(self) -> int:
-        """Bytes for the linearisations of other micro-batches, so that products need not compute them again."""
-        return self._half(self.device)
+    def kept(self, vectors: int) -> int:
+        """Bytes for what products need not compute again, beside the solver's vectors of the work at hand."""
+        beside = vectors + self.micro_batch + self.inverses(ALL_BYTES) + self.features("device")
+        return max(0, self.device - beside)
 
     def inverses(self, most: int) -> int:
         """Bytes for a preconditioner's inverses: `most`, where there is four times as much."""

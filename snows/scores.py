@@ -163,6 +163,7 @@ def select(
         if mask_alg != "MP":
             check_inputs(mask_alg, chosen, network)
         if mask_alg in ("Wanda", "OBS") or (mask_alg == "SparseGPT" and pattern.compares_layers):
+            streams().check_fits(chosen, options)
             depth = options.k_step if mask_alg == "OBS" else 0
             streams().fit(max(streams().plan.need([layer], depth) for layer in chosen))
             weights = fitting(streams(), "the scores", lambda: scores(mask_alg, chosen, streams().sparse, options))

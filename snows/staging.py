@@ -68,9 +68,14 @@ class Staging:
         self.up, self.down = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self.buffer = torch.empty(0, dtype=torch.uint8)
         self.busy: torch.cuda.Event | None = None  # over once the buffer may be written to again
+        self.asked: torch.cuda.Event | None = None  # over once what was asked of the device at the last upload is done
 
     def upload(self, values: Any) -> Upload:
-        """Begin to copy values of the host to the device."""
+        """Begin to copy values of the host to the device, which is at most one upload's work behind."""
+        if self.asked is not None:
+            self.asked.synchronize()  # else uploads that were used would wait on the device, outside of every budget
+        self.asked = torch.cuda.Event()
+        self.asked.record(torch.cuda.current_stream(self.device))
         leaves, spec = tree_flatten(values)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         moved, arrived = [], torch.cuda.Event()

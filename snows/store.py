@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from snows.errors import WriteError
-from snows.memory import is_gpu
-from snows.staging import Staging, extent, laid_flat, nbytes, places
+from snows.memory import is_gpu, is_out_of_memory
+from snows.staging import Staging, Upload, extent, laid_flat, nbytes, places
 
 LARGE = 2**30  # bytes of images that are not held in memory alone
 SCRATCH = "snows-scratch-"  # what the names of folders with such files begin with
@@ -53,34 +53,39 @@ class Held:
 
     def __init__(self, store: Store, place: str, values: Values, size: int, path: Path | None = None):
         self.store, self.place, self.values, self.path = store, place, values, path
-        self.pending = None  # an upload that was begun
+        self.pending: tuple[Collection | None, Upload] | None = None  # of which values, an upload that was begun
         weakref.finalize(self, store._give_back, place, size, path)
 
-    def expect(self) -> None:
-        """Begin to move the values to the device, to be read there next, where that can go on beside other work."""
-        if self.pending is None and self.place != "device" and self.store.staging is not None:
-            self.store.expect_only(self)
-            self.pending = self.store.staging.upload(self._on_host())
+    def expect(self, names: Collection | None = None) -> None:
+        """Begin to move values to the device, to be read there next, where that can go on beside other work."""
+        if self.place == "device" or self.store.staging is None:
+            return
+        try:
+            self.pending = names, self.store.staging.upload(self._named(names))
+        except (RuntimeError, MemoryError) as error:  # then they are moved when they are read
+            if not is_out_of_memory(error):
+                raise
 
     def get(self, names: Collection | None = None) -> Values:
         """The values on the device, all of them or those that are named."""
-        if self.pending is not None:
-            values, self.pending = self.pending.result(), None
-            return {name: value for name, value in values.items() if names is None or name in names}
-        values = {n: v for n, v in self._on_host().items() if names is None or n in names}
+        (expected, upload), self.pending = self.pending or (None, None), None
+        if upload is not None and expected == names:
+            return upload.result()
+        values = self._named(names)
         if self.place == "device" or self.store.on_host:
             return values
         if self.store.staging is not None:
             return self.store.staging.upload(values).result()
         return tree_map_only(Tensor, lambda tensor: tensor.to(self.store.device), values)
 
-    def _on_host(self) -> Values:
-        """The values where they lie."""
+    def _named(self, names: Collection | None) -> Values:
+        """The values that are named, or all, where they lie."""
+        values = {name: value for name, value in self.values.items() if names is None or name in names}
         if self.path is None:
-            return self.values
+            return values
         size = self.path.stat().st_size
         content = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8) if size else None
-        return tree_map_only(_Mapped, lambda tensor: tensor.of(content), self.values)
+        return tree_map_only(_Mapped, lambda tensor: tensor.of(content), values)
 
 
 class Store:
@@ -100,7 +105,6 @@ class Store:
         self.held = dict.fromkeys(self.room, 0)
         self.staging = Staging(self.device) if is_gpu(device) else None
         self.cache_dir, self.numbers = cache_dir, count()
-        self.expected: weakref.ref[Held] | None = None
         self._folder: Path | None = None
 
     def put(self, values: Values, files: bool = True) -> Held | None:
@@ -121,13 +125,6 @@ class Store:
         self.held[place] += size
         self.most[place] = max(self.most[place], self.held[place])
         return Held(self, place, values, size, path)
-
-    def expect_only(self, held: Held) -> None:
-        """Forget an upload that was expected before and not asked for: one at a time takes room on the device."""
-        before = self.expected() if self.expected is not None else None
-        if before is not None:
-            before.pending = None
-        self.expected = weakref.ref(held)
 
     def _download(self, values: Values) -> Values:
         if self.staging is not None:
@@ -150,8 +147,10 @@ class Store:
                     file.seek(start)
                     file.write(laid_flat(tensor).view(torch.uint8).numpy())
                 file.truncate(end)
-        except OSError as error:
+        except BaseException as error:
             path.unlink(missing_ok=True)
+            if not isinstance(error, OSError):
+                raise
             raise WriteError(
                 f"cannot write {path}: {error.strerror}. It holds features that do not fit the memory: name a folder "
                 f"with more room (--cache_dir), or raise --memory_budget."
@@ -170,12 +169,11 @@ class Store:
             try:
                 parent.mkdir(parents=True, exist_ok=True)
                 remove_left_over(parent)
-                self._folder = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=parent))
+                folder, lock = own_folder(parent)
             except OSError as error:
                 raise WriteError(f"cannot write into {parent}: {error.strerror} (--cache_dir).") from error
-            lock = os.open(self._folder, os.O_RDONLY)  # held while this process lives: see remove_left_over
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            weakref.finalize(self, _remove, self._folder, lock)
+            weakref.finalize(self, _remove, folder, lock)
+            self._folder = folder
         return self._folder
 
 
@@ -192,6 +190,7 @@ def room_for(shape: torch.Size, dtype: torch.dtype, cache_dir: str = "") -> Tens
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix=SCRATCH, dir=parent) as file:
+            take_lock(file.fileno())
             os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would end the process at a later page
             return torch.from_file(file.name, shared=True, size=shape.numel(), dtype=dtype).view(shape)
     except OSError as error:
@@ -206,20 +205,43 @@ def _remove(folder: Path, lock: int) -> None:
     os.close(lock)
 
 
-def remove_left_over(parent: Path) -> None:
-    """Remove the folders of runs that were killed: nobody holds their lock any more."""
-    for folder in parent.glob(f"{SCRATCH}*"):
+def own_folder(parent: Path) -> tuple[Path, int]:
+    """(a new folder, its lock, held while this process lives), which no other run removes as left over."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=parent))
         try:
             lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # another run took it for left over, before it was locked
+            continue
+        if take_lock(lock) is not False and folder.exists():
+            return folder, lock
+        os.close(lock)
+
+
+def take_lock(file: int) -> bool | None:
+    """Whether the lock of an open file or folder is ours now; None where the file system has none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def remove_left_over(parent: Path) -> None:
+    """Remove what runs that were killed have left: nobody holds its lock any more."""
+    for path in parent.glob(f"{SCRATCH}*"):
+        try:
+            lock = os.open(path, os.O_RDONLY)
         except OSError:  # another user's, or gone by now
             continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        except OSError:
-            pass  # a run that is still going
-        finally:
-            os.close(lock)
+        if take_lock(lock):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        os.close(lock)
 
 
 def default_cache_dir() -> Path:

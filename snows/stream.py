@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -30,6 +32,7 @@ class Stream:
         self.store = Store(device) if store is None else store
         self.sizes = [len(batch) for batch in batches]  # images in each micro-batch
         self.held: list[Held | None] = [None] * len(batches)  # None: the images themselves
+        self.expected: weakref.ref[Held] | None = None
         self.cut = 1  # the position of the first node that has not run
 
     def __len__(self) -> int:
@@ -45,10 +48,15 @@ class Stream:
             self.held[index] = self.store.put(self._images(index))
         return self.held[index].get(nodes)
 
-    def expect(self, index: int) -> None:
-        """Begin to move a micro-batch to the device, which is read next."""
-        if index < len(self) and self.held[index] is not None:
-            self.held[index].expect()
+    def expect(self, index: int, nodes: set[fx.Node] | None = None) -> None:
+        """Begin to move a micro-batch's values to the device; those that were expected before are forgotten."""
+        before = self.expected() if self.expected is not None else None
+        if before is not None:
+            before.pending = None
+        held = self.held[index] if index < len(self) else None
+        if held is not None:
+            held.expect(nodes)
+        self.expected = None if held is None else weakref.ref(held)
 
     @torch.no_grad()
     def advance(self, node: fx.Node) -> None:
@@ -56,10 +64,7 @@ class Stream:
         position, last_use = self.network.position, self.network.last_use
         end = position[node]
         steps = [step for step in self.network.nodes[self.cut : end] if step.op != "get_attr"]
-        self.cut = end
-        if not steps:
-            return
-        for i in range(len(self)):
+        for i in range(len(self) if steps else 0):
             values = self._images(i) if self.held[i] is None else self.held[i].get()
             self.held[i] = None  # its room is free for what follows
             self.expect(i + 1)
@@ -69,6 +74,7 @@ class Stream:
                     if last_use[read] <= position[step]:
                         values.pop(read, None)
             self.held[i] = self.store.put({n: v for n, v in values.items() if last_use[n] >= end})
+        self.cut = end
 
     def _images(self, index: int) -> Values:
         return {self.network.input: laid_out(self.batches[index].to(self.device), self.device)}

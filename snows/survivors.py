@@ -73,7 +73,6 @@ def solve_layer(
         Unsolvable: an operation behind the layer has no derivative.
         UsageError: the solver gives back something else than a solution.
     """
-    streams.fit(streams.plan.need([layer], options.k_step))
     streams.advance(layer, options.targets)
     start = Solution(masked(streams.network, layer, mask))
     if options.w_warm:
@@ -85,7 +84,9 @@ def solve_from(
     start: Solution, layer: Layer, mask: Tensor, streams: Streams, options: Options, solver: Callable[..., Solution]
 ) -> Solution:
     """Solve a layer, at which both streams stand, from a weight on its support."""
-    objective = reconstruction(layer, streams.sparse, streams.dense, options, streams.kept_bytes, streams.groups)
+    objective = reconstruction(
+        layer, streams.sparse, streams.dense, options, streams.kept_bytes([layer]), streams.groups
+    )
     unknown, support = objective.join(start.weight), objective.join(mask, True)
     precondition, kept = None, f"layer {layer.name} keeps its masked weights"
     with explained(objective.window):

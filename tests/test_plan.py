@@ -1,5 +1,6 @@
 """What a job will hold is known before it begins, and what does not fit is cut, written to files or computed again."""
 
+import copy
 import gc
 
 import pytest
@@ -165,5 +166,71 @@ def test_a_budget_has_room_for_all_that_a_job_holds():
     for device in (2**31, 2**33, 2**36):
         for vectors in (0, 2**30):
             budget = Budget(device, device, vectors, asked=True)
-            uses = budget.features("host") + budget.kept + budget.micro_batch + vectors + budget.inverses(2**30)
-            assert uses <= device or vectors > device // 2
+            uses = budget.features("host") + budget.micro_batch + vectors + budget.inverses(2**30)
+            assert uses + budget.kept(vectors) <= device or vectors > device // 2
+
+
+@pytest.mark.parametrize("share", [1.5, 1.9, 4.0])
+def test_a_budget_that_one_image_fits_solves_every_layer(share):
+    """Also where the vectors of the joint steps leave nothing for graphs to be kept."""
+    model = randomise(nn.Sequential(nn.Flatten(), nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 64))).float()
+    images = torch.randn(8, 4, 8, 8)
+    options = snows.Options(schedule=0, joint_steps=1, joint_CG_iterations=1, max_CG_iterations=1)
+    network = Network(model)
+    streams = Streams(network, [images], "cpu", options)
+    least = streams.plan.vectors(network.layers) + 2 * streams.plan.need(network.layers, 9)
+    budget = (memory.used_memory("cpu") + share * least) / 2**30
+    pruned = snows.prune(model, images, snows.NM(2, 4), options.but(memory_budget=budget))
+    assert not pruned.problems
+    assert {layer.batch_size for layer in pruned.layers} >= {8}
+
+
+@pytest.mark.parametrize("algo", ["SNOWS", "SparseGPT", "MP"])
+def test_a_run_that_goes_on_cuts_its_micro_batches_as_it_would_have(tiny, images, algo, monkeypatch):
+    """Whatever sets the layers, and where masks are chosen in turn."""
+    monkeypatch.setattr(snows.plan, "MICRO_BATCH", 24000)
+    options, steps = snows.Options(schedule=0, sweeps=1, joint_steps=0, batch_size=20), []
+    images = images.repeat(4, 1, 1, 1)
+    job = dict(mask_alg="SparseGPT", algo=algo)
+    whole = snows.prune(
+        tiny, images, snows.NM(1, 2), options, **job, on_step=lambda step, _: steps.append(copy.deepcopy(step))
+    )
+    sizes = [layer.batch_size for layer in whole.layers]
+    assert len(set(sizes)) > 1
+    for count in range(len(steps)):
+        again = snows.prune(tiny, images, snows.NM(1, 2), options, **job, finished=steps[:count])
+        assert [layer.batch_size for layer in again.layers] == sizes
+        assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True))
+
+
+def test_a_layer_that_fits_in_no_way_does_not_cut_the_others_micro_batches(tiny, images):
+    def never(objective, *args, **settings):
+        if objective.window.layer.name == "grouped":
+            raise MemoryError
+        return snows.solver.solve(objective, *args, **settings)
+
+    pruned = snows.prune(tiny, images, snows.NM(1, 2), snows.Options(batch_size=5, joint_steps=0), solver=never)
+    assert list(pruned.problems) == ["grouped"]
+    assert {layer.batch_size for layer in pruned.layers} == {5}
+
+
+@pytest.mark.parametrize("mask_alg", ["MP", "Wanda", "OBS"])
+def test_what_does_not_fit_is_refused_before_scores_are_computed(tiny, images, mask_alg, monkeypatch):
+    monkeypatch.setattr(snows.scores, "scores", lambda *args: pytest.fail("computed"))
+    with pytest.raises(snows.SnowsError, match="before anything was computed"):
+        snows.prune(tiny, images, snows.NM(1, 2), snows.Options(memory_budget=1e-9), mask_alg=mask_alg)
+
+
+def test_masks_and_checks_are_computed_in_the_precision_of_the_rest(tiny, images, monkeypatch):
+    seen, scores = set(), snows.scores.scores
+
+    def watched(*args):
+        seen.add(torch.backends.cuda.matmul.fp32_precision)
+        return scores(*args)
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    monkeypatch.setattr(snows.scores, "scores", watched)
+    options = snows.Options(precision="highest", schedule=1, joint_steps=0)
+    snows.prune(tiny, images, snows.Unstructured(0.5), options, mask_alg="Wanda")
+    assert seen == {"ieee"}
+    assert torch.backends.cuda.matmul.fp32_precision == before

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 
 from snows import store as stores
 from snows.errors import WriteError
+from snows.graph import Network
 from snows.staging import Staging, extent, nbytes
-from snows.store import Store, is_in_memory, room_for
+from snows.store import Store, is_in_memory, remove_left_over, room_for
+from snows.stream import Stream
 
 LAYOUTS = {
     "contiguous": lambda: torch.randn(3, 4, 5),
@@ -95,6 +98,29 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert held.get()["x"].equal(torch.arange(3))
 
 
+def test_a_folder_that_another_run_takes_for_left_over_before_it_is_locked_is_replaced(tmp_path, monkeypatch):
+    made, mkdtemp = [], tempfile.mkdtemp
+
+    def raced(**how):
+        made.append(mkdtemp(**how))
+        if len(made) == 1:
+            remove_left_over(tmp_path)  # another process, just now
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", raced)
+    store = Store("cpu", host_bytes=0, cache_dir=str(tmp_path))
+    held = store.put({"x": torch.arange(10)})
+    assert held.get()["x"].equal(torch.arange(10))
+    assert os.listdir(tmp_path) == [store.folder.name]
+    assert len(made) == 2
+
+
+def test_a_file_of_images_that_was_left_is_removed_too(tmp_path):
+    (tmp_path / "snows-scratch-left").write_bytes(b"images")
+    remove_left_over(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_full_disk_and_a_folder_that_cannot_be_written_end_in_one_line(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -155,6 +181,27 @@ def staging(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Event(log))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append("record_stream"))
     return SimpleNamespace(copies=Staging(torch.device("cpu")), log=log)
+
+
+def test_what_is_expected_is_uploaded_once_and_what_is_not_asked_for_is_forgotten(staging, tiny, images):
+    """Two streams in turn, as an objective reads them whose targets are computed again."""
+    store, network = Store("cpu"), Network(tiny)
+    store.on_host, store.staging, begun = False, staging.copies, []
+    upload = staging.copies.upload
+    staging.copies.upload = lambda values: begun.append(1) or upload(values)
+    streams = [Stream(network, network.model, list(images.split(1)), "cpu", store) for _ in range(2)]
+    for stream in streams:
+        stream.advance(network.layers[1].node)
+    begun.clear()
+    for i in range(5):
+        for stream in streams:
+            stream.read(i)
+            stream.expect(i + 1)
+    assert len(begun) == 10
+    assert all(held.pending is None for stream in streams for held in stream.held)
+    streams[0].expect(2)
+    streams[0].expect(3)
+    assert [held.pending is not None for held in streams[0].held] == [False, False, False, True, False]
 
 
 def test_copies_by_way_of_the_buffer_are_exact_and_wait_for_it(staging):
