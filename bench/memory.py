@@ -113,7 +113,7 @@ def main():
                     done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=errors, text=True)
                     errors.seek(0)
                     failed = (errors.read().strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-                found = json.loads(done.stdout) if done.returncode == 0 else {"failed": failed}
+                found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": failed}
                 row = {"commit": commit.stdout.strip(), "job": job, "images": images, "budget_gib": budget, **found}
                 rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
                 environment = run_folder.environment("cpu")

@@ -216,6 +216,43 @@ def checkpointing() -> str:
     return table(["network", "layers written", "MiB written", "share of the run's time"], cells)
 
 
+def memory() -> str:
+    """One row per job and number of images: the host's peak before budgets held, now, and what 3,000 images would take.
+
+    The last: the peak of the most images, and what each image adds to it: itself, and nothing else once a budget bites.
+    """
+    rows = load("memory.json")["rows"]
+    old = rows[0]["commit"]
+    peaks = {
+        (row["commit"] == old, row["job"], row["budget_gib"], row["images"]): row.get("peak_bytes") for row in rows
+    }
+    jobs = dict.fromkeys(row["job"] for row in rows if row["commit"] != old)
+
+    def gib(before: bool, job: str, budget: float, images: int) -> str:
+        found = peaks.get((before, job, budget, images))
+        return "" if found is None else f"{found / 2**30:.1f}"
+
+    cells = []
+    for job in jobs:
+        counts = sorted({images for before, name, _, images in peaks if name == job and not before})
+        for images in counts:
+            ours = [
+                gib(before, job, budget, images) for before, budget in ((True, 0), (True, 8), (False, 0), (False, 8))
+            ]
+            last = peaks[False, job, 8.0, counts[-1]] + (3000 - counts[-1]) * 3 * 224 * 224 * 4
+            cells.append([job, images, *ours, f"{last / 2**30:.1f}" if images == counts[-1] else ""])
+    header = [
+        "job",
+        "images",
+        "before",
+        "before, 8 GiB asked",
+        "now",
+        "**now, 8 GiB asked**",
+        "3,000 images, 8 GiB asked",
+    ]
+    return table(header, cells)
+
+
 TABLES = {
     "default": lambda: default("resnet20_digits.json"),
     "vit_default": lambda: default("vit_digits.json"),
@@ -232,6 +269,7 @@ TABLES = {
     "permute": permuted,
     "products": products,
     "checkpointing": checkpointing,
+    "memory": memory,
 }
 
 

@@ -88,7 +88,7 @@ def main():
             point = {**START, name: value}
             command = [sys.executable, __file__, "--device", args.device, "--one", *map(str, point.values())]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
-            rows.append({"varied": name, **point, **json.loads(done.stdout)})
+            rows.append({"varied": name, **point, **json.loads(done.stdout.splitlines()[-1])})
             print(rows[-1], flush=True)
     environment = run_folder.environment(args.device)
     record = {"machine": environment["machine"], "environment": environment, "slopes": slopes(rows), "rows": rows}

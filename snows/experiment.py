@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from snows.masks import NM, Pattern
 from snows.memory import is_out_of_memory
 from snows.permute import permute
 from snows.pipeline import prune
+from snows.precision import make_deterministic
 from snows.registry import Known, load_classifier, load_data
 from snows.report import write_report
 from snows.result import Pruned, Step, sparsity
@@ -35,13 +35,6 @@ from snows.survivors import SETTLED
 
 Layers = Callable[[str], bool]  # whether to prune a layer, by its name
 FAR_FROM_STATED = 1.0  # percent points between measured and stated dense accuracy that call for a warning
-
-
-def make_deterministic() -> None:
-    """Let torch choose algorithms that give the same bits every time, or refuse where it has none."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True)
 
 
 def permuted(model: nn.Module, pattern: NM, layers: Callable[[str], bool]) -> nn.Module:
@@ -130,7 +123,7 @@ class Experiment:
     def masked(self, seed: int) -> Pruned:
         """The network with its masks, as that seed's images choose them, and nothing solved."""
         args, chosen = self.args, options.from_flags(self.args, seed)
-        images = None if args.mask_alg == "MP" else self.data.calibration(args.ngrads, seed, args.mirror)[0]
+        images = None if args.mask_alg == "MP" else self.calibration(seed)[0]
         return prune(
             *(self.model, images, self.pattern, chosen),
             mask_alg=args.mask_alg,
@@ -138,6 +131,11 @@ class Experiment:
             layers=self.layers,
             device=args.device,
         )
+
+    def calibration(self, seed: int) -> tuple[torch.Tensor, list[int]]:
+        """The images that a seed draws, and their indices."""
+        args = self.args
+        return self.data.calibration(args.ngrads, seed, args.mirror, options.from_flags(args, seed).cache_dir)
 
     def masked_accuracy(self, seed: int, masked: Pruned | None = None) -> float | None:
         """Percent of the masked network, measured once for each set of masks."""
@@ -204,7 +202,7 @@ class Experiment:
         """What is known before the first layer, written into the folder or compared with it, and the images."""
         args = self.args
         blind = algo == args.mask_alg == "MP"
-        images, indices = (None, []) if blind else self.data.calibration(args.ngrads, seed, args.mirror)
+        images, indices = (None, []) if blind else self.calibration(seed)
         environment = run_folder.environment(args.device)
         metrics = {
             **self.common,

@@ -1,7 +1,8 @@
-"""How a GPU multiplies numbers of single precision."""
+"""How a GPU computes: how precisely it multiplies, and whether to the same bits every time."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,3 +26,10 @@ def precision(name: str) -> Iterator[None]:
     finally:
         for switch, value in zip(switches, before):
             switch.fp32_precision = value
+
+
+def make_deterministic() -> None:
+    """Let torch choose algorithms that give the same bits every time, or refuse where it has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)

@@ -18,6 +18,7 @@ import snows
 from snows.calibration import Streams
 from snows.evaluate import accuracy
 from snows.graph import Network
+from snows.permute import permute
 from snows.result import Step
 from snows.solver import solve
 from snows.store import Store
@@ -115,7 +116,23 @@ class Functional(nn.Module):
         return F.linear(x.mean(1), self.head.weight, self.head.bias)
 
 
-NETWORKS = {"modules": TinyCNN, "functions": Functional}
+class Transformer(nn.Module):
+    """A block as torchvision writes it: its attention's projections are functions on the module's parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(2, 4, 2, stride=2), nn.LayerNorm(4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.mlp, self.head = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)  # (n, 4, 4)
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return self.head((x + self.mlp(x)).mean(1))
+
+
+NETWORKS = {"modules": TinyCNN, "functions": Functional, "a transformer": Transformer}
 
 
 def network(name):
@@ -210,6 +227,17 @@ def test_a_job_on_a_device_goes_on_from_steps_on_the_host(tiny, images, job):
         for name, weight in reference.model.state_dict().items():
             torch.testing.assert_close(resumed.model.state_dict()[name], weight, rtol=1e-9, atol=1e-9)
         assert all(torch.equal(mask, reference.masks[name]) for name, mask in resumed.masks.items())
+
+
+def test_a_permuted_network_on_a_device_gives_what_it_gives_on_the_cpu(images):
+    model = randomise(nn.Sequential(nn.Conv2d(2, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(64, 3)))
+    permuted = permute(model, snows.NM(2, 4))
+    assert permuted.kept
+    options = snows.Options(batch_size=2, max_CG_iterations=2, joint_steps=1, joint_CG_iterations=2)
+    job = (permuted.model, images, snows.NM(2, 4), options)
+    ours, reference = (snows.prune(*job, device=device).model.state_dict() for device in ("pretend", "cpu"))
+    for name, weight in reference.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-9, atol=1e-9)
 
 
 def test_accuracy_is_measured_on_a_device(tiny, images):
