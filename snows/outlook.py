@@ -68,10 +68,11 @@ def outlook(plan: Plan, budget: Budget, masks: Masks, options: Options, largest:
     inverse = min(sum(inverses), ALL_BYTES) if options.joint_steps else max(inverses, default=0)
     in_files = f" (what exceeds {gib(budget.room)} in files)" if streams > budget.room else ""
     again = " (computed again where they find no room)" if streams + targets > budget.room else ""
-    smallest, most = min(work.images for work in chosen), max(work.images for work in chosen)
+    sizes = sorted({work.images for work in chosen})
+    images = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
     return (
         f"memory: {gib(budget.device)} to use; {plan.images} images take up to {gib(streams)} on their way{in_files} "
-        f"and {gib(targets)} of targets{again}; a micro-batch of {smallest} to {most} images "
+        f"and {gib(targets)} of targets{again}; a micro-batch of {images} images "
         f"{gib(max(work.need * work.images for work in chosen))}; the solver's vectors "
         f"{gib(max(work.vectors for work in chosen))}, inverses {gib(inverse)}"
     )
