@@ -70,7 +70,8 @@ def cifar(args: argparse.Namespace) -> dict:
     """0.7 unstructured, K = 20, 3,000 images, Newton steps on mini-batches of 512: the command users have."""
     model = ResNet(20, 10)
     load_checkpoint(model, args.checkpoint)
-    images = torch.from_numpy(np.load(args.dset)["x_train"][: args.scale * 12]).permute(0, 3, 1, 2) / 127.5 - 1
+    images = torch.from_numpy(np.load(args.dset)["x_train"][: min(3000, 12 * args.scale)])
+    images = images.permute(0, 3, 1, 2) / 127.5 - 1
     options = snows.Options(k_step=20, batch_size=512, batching=True)
     return job(model, images, snows.Unstructured(0.7, 0.8), options, args.device)
 
