@@ -151,7 +151,7 @@ def fitting(
 
 
 def micro_batches(network: Network, calibration: Tensor | Iterable, batch_size: int, k_step: int) -> list[Tensor]:
-    """The calibration images in micro-batches, the last one short, once they are known to run through the line.
+    """The calibration images in mini-batches, the last one short, once they are known to run through the line.
 
     k_step: of the windows, which are checked too; `network` refuses layers whose windows do not hold.
     """

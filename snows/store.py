@@ -93,7 +93,7 @@ class Store:
 
     device_bytes, host_bytes: the room on the device and on the host (one and the same where the device is the CPU: the
         host's counts). cache_dir: where files go, those that a run left when it was killed are removed from there;
-        None: the first of the system's folders for such files that is not itself in memory.
+        "": the first of the system's folders for such files that is not itself in memory.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Store:
     ):
         self.device, self.on_host = torch.device(device), torch.device(device).type == "cpu"
         self.room = {"device": 0 if self.on_host else device_bytes, "host": host_bytes, "files": 2**62}
-        self.most = dict.fromkeys(self.room, 0)  # bytes that were ever held in each place at a time
+        self.most = dict.fromkeys(self.room, 0)  # bytes held in each place at a time, at the most
         self.held = dict.fromkeys(self.room, 0)
         self.staging = Staging(self.device) if is_gpu(device) else None
         self.cache_dir, self.numbers = cache_dir, count()
