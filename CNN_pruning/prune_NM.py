@@ -7,8 +7,8 @@ With no flags: the ResNet-20 that ships in checkpoints/, on scikit-learn's handw
 
 import utils
 
-from snows import experiment, flags
-from snows.shell import shell
+from snows.cli import experiment, flags
+from snows.cli.shell import shell
 
 
 def main():

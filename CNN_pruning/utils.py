@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-runpy.run_path(str(ROOT / "snows" / "loading.py"))  # what follows takes seconds
+runpy.run_path(str(ROOT / "snows" / "cli" / "loading.py"))  # what follows takes seconds
 sys.path.insert(0, str(ROOT))  # a plain checkout works without installation
 
 import timm
@@ -19,9 +19,9 @@ import torch
 from resnet_cifar import ResNet
 from torch import nn
 
-from snows.classifier import Classifier, cifar_transform
-from snows.data import normalised
-from snows.registry import fetch, shipped
+from snows.zoo.classifiers import Classifier, cifar_transform
+from snows.zoo.images import normalised
+from snows.zoo.registry import fetch, shipped
 
 # depth, classes -> (release file, accuracy in percent on the official test set, as its authors state it)
 HUB = "https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet/"

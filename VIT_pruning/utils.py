@@ -13,13 +13,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-runpy.run_path(str(ROOT / "snows" / "loading.py"))  # what follows takes seconds
+runpy.run_path(str(ROOT / "snows" / "cli" / "loading.py"))  # what follows takes seconds
 sys.path.insert(0, str(ROOT))  # a plain checkout works without installation
 
 from vit_small import vit_cifar10, vit_digits
 
-from snows.data import normalised
-from snows.registry import shipped
+from snows.zoo.images import normalised
+from snows.zoo.registry import shipped
 
 KNOWN = {
     "vit_digits": shipped(vit_digits, normalised((0.5,), (0.5,)), "vit_digits.safetensors", accuracy=94.97),

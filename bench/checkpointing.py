@@ -24,10 +24,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning")]
 from resnet_cifar import ResNet  # noqa: E402
 
 import snows  # noqa: E402
-from snows import data, run_folder  # noqa: E402
-from snows.classifier import load_checkpoint  # noqa: E402
-from snows.journal import Journal  # noqa: E402
-from snows.shell import shell  # noqa: E402
+from snows.cli import run_folder  # noqa: E402
+from snows.cli.journal import Journal  # noqa: E402
+from snows.cli.shell import shell  # noqa: E402
+from snows.zoo import images as data  # noqa: E402
+from snows.zoo.classifiers import load_checkpoint  # noqa: E402
 
 ANY = lambda name: True  # noqa: E731
 

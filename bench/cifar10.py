@@ -20,10 +20,10 @@ from rows import Results  # noqa: E402
 from vit_small import vit_cifar10  # noqa: E402
 
 import snows  # noqa: E402
-from snows import data  # noqa: E402
-from snows.classifier import load_checkpoint  # noqa: E402
-from snows.evaluate import accuracy  # noqa: E402
-from snows.shell import shell  # noqa: E402
+from snows.cli.shell import shell  # noqa: E402
+from snows.zoo import images as data  # noqa: E402
+from snows.zoo.classifiers import load_checkpoint  # noqa: E402
+from snows.zoo.evaluate import accuracy  # noqa: E402
 
 PATTERNS = {f"unstructured {share}": snows.Unstructured(share) for share in (0.5, 0.6, 0.7, 0.8, 0.9)}
 PATTERNS |= {"2:4": snows.NM(2, 4), "1:4": snows.NM(1, 4), "4:8": snows.NM(4, 8)}

@@ -20,12 +20,13 @@ from cifar10 import ROOT, Bench
 from rows import Results
 
 import snows
-from snows import options, run_folder
+from snows import options
+from snows.cli import run_folder
+from snows.cli.shell import shell
 from snows.errors import UsageError
-from snows.evaluate import accuracy
-from snows.scores import LAYER_WISE, MASK_ALGORITHMS
-from snows.shell import shell
-from snows.survivors import SETTLED
+from snows.masks.saliency import LAYER_WISE, MASK_ALGORITHMS
+from snows.solve.layer import SETTLED
+from snows.zoo.evaluate import accuracy
 
 PATTERNS = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "1:4", "2:8")
 ALONE = {"SparseGPT": "SparseGPT"}  # what a mask's own method does with the survivors; the others keep them as they are

@@ -20,14 +20,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning"), str(ROOT / "VIT_pruning")]
 from resnet_cifar import ResNet  # noqa: E402
 from vit_small import vit_cifar10  # noqa: E402
 
-from snows import NM, Options, data, run_folder  # noqa: E402
-from snows.classifier import load_checkpoint  # noqa: E402
-from snows.graph import Layer, Network  # noqa: E402
-from snows.objective import reconstruction  # noqa: E402
-from snows.preconditioner import row_inverses  # noqa: E402
-from snows.shell import shell  # noqa: E402
-from snows.solver import backtrack, conjugate_gradients, dot, solve  # noqa: E402
-from snows.stream import Stream  # noqa: E402
+from snows import NM, Options  # noqa: E402
+from snows.calibration.stream import Stream  # noqa: E402
+from snows.cli import run_folder  # noqa: E402
+from snows.cli.shell import shell  # noqa: E402
+from snows.network.layers import Layer, Network  # noqa: E402
+from snows.solve.objective import reconstruction  # noqa: E402
+from snows.solve.preconditioner import row_inverses  # noqa: E402
+from snows.solve.solver import backtrack, conjugate_gradients, dot, solve  # noqa: E402
+from snows.zoo import images as data  # noqa: E402
+from snows.zoo.classifiers import load_checkpoint  # noqa: E402
 
 NETWORKS = {  # name -> (builder, three layers)
     "resnet20_cifar10": (lambda: ResNet(20, 10), ["layer1.1.conv1", "layer2.1.conv2", "layer3.1.conv1"]),

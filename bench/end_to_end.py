@@ -18,10 +18,10 @@ from cifar10 import PATTERNS, ROOT, Bench
 from rows import Results
 
 import snows
-from snows.evaluate import accuracy
-from snows.objective import Objective
-from snows.shell import shell
-from snows.solver import Solution
+from snows.cli.shell import shell
+from snows.solve.objective import Objective
+from snows.solve.solver import Solution
+from snows.zoo.evaluate import accuracy
 
 EVALUATIONS = 40  # gradients of a first-order solver, per layer
 ONE_PASS = snows.Options(schedule=0, joint_steps=0)

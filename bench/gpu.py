@@ -27,13 +27,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning")]
 from resnet_cifar import ResNet  # noqa: E402
 
 import snows  # noqa: E402
-from snows import memory, run_folder  # noqa: E402
-from snows.calibration import Streams  # noqa: E402
-from snows.classifier import load_checkpoint  # noqa: E402
-from snows.graph import Network  # noqa: E402
-from snows.objective import reconstruction  # noqa: E402
-from snows.precision import precision  # noqa: E402
-from snows.shell import shell  # noqa: E402
+from snows import memory  # noqa: E402
+from snows.calibration.streams import Streams  # noqa: E402
+from snows.cli import run_folder  # noqa: E402
+from snows.cli.shell import shell  # noqa: E402
+from snows.modes import precision  # noqa: E402
+from snows.network.layers import Network  # noqa: E402
+from snows.solve.objective import reconstruction  # noqa: E402
+from snows.zoo.classifiers import load_checkpoint  # noqa: E402
 
 
 def wait(device: str) -> None:

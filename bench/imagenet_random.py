@@ -19,9 +19,9 @@ import safetensors.torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from snows import run_folder  # noqa: E402
+from snows.cli import run_folder  # noqa: E402
+from snows.cli.shell import shell  # noqa: E402
 from snows.errors import SnowsError  # noqa: E402
-from snows.shell import shell  # noqa: E402
 
 SHARED = "--ngrads 64 --batch_size 16 --NM_N 2 --NM_M 4 --sweeps 1 --schedule 0"
 CNN = f"CNN_pruning/prune_NM.py {SHARED} --k_step 1 --max_CG_iterations 2"

@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 import snows  # noqa: E402
-from snows import run_folder  # noqa: E402
+from snows.cli import run_folder  # noqa: E402
+from snows.cli.shell import shell  # noqa: E402
 from snows.result import Step  # noqa: E402
-from snows.shell import shell  # noqa: E402
 
 FIRST = ("layer1.0.conv1", "layer1.0.conv2")
 BLOCK = tuple(f"encoder.layers.encoder_layer_0.{name}" for name in ("self_attention.in_proj", "mlp.0"))

@@ -15,9 +15,9 @@ from cifar10 import ROOT, Bench
 from rows import Results
 
 import snows
-from snows.evaluate import accuracy
-from snows.permute import permute
-from snows.shell import shell
+from snows.cli.shell import shell
+from snows.masks.permute import permute
+from snows.zoo.evaluate import accuracy
 
 PATTERNS = ("2:4", "1:4")
 ONE_PASS = snows.Options(schedule=0, joint_steps=0)

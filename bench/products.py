@@ -20,13 +20,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning"), str(ROOT / "VIT_pruning")]
 from resnet_cifar import ResNet  # noqa: E402
 from vit_small import vit_cifar10  # noqa: E402
 
-from snows import run_folder  # noqa: E402
-from snows.flags import whole  # noqa: E402
-from snows.graph import Layer, Network  # noqa: E402
-from snows.objective import reconstruction  # noqa: E402
+from snows.calibration.stream import Stream  # noqa: E402
+from snows.cli import run_folder  # noqa: E402
+from snows.cli.flags import whole  # noqa: E402
+from snows.cli.shell import shell  # noqa: E402
+from snows.network.layers import Layer, Network  # noqa: E402
 from snows.options import Options  # noqa: E402
-from snows.shell import shell  # noqa: E402
-from snows.stream import Stream  # noqa: E402
+from snows.solve.objective import reconstruction  # noqa: E402
 
 NETWORKS = {  # name -> (builder, pixels, batch)
     "resnet20_cifar10": (lambda: ResNet(20, 10), 32, 128),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from snows import run_folder
+from snows.cli import run_folder
 from snows.errors import UsageError
 
 

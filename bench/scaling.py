@@ -22,8 +22,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning")]
 from resnet_cifar import ResNet  # noqa: E402
 
 import snows  # noqa: E402
-from snows import run_folder  # noqa: E402
-from snows.shell import shell  # noqa: E402
+from snows.cli import run_folder  # noqa: E402
+from snows.cli.shell import shell  # noqa: E402
 
 START = {"images": 128, "k_step": 4, "depth": 20}
 VALUES = {"images": (64, 128, 256, 512), "k_step": (0, 1, 2, 4, 8, 16), "depth": (8, 14, 20, 32, 56)}

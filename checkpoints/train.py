@@ -27,9 +27,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning"), str(ROOT / "VIT_pruning")]
 from resnet_cifar import ResNet  # noqa: E402
 from vit_small import vit_cifar10, vit_digits  # noqa: E402
 
-from snows.data import load, normalised  # noqa: E402
-from snows.evaluate import accuracy  # noqa: E402
-from snows.shell import shell  # noqa: E402
+from snows.cli.shell import shell  # noqa: E402
+from snows.zoo.evaluate import accuracy  # noqa: E402
+from snows.zoo.images import load, normalised  # noqa: E402
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """SNOWS: one-shot pruning of vision networks by a Hessian-free second-order method (arXiv 2411.18376)."""
 
 from snows.errors import SnowsError, TraceError, UsageError
-from snows.masks import NM, Unstructured
+from snows.masks.patterns import NM, Unstructured
 from snows.options import Options
 from snows.pipeline import prune
 from snows.result import LayerRecord, Pruned, sparsity

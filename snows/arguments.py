@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from snows.errors import TraceError, UsageError, first_line
-from snows.masks import NM, Unstructured
+from snows.masks.patterns import NM, Unstructured
+from snows.masks.saliency import MASK_ALGORITHMS
 from snows.options import Options
-from snows.scores import MASK_ALGORITHMS
-from snows.survivors import ALGORITHMS
+from snows.solve.layer import ALGORITHMS
 
 
 def check(model: Any, pattern: Any, options: Any, mask_alg: str, algo: str, layers: Any, device: Any) -> None:

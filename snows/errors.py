@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class SnowsError(Exception):
     """Something that the user can mend; the message says what is wrong and what to do.
@@ -63,3 +65,15 @@ def exit_code(stop: KeyboardInterrupt) -> int:
 def first_line(error: BaseException) -> str:
     """What an error says first: the rest is for those who can mend the library that raised it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def by_reason(reasons: dict[str, str]) -> str:
+    """Names with the reason that they share, "a, b: too few; c: too many"."""
+    names = {reason: [name for name in reasons if reasons[name] == reason] for reason in reasons.values()}
+    return "; ".join(f"{listed(each)}: {reason}" for reason, each in names.items())
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first ten, and how many more."""
+    names = list(names)
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

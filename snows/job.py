@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from snows.errors import Interrupted, SnowsError, Unfinished, Unsolvable, first_line
-from snows.graph import Layer, Network, copied
-from snows.masks import Masks
+from snows.network.layers import Layer, Masks, Network, copied
 from snows.result import LayerRecord, Pruned, Step
-from snows.survivors import Way
+from snows.solve.layer import Way
 
 
 @dataclass

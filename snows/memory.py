@@ -1,4 +1,4 @@
-"""How much memory a device has left, and the most that was in use."""
+"""How much memory a device has left, the most that was in use, and what a job may use of it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,19 @@ import ctypes
 import resource
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from snows.options import Options
+
+GIB = 2**30
+MICRO_BATCH = 2**30  # bytes that a micro-batch may need on the host, if there is four times as much
+GPU_MICRO_BATCH = 2**33  # and on a device of its own
+MAX_BYTES = 2**29  # of all the inverses of a layer; beyond it each row's support is cut into smaller blocks
+ALL_BYTES = 2**30  # of the inverses of all layers together, in the joint steps
 
 Limit = tuple[int, int]  # bytes: the most that there may be, and what is in use
 
@@ -151,3 +161,81 @@ def kibibytes(file: Path, field: str) -> int:
     """The bytes that a line "field: n kB" of a /proc file states."""
     line = next(line for line in file.read_text().splitlines() if line.startswith(field + ":"))
     return 1024 * int(line.split()[1])
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that a job may use, besides what is in use when it begins.
+
+    device: where it computes. host: for what the device has no room for; the same where the device is the host.
+    asked: whether the caller set them, or they are what is free.
+    """
+
+    device: int
+    host: int
+    vectors: int = 0
+    asked: bool = False
+    apart: bool = False  # the device is not the host
+
+    @classmethod
+    def of(cls, options: Options, device: torch.device | str, vectors: int = 0) -> Budget:
+        """What `memory_budget` leaves beside the networks and images that are in memory already, or what is free.
+
+        vectors: bytes that the solver's vectors take at the most.
+        """
+        asked, places = int(options.memory_budget * GIB), (device, "cpu")
+        free = [free_memory(place) for place in places]
+        if asked:
+            free = [min(left, asked - used_memory(place)) for left, place in zip(free, places)]
+        return cls(*(max(0, left) for left in free), vectors, bool(asked), torch.device(device).type != "cpu")
+
+    @property
+    def micro_batch(self) -> int:
+        """Bytes for the linearisation of one micro-batch, with what comes and goes beside it."""
+        return min(GPU_MICRO_BATCH if self.apart else MICRO_BATCH, self.device // 4)
+
+    def kept(self, vectors: int) -> int:
+        """Bytes for what products need not compute again, beside the solver's vectors of the work at hand."""
+        beside = vectors + self.micro_batch + self.inverses(ALL_BYTES) + self.features("device")
+        return max(0, self.device - beside)
+
+    def inverses(self, most: int) -> int:
+        """Bytes for a preconditioner's inverses: `most`, where there is four times as much."""
+        return min(most, self.device // 4)
+
+    @property
+    def room(self) -> int:
+        """Bytes for streams and targets outside of files."""
+        return self.features("host") + (self.features("device") if self.apart else 0)
+
+    def features(self, place: str) -> int:
+        """Bytes for streams and targets on the device or on the host."""
+        return self._half(self.device if place == "device" or not self.apart else self.host)
+
+    def _half(self, total: int) -> int:
+        """Half of what is free; of a budget that was asked for, half of what the largest uses beside it leave."""
+        beside = self.vectors + self.micro_batch + self.inverses(ALL_BYTES) if self.asked else 0
+        return max(0, total - beside) // 2
+
+
+def halved_to_fit(largest: int, need: int, room: int) -> int:
+    """`largest` images, halved until they need no more than there is room for, or one is left."""
+    while largest > 1 and largest * need > room:
+        largest = (largest + 1) // 2
+    return largest
+
+
+def inverse_bytes(mask: Tensor, element_size: int) -> int:
+    """Bytes of the inverses of whole rows of a mask (out, in, ...), padded to the longest."""
+    rows = mask.flatten(1).sum(1)
+    return len(rows) * max(1, int(rows.max())) ** 2 * element_size
+
+
+def common_cap(needs: list[int], total: int) -> int:
+    """The most that each may have, where those that need less have what they need and all together have `total`."""
+    left = total
+    for i, need in enumerate(sorted(needs)):
+        if need * (len(needs) - i) > left:
+            return left // (len(needs) - i)
+        left -= need
+    return max(needs, default=0)

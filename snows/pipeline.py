@@ -12,21 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from snows import arguments
-from snows.calibration import Streams, fitting, micro_batches
+from snows.calibration.streams import Streams, fitting, micro_batches
 from snows.errors import Unsolvable, UsageError
-from snows.graph import Layer, Network
 from snows.job import Job
-from snows.joint import solve_jointly
-from snows.masks import NM, Masks, Pattern, Selection
+from snows.masks.patterns import NM, Pattern, Selection
+from snows.masks.saliency import check_inputs, select
+from snows.masks.sparsegpt import choose_mask
 from snows.memory import forget_peak, peak_memory
-from snows.modes import own_modes
+from snows.modes import own_modes, precision
+from snows.network.layers import Layer, Masks, Network
 from snows.options import Options
-from snows.precision import precision
 from snows.result import LayerRecord, Pruned, Step, zeros
-from snows.scores import check_inputs, select
-from snows.solver import Solution, solve
-from snows.sparsegpt import choose_mask
-from snows.survivors import SETTLED, Way, masked, set_layer, sparsegpt_problem
+from snows.solve.joint import solve_jointly
+from snows.solve.layer import SETTLED, Way, masked, set_layer, sparsegpt_problem
+from snows.solve.solver import Solution, solve
 
 log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
 
@@ -54,10 +53,10 @@ def prune(
         batches, bare or as (images, anything).
     pattern: Unstructured(...) or NM(...), or masks of your own: {layer name: boolean tensor, True where kept}, which
         stay as they are (options.schedule adds passes with the same masks).
-    mask_alg: which weights survive: "MP" (magnitude), "Wanda", "SparseGPT" or "OBS"; see snows/scores.py.
+    mask_alg: which weights survive: "MP" (magnitude), "Wanda", "SparseGPT" or "OBS"; see snows/masks/saliency.py.
     algo: how the survivors are set: "SNOWS"; "MP" (kept as they are); "MP+" (layer-wise least squares); "SparseGPT".
     layers: which layers to prune, by name; the others stay dense.
-    solver: minimises one layer's objective on its support; yours, with the arguments of snows.solver.solve.
+    solver: minimises one layer's objective on its support; yours, with the arguments of snows.solve.solver.solve.
     on_layer: called with each finished layer's record and the number of layers to prune.
     on_step: called with each layer just solved, to be kept, and the pruned model as it stands: the copy at work, on the
         device, to be looked at only.

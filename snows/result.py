@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from snows.masks import Masks
+from snows.network.layers import Masks
 
 JOINT = "all layers together"  # what stands for the layers in a joint step
 

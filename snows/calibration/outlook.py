@@ -1,0 +1,82 @@
+"""What a job will hold, said in a line before its first layer; or that not even one image fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from snows.calibration.plan import Plan
+from snows.errors import SnowsError
+from snows.memory import ALL_BYTES, GIB, MAX_BYTES, Budget, halved_to_fit, inverse_bytes
+from snows.network.inputs import can_factor
+from snows.network.layers import Layer, Masks
+from snows.options import Options
+
+
+@dataclass
+class Work:
+    """What is solved at once: a layer, or all of them in the joint steps; in bytes, and images per micro-batch."""
+
+    name: str
+    need: int  # per image
+    vectors: int
+    images: int
+
+
+def works(plan: Plan, budget: Budget, layers: list[Layer], options: Options, largest: int) -> list[Work]:
+    """One for each layer, and one for the joint steps, with micro-batches of at most `largest` images."""
+    groups = [(f"layer {layer.name}", [layer], options.k_step) for layer in layers]
+    if options.joint_steps:
+        groups.append(("all layers together, in the joint steps,", layers, len(plan.network.nodes)))
+    result = []
+    for name, chosen, k_step in groups:
+        need = plan.need(chosen, k_step)
+        images = halved_to_fit(largest, need, budget.micro_batch)
+        result.append(Work(name, need, plan.vectors(chosen), images))
+    return result
+
+
+def check_fits(budget: Budget, works: list[Work]) -> None:
+    """Refuse a job of which not even one image fits.
+
+    Raises:
+        SnowsError: it says of what, with the numbers.
+    """
+    for work in works:
+        if work.need + work.vectors > budget.device:
+            raise SnowsError(
+                f"out of memory before anything was computed: {work.name} needs about {gib(work.need)} for one image "
+                f"and {gib(work.vectors)} for the solver's vectors, and {gib(budget.device)} are left beside the "
+                f"networks and the images: raise --memory_budget, lower --k_step, or leave the joint steps out "
+                f"(--joint_steps 0)."
+            )
+
+
+def outlook(plan: Plan, budget: Budget, masks: Masks, options: Options, largest: int) -> str:
+    """A line that says what solving the layers of `masks` will hold.
+
+    Raises:
+        SnowsError: not even one image fits.
+    """
+    network, layers = plan.network, [layer for layer in plan.network.layers if layer.name in masks]
+    chosen = works(plan, budget, layers, options, largest)
+    check_fits(budget, chosen)
+    streams = (2 if options.targets == "dense" else 1) * plan.images * max(map(plan.cut, layers))
+    targets = plan.images * max(plan.targets(layer, options.k_step) for layer in layers)
+    size = next(network.model.parameters()).element_size()
+    rows = [inverse_bytes(masks[layer.name], size) for layer in layers if can_factor(network, layer)]
+    inverses = [min(MAX_BYTES, each) for each in rows]
+    inverse = min(sum(inverses), ALL_BYTES) if options.joint_steps else max(inverses, default=0)
+    in_files = f" (what exceeds {gib(budget.room)} in files)" if streams > budget.room else ""
+    again = " (computed again where they find no room)" if streams + targets > budget.room else ""
+    sizes = sorted({work.images for work in chosen})
+    images = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
+    return (
+        f"memory: {gib(budget.device)} to use; {plan.images} images take up to {gib(streams)} on their way{in_files} "
+        f"and {gib(targets)} of targets{again}; a micro-batch of {images} images "
+        f"{gib(max(work.need * work.images for work in chosen))}; the solver's vectors "
+        f"{gib(max(work.vectors for work in chosen))}, inverses {gib(inverse)}"
+    )
+
+
+def gib(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,108 @@
+"""What a job will hold, known from the shapes of one image's features before the first layer is solved.
+
+From it follow how many images a micro-batch may have for each window, and what is held or computed again. Both are
+decided by constants where the memory allows it, not by what happens to be free, so that the same job gives the same
+bits on machines of any size.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from snows.calibration.staging import nbytes
+from snows.network.layers import Layer, Network
+from snows.network.trace import call
+from snows.network.window import Window
+
+LINEAR = (operator.add, torch.add, F.linear, F.conv2d)  # functions that keep no slope
+VECTORS = 12  # of the unknown's size that the solver holds at a time, its products' included
+
+
+@dataclass
+class Plan:
+    """Bytes per image: of every node's output, and of what its linearisation keeps beside it."""
+
+    network: Network
+    output: dict[fx.Node, int] = field(default_factory=dict)
+    kept: dict[fx.Node, int] = field(default_factory=dict)
+    images: int = 0
+    passing: int = 0  # bytes per image that are alive on the way through the network, at the most
+    needs: dict[tuple[str, int, int], int] = field(default_factory=dict)
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, network: Network, images: Tensor, count: int) -> Plan:
+        """The plan for `count` images like these, of which one or two go through the line once."""
+        plan, few = cls(network, images=count), images[:2]
+        values = {network.input: few}
+        for node in network.nodes[:-1]:
+            if node.op == "get_attr":
+                continue
+            if node is not network.input:
+                values[node] = call(node, network.model, values, {})
+            plan.output[node] = nbytes(values[node]) // len(few)
+            plan.kept[node] = kept_beside(network, node, values) // len(few)
+            plan.passing = max(plan.passing, sum(plan.output[each] for each in values))
+            for read in node.all_input_nodes:
+                if network.last_use[read] <= network.position[node]:
+                    values.pop(read, None)
+        return plan
+
+    def need(self, layers: Sequence[Layer], k_step: int) -> int:
+        """Bytes per image that work on a layer, or on several at once, takes: the most of what it does."""
+        key = (layers[0].name, len(layers), k_step)
+        if key not in self.needs:
+            window = Window(self.network, layers[0], k_step, others=layers[1:])
+            columns = max(map(self.columns, window.layers))
+            self.needs[key] = max(self.linearisation(window), columns, self.passing)
+        return self.needs[key]
+
+    def linearisation(self, window: Window) -> int:
+        """Bytes per image while a window is linearised: what is kept, and what comes and goes beside it.
+
+        Kept: the output of every node, and what its derivative needs besides. Beside it come and go, for all of the
+        features, their targets, residuals and cotangents.
+        """
+        nodes = [node for node in window.nodes if node in self.output and not window.is_identity(node)]
+        kept = sum(self.output[node] + self.kept[node] for node in nodes)
+        return kept + 3 * sum(self.output[node] for node in window.features)
+
+    def columns(self, layer: Layer) -> int:
+        """Bytes per image of the columns that a layer's weight multiplies, in the two copies that unfolding takes."""
+        positions = self.output[layer.node] // layer.shape[0]
+        return 2 * positions * layer.groups * layer.shape[1:].numel()
+
+    def cut(self, layer: Layer) -> int:
+        """Bytes per image that a stream holds when it stands at a layer."""
+        at, last_use = self.network.position[layer.node], self.network.last_use
+        live = [n for n in self.network.nodes[:at] if last_use[n] >= at]
+        return sum(self.output.get(n, 0) for n in live)
+
+    def targets(self, layer: Layer, k_step: int) -> int:
+        """Bytes per image of the features of a layer's window."""
+        return sum(self.output[node] for node in Window(self.network, layer, k_step).features)
+
+    def vectors(self, layers: Sequence[Layer]) -> int:
+        """Bytes of the vectors that the solver holds while it solves these layers at once."""
+        size = sum(layer.shape.numel() for layer in layers)
+        return VECTORS * size * next(self.network.model.parameters()).element_size()
+
+
+def kept_beside(network: Network, node: fx.Node, values: dict) -> int:
+    """Bytes that the derivative of a node keeps besides its inputs and its output: slopes, attention weights."""
+    if node.target is F.scaled_dot_product_attention:
+        q, k = (values[each] for each in node.args[:2])
+        weights = math.prod(q.shape[:-1]) * k.shape[-2] * q.element_size()
+        return 3 * weights + 2 * nbytes(q)  # autograd's, the tangents' own, and one on the way; scaled q and k
+    module, value = network.module(node), values[node]
+    linear = node.target in LINEAR if module is None else any(True for _ in module.parameters())
+    reads = [values[read] for read in node.all_input_nodes if isinstance(values.get(read), Tensor)]
+    elementwise = isinstance(value, Tensor) and any(read.shape == value.shape for read in reads)
+    return nbytes(value) if elementwise and not linear else 0  # the slope

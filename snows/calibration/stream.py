@@ -1,0 +1,85 @@
+"""The calibration images on their way along the line of operations, held at a cut."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, fx, nn
+
+from snows.calibration.store import Held, Store
+from snows.memory import is_gpu
+from snows.network.layers import Network
+from snows.network.trace import Values, call
+
+
+class Stream:
+    """The calibration set at one cut of the line: what each micro-batch still needs further on.
+
+    `advance` runs each node once for the whole job. Between its micro-batches the device holds what the store has room
+    for there. Parameters are not among the values: whoever needs one reads it from the model.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        model: nn.Module,
+        batches: list[Tensor],
+        device: torch.device | str,
+        store: Store | None = None,
+    ):
+        self.network, self.model, self.batches, self.device = network, model, batches, device
+        self.store = Store(device) if store is None else store
+        self.sizes = [len(batch) for batch in batches]  # images in each micro-batch
+        self.held: list[Held | None] = [None] * len(batches)  # None: the images themselves
+        self.expected: weakref.ref[Held] | None = None
+        self.cut = 1  # the position of the first node that has not run
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Values:
+        """The values of a micro-batch, on the device."""
+        return self.read(index)
+
+    def read(self, index: int, nodes: set[fx.Node] | None = None) -> Values:
+        """The values of a micro-batch, on the device: all, or those of some nodes."""
+        if self.held[index] is None:
+            self.held[index] = self.store.put(self._images(index))
+        return self.held[index].get(nodes)
+
+    def expect(self, index: int, nodes: set[fx.Node] | None = None) -> None:
+        """Begin to move a micro-batch's values to the device; those that were expected before are forgotten."""
+        before = self.expected() if self.expected is not None else None
+        if before is not None:
+            before.pending = None
+        held = self.held[index] if index < len(self) else None
+        if held is not None:
+            held.expect(nodes)
+        self.expected = None if held is None else weakref.ref(held)
+
+    @torch.no_grad()
+    def advance(self, node: fx.Node) -> None:
+        """Run every node before `node`, and forget what no later node reads."""
+        position, last_use = self.network.position, self.network.last_use
+        end = position[node]
+        steps = [step for step in self.network.nodes[self.cut : end] if step.op != "get_attr"]
+        for i in range(len(self) if steps else 0):
+            values = self._images(i) if self.held[i] is None else self.held[i].get()
+            self.held[i] = None  # its room is free for what follows
+            self.expect(i + 1)
+            for step in steps:
+                values[step] = call(step, self.model, values, {})
+                for read in step.all_input_nodes:
+                    if last_use[read] <= position[step]:
+                        values.pop(read, None)
+            self.held[i] = self.store.put({n: v for n, v in values.items() if last_use[n] >= end})
+        self.cut = end
+
+    def _images(self, index: int) -> Values:
+        return {self.network.input: laid_out(self.batches[index].to(self.device), self.device)}
+
+
+def laid_out(images: Tensor, device: torch.device | str) -> Tensor:
+    """Images with their channels last in memory on a CPU: convolutions keep that layout, and are faster in it."""
+    return images if is_gpu(device) or images.ndim != 4 else images.to(memory_format=torch.channels_last)

@@ -1,0 +1,195 @@
+"""The calibration images: checked, in micro-batches, on their way through the pruned and through the dense network."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from snows.calibration.faithful import check
+from snows.calibration.outlook import check_fits, outlook, works
+from snows.calibration.plan import Plan
+from snows.calibration.store import Store
+from snows.calibration.stream import Stream
+from snows.errors import Unsolvable, UsageError, listed
+from snows.memory import Budget, halved_to_fit, is_out_of_memory
+from snows.network.layers import Layer, Masks, Network
+from snows.options import Options
+
+CHECKED = 8  # images that the line is compared with the model on
+
+T = TypeVar("T")
+log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
+
+
+class Streams:
+    """The calibration images on their way through the pruned and the dense network.
+
+    They are cut into micro-batches that fit the memory, anew for each layer that needs other ones: `fit`. Where one
+    does not fit all the same, `halve` lowers what they may need, for this layer and for those that need as much.
+
+    batches: mini-batches, each of which is cut into micro-batches of its own.
+    """
+
+    def __init__(
+        self, network: Network, batches: list[Tensor], device: torch.device | str, options: Options | None = None
+    ):
+        self.network, self.mini_batches, self.device = network, batches, device
+        options = Options() if options is None else options
+        self.dense_model = copy.deepcopy(network.model)
+        self.plan = Plan.of(network, batches[0][:2].to(device), sum(map(len, batches)))
+        chosen = network.layers if options.joint_steps else network.layers[:1]
+        self.budget = Budget.of(options, device, self.plan.vectors(chosen))
+        self.store = Store(device, self.budget.features("device"), self.budget.features("host"), options.cache_dir)
+        self.ceiling = self.budget.micro_batch  # bytes that a micro-batch may need
+        self.need = self.plan.passing  # bytes per image of the work at hand
+        self.cut(halved_to_fit(max(map(len, batches)), self.need, self.ceiling))
+
+    def cut(self, size: int) -> None:
+        """Micro-batches of `size` images, at the start of the line."""
+        parts = [batch.split(size) for batch in self.mini_batches]
+        self.batches = [part for batch in parts for part in batch]
+        numbers = iter(range(len(self.batches)))
+        self.groups = [[next(numbers) for _ in batch] for batch in parts]  # the micro-batches of each mini-batch
+        self.restart()
+
+    def restart(self) -> None:
+        """Both streams at the start of the line, for a new sweep."""
+        models = (self.network.model, self.dense_model)
+        self.sparse = self.dense = None  # what they hold is given back first
+        self.sparse, self.dense = (
+            Stream(self.network, model, self.batches, self.device, self.store) for model in models
+        )
+
+    def advance(self, layer: Layer, targets: str = "dense") -> None:
+        """The pruned network's stream up to a layer; the dense network's too where its features are the targets."""
+        self.sparse.advance(layer.node)
+        if targets == "dense":
+            self.dense.advance(layer.node)
+
+    def kept_bytes(self, layers: list[Layer]) -> int | None:
+        """Bytes that graphs may take to be kept while these layers are solved, where a budget was asked for."""
+        return self.budget.kept(self.plan.vectors(layers)) if self.budget.asked else None
+
+    @property
+    def batch_size(self) -> int:
+        """Images in the largest micro-batch."""
+        return max(len(batch) for batch in self.batches)
+
+    def fit(self, need: int) -> None:
+        """Cut the micro-batches for work that needs so many bytes per image.
+
+        Streams begin anew where that is done: smaller ones are cut when they must be, larger ones when it pays.
+        """
+        self.need = need
+        wanted = halved_to_fit(max(map(len, self.mini_batches)), need, self.ceiling)
+        if wanted < self.batch_size or wanted >= 4 * self.batch_size:
+            self.cut(wanted)
+
+    def halve(self) -> None:
+        """Let the micro-batches of the work at hand be half as large from now on."""
+        self.allow((self.batch_size + 1) // 2)
+
+    def allow(self, batch_size: int) -> None:
+        """Let the work at hand, and what needs as much, have micro-batches of so many images at most."""
+        self.ceiling = self.need * batch_size
+        self.cut(batch_size)
+
+    def check_fits(self, layers: list[Layer], options: Options) -> None:
+        """Refuse a job of which not even one image fits.
+
+        Raises:
+            SnowsError: it says of what, with the numbers.
+        """
+        check_fits(self.budget, works(self.plan, self.budget, layers, options, 1))
+
+    def outlook(self, masks: Masks, options: Options) -> str:
+        """What solving the layers of `masks` will hold.
+
+        Raises:
+            SnowsError: not even one image fits.
+        """
+        return outlook(self.plan, self.budget, masks, options, max(map(len, self.mini_batches)))
+
+    def recall(self, layer: Layer, k_step: int, batch_size: int | None) -> None:
+        """Pass over a finished layer, in micro-batches of the size that had fitted then, if that is to be kept to."""
+        self.fit(self.plan.need([layer], k_step))
+        if batch_size is not None and batch_size < self.batch_size:
+            self.allow(batch_size)
+
+
+def fitting(
+    streams: Streams, place: str, work: Callable[[], T], advice: str = "lower --k_step or raise --memory_budget"
+) -> T:
+    """The result of `work`, done again with micro-batches of half the size as long as they need too much memory.
+
+    Raises:
+        Unsolvable: single images do not fit either; the message ends in the advice.
+    """
+    ceiling, size = streams.ceiling, streams.batch_size
+    while True:
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if streams.batch_size == 1:
+                streams.ceiling = ceiling  # it is not the others' fault
+                streams.cut(size)
+                raise Unsolvable(
+                    f"out of memory at {place} with one image at a time: {advice}.",
+                    f"out of memory with one image at a time: {advice}",
+                ) from error
+            streams.halve()
+            log.warning("out of memory at %s: going on with micro-batches of %d images", place, streams.batch_size)
+
+
+def micro_batches(network: Network, calibration: Tensor | Iterable, batch_size: int, k_step: int) -> list[Tensor]:
+    """The calibration images in mini-batches, the last one short, once they are known to run through the line.
+
+    k_step: of the windows, which are checked too; `network` refuses layers whose windows do not hold.
+    """
+    dtype = next(network.model.parameters()).dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise UsageError(f"the model's weights are {dtype}, too coarse to solve in: pass model.float().")
+    images = gather(calibration).to(dtype)
+    batches = list(images.split(min(batch_size, len(images))))
+    check(network, batches[0][:CHECKED].to(next(network.model.parameters()).device), k_step)
+    return batches
+
+
+def gather(calibration: Tensor | Iterable) -> Tensor:
+    """All calibration images as one tensor (n, channels, height, width) on the host."""
+    if calibration is None:
+        raise UsageError("calibration images are needed by all but magnitude masks whose survivors stay as they are.")
+    if not isinstance(calibration, Tensor):
+        if not isinstance(calibration, Iterable):
+            raise UsageError(f"calibration must be a tensor or batches of images, not {type(calibration).__name__}.")
+        batches = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in calibration]
+        if not batches:
+            raise UsageError("there are no calibration images: the batches are empty.")
+        if not all(isinstance(batch, Tensor) and batch.ndim == 4 for batch in batches):
+            raise UsageError(
+                "calibration must be a tensor, or batches of images (n, c, h, w), alone or first in a tuple."
+            )
+        sizes = {tuple(batch.shape[1:]) for batch in batches}
+        if len(sizes) > 1:
+            raise UsageError(f"calibration images must be of one size, not of {listed(sorted(map(str, sizes)))}.")
+        calibration = torch.cat([batch.cpu() for batch in batches])
+    if calibration.ndim != 4 or len(calibration) == 0:
+        raise UsageError(f"calibration images must have shape (n, c, h, w), not {tuple(calibration.shape)}.")
+    if not calibration.is_floating_point():
+        raise UsageError(
+            f"calibration images must be numbers as the model wants them (float, normalised), not {calibration.dtype}."
+        )
+    # A few at a time: to ask takes as much memory again.
+    finite = torch.cat([part.isfinite().flatten(1).all(1) for part in calibration.split(64)])
+    if not finite.all():
+        bad = (~finite).nonzero().flatten().tolist()
+        raise UsageError(f"{len(bad)} calibration images hold NaN or infinity (the first is number {bad[0]}).")
+    calibration = calibration.detach().cpu()
+    return calibration.clone() if calibration.is_inference() else calibration

@@ -1,0 +1,187 @@
+"""The scripts' command lines: the flags that every script shares, those of each kind of pattern, and --resume."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from snows import options
+from snows.cli.resume import resumed
+from snows.errors import UsageError
+from snows.masks.allocation import ALLOCATIONS
+from snows.masks.patterns import NM, Unstructured
+from snows.masks.rules import read_rules
+from snows.masks.saliency import LAYER_WISE, MASK_ALGORITHMS
+from snows.solve.layer import ALGORITHMS
+from snows.zoo.images import DATASETS
+
+ALGO_HELP = "how the survivors are set: SNOWS; MP, as they were; MP+, by layer-wise least squares; SparseGPT's own way"
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number, `least` or more and small enough for torch."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and 2^63")
+        return value
+
+    return number
+
+
+def parser(description: str, arch: str) -> argparse.ArgumentParser:
+    """The flags that every script shares; `arch` is the network that ships with the repository."""
+    flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_network_flags(flags, arch)
+    add_mask_flags(flags)
+    add_run_flags(flags)
+    options.add_flags(flags)
+    return flags
+
+
+def add_network_flags(flags: argparse.ArgumentParser, arch: str) -> None:
+    group = flags.add_argument_group("network and images")
+    group.add_argument("--arch", default=arch, help=f"the network (default: {arch}, which ships with SNOWS)")
+    group.add_argument("--checkpoint", type=Path, help="local weights for --arch (.safetensors, .pt, .pth, .bin)")
+    group.add_argument("--random_weights", action="store_true", help="no trained weights: to try speed and memory")
+    group.add_argument(
+        "--num_classes", type=whole(1), help="classes of a torchvision or timm network, if not its usual"
+    )
+    group.add_argument("--mean", type=float, nargs="+", help="normalisation the network was trained with, per channel")
+    group.add_argument("--std", type=float, nargs="+", help="normalisation the network was trained with, per channel")
+    names = ", ".join(DATASETS)
+    group.add_argument("--dset", help=f"{names}, a folder with train/ and val/, or an .npz (default: what fits --arch)")
+    group.add_argument("--data_dir", type=Path, default=Path("data"), help="where datasets lie (default: data)")
+    group.add_argument("--ngrads", type=whole(1), default=1000, help="number of calibration images (default: 1000)")
+    group.add_argument("--mirror", action="store_true", help="flip half of the calibration images left to right")
+    group.add_argument("--test_batch_size", type=whole(1), default=256, help="test images per batch (default: 256)")
+    group.add_argument("--num_workers", type=whole(0), default=0, help="processes that load images (default: 0)")
+
+
+def add_mask_flags(flags: argparse.ArgumentParser) -> None:
+    group = flags.add_argument_group("masks")
+    group.add_argument(
+        "--mask_alg",
+        default="MP",
+        choices=MASK_ALGORITHMS,
+        help="which weights survive: the largest (MP), those that Wanda or SparseGPT choose, or those without which "
+        "the K-step loss would rise most (OBS) (default: MP)",
+    )
+    group.add_argument(
+        "--masks",
+        type=Path,
+        metavar="FILE",
+        help=".safetensors, .pt or .pth: masks of your own (booleans, or 0 and 1, 1: survives; by layer or weight "
+        "name), or a sparse checkpoint, whose zeros are the mask. They alone say how much is pruned; N:M is checked",
+    )
+    group.add_argument("--export_masks", type=Path, metavar="FILE", help="write the masks here, for --masks to read")
+    group.add_argument("--skip", nargs="+", default=[], metavar="PATTERN", help="layers left dense, as 'layer1.*' 'fc'")
+    group.add_argument(
+        "--layer_sparsity",
+        type=read_rules,
+        default={},
+        metavar="FILE",
+        help='json, layer name or pattern to sparsity (N:M: to a pattern): {"layer3.*": 0.9, "fc": "dense"}',
+    )
+
+
+def add_run_flags(flags: argparse.ArgumentParser) -> None:
+    group = flags.add_argument_group("run")
+    group.add_argument("--algo", nargs="+", default=["SNOWS"], choices=ALGORITHMS, help=ALGO_HELP)
+    group.add_argument("--seed", type=whole(0), nargs="+", default=[0], help="one run for each (default: 0)")
+    group.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
+    )
+    group.add_argument("--deterministic", action="store_true", help="the same bits every time on a GPU too; slower")
+    group.add_argument("--skip_evaluation", action="store_true", help="measure no accuracies (random weights)")
+    group.add_argument("--evaluate_layers", action="store_true", help="measure the accuracy after each layer")
+    group.add_argument("--out_dir", type=Path, help="folder of the run (default: a new one under runs/)")
+    group.add_argument(
+        "--resume", type=Path, metavar="RUN_DIR", help="go on with the run of this folder, all its flags"
+    )
+    loudness = group.add_mutually_exclusive_group()
+    loudness.add_argument("--verbose", action="store_true", help="a line per layer on a terminal too; full tracebacks")
+    loudness.add_argument("--quiet", action="store_true", help="nothing per layer, only what the run ends with")
+
+
+def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:
+    """The flags of the command; with --resume, those that the run began with and those that have changed since.
+
+    `changed`: what this command changes, by flag: (before, now).
+
+    Raises:
+        UsageError: --resume names no run of this script, or other flags contradict it.
+    """
+    argv = sys.argv[1:]
+    args = flags.parse_args(argv)
+    args.argv, args.resumes, args.changed = argv, [], {}
+    return args if args.resume is None else resumed(flags, args)
+
+
+def add_unstructured_flags(flags: argparse.ArgumentParser, default: float) -> None:
+    group = flags.add_argument_group("pattern")
+    group.add_argument(
+        "--target_sparsity",
+        type=float,
+        default=default,
+        help=f"share of all parameters to set to zero (default: {default})",
+    )
+    group.add_argument("--max_layer_sparsity", type=float, help="cap per layer (default: halfway from the target to 1)")
+    group.add_argument(
+        "--allocation",
+        default="global",
+        choices=ALLOCATIONS,
+        help="sparsity of the layers: by comparing scores across them, equal, or Erdos-Renyi kernel (default: global)",
+    )
+    group.add_argument(
+        "--normalise",
+        type=options.boolean,
+        metavar="True|False",
+        help=f"global: compare scores as shares of their layer's sum (default: True for {' and '.join(LAYER_WISE)})",
+    )
+
+
+def unstructured(args: argparse.Namespace) -> Unstructured:
+    normalise = args.mask_alg in LAYER_WISE if args.normalise is None else args.normalise
+    return Unstructured(args.target_sparsity, args.max_layer_sparsity, args.allocation, normalise, args.layer_sparsity)
+
+
+def add_nm_flags(flags: argparse.ArgumentParser) -> None:
+    group = flags.add_argument_group("pattern")
+    group.add_argument("--NM_N", type=int, default=2, help="weights kept of every M (default: 2)")
+    group.add_argument("--NM_M", type=int, default=4, help="consecutive inputs in a group (default: 4)")
+    group.add_argument(
+        "--permute", action="store_true", help="first put input channels in an order that keeps more, where it can be"
+    )
+
+
+def nm(args: argparse.Namespace) -> NM:
+    return NM(args.NM_N, args.NM_M, args.layer_sparsity)
+
+
+def check_mask_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of the masks that contradict each other.
+
+    Raises:
+        UsageError: it names them.
+    """
+    choices = {"mask_alg": "MP", "permute": False}
+    choices |= {"max_layer_sparsity": None, "allocation": "global", "normalise": None}
+    if not hasattr(args, "NM_N"):
+        choices["layer_sparsity"] = {}  # for N:M, rules say what the masks are checked against
+    chosen = [f"--{flag}" for flag, none in choices.items() if getattr(args, flag, none) != none]
+    if args.masks is not None and chosen:
+        raise UsageError(f"--masks says which weights survive: leave {' and '.join(chosen)} out.")
+    if args.export_masks is not None and getattr(args, "permute", False):
+        raise UsageError("--export_masks would write masks of permuted channels, which fit no other network.")
+    if args.export_masks is not None and len(args.algo) * len(args.seed) > 1:
+        raise UsageError("--export_masks is for one run: give one --algo and one --seed.")
+    if args.export_masks is not None and not args.export_masks.parent.is_dir():
+        raise UsageError(f"--export_masks: there is no folder {args.export_masks.parent}.")
+    if args.export_masks is not None and args.export_masks.suffix != ".safetensors":
+        raise UsageError(f"--export_masks writes .safetensors: {args.export_masks} has another ending.")

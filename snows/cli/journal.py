@@ -1,0 +1,104 @@
+"""The finished layers of a run, one file each, from which a run that was stopped goes on.
+
+steps/0000.safetensors, steps/0001.safetensors, ... in the run's folder: a layer's weight, its mask and the shift of its
+bias, and as metadata its record and a checksum of them all. Each is written whole or not at all, behind its layer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from snows.cli.run_folder import write
+from snows.errors import UsageError, WriteError, first_line
+from snows.memory import is_out_of_memory
+from snows.result import LayerRecord, Step
+
+
+class Journal:
+    """The steps in a run's folder: iterating reads them back in order, one at a time."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder / "steps"
+
+    def __len__(self) -> int:
+        return len(list(self.folder.glob("*.safetensors")))
+
+    def __iter__(self) -> Iterator[Step]:
+        return (read(self.folder / f"{number:04}.safetensors") for number in range(len(self)))
+
+    def append(self, step: Step) -> None:
+        """Keep a finished layer.
+
+        Raises:
+            WriteError: the disk is full, or the folder cannot be written.
+        """
+        tensors = {"weight": step.weight, "mask": step.mask}
+        if step.shift is not None:
+            tensors["shift"] = step.shift
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        record = json.dumps(asdict(step.record))
+        metadata = {"record": record, "checksum": fingerprint(record, tensors)}
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise WriteError(f"cannot write {self.folder}: {error.strerror}.") from error
+        write(self.folder / f"{len(self):04}.safetensors", safetensors.torch.save(tensors, metadata))
+
+    def clear(self) -> None:
+        """Forget the steps of a run that has ended: its other files hold all there is to know."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def read(path: Path) -> Step:
+    """One step.
+
+    Raises:
+        UsageError: the file is missing or damaged. OSError: it cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+        tensors, metadata = safetensors.torch.load(content), header(content)["__metadata__"]
+        if metadata["checksum"] != fingerprint(metadata["record"], tensors):
+            raise ValueError("its checksum is wrong")
+        record = json.loads(metadata["record"])
+        return Step(LayerRecord(**{**record, "shape": tuple(record["shape"])}), **tensors)
+    except Exception as error:  # what damaged bytes raise has no end
+        sound = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        if sound or is_out_of_memory(error):
+            raise
+        raise UsageError(damaged(path, first_line(error))) from error
+
+
+def header(content: bytes) -> dict:
+    """What a safetensors file says of itself: the JSON behind the eight bytes that hold its length."""
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+
+
+def damaged(path: Path, reason: object) -> str:
+    return f"{path} is damaged ({reason}): delete it and those numbered after it, and the run goes on before it."
+
+
+def fingerprint(record: str, tensors: dict[str, Tensor]) -> str:
+    """A checksum of a record and of named tensors: their names, types, shapes and numbers."""
+    kinds = {name: (str(tensors[name].dtype), list(tensors[name].shape)) for name in sorted(tensors)}
+    return checksum((tensors[name] for name in kinds), json.dumps([record, kinds]))
+
+
+def checksum(tensors: Iterable[Tensor], text: str = "") -> str:
+    """A CRC-32 of a text and of the tensors' bytes, in order."""
+    value = zlib.crc32(text.encode())
+    for tensor in tensors:
+        dense = tensor.detach().cpu().contiguous()
+        # What holds one number counts as contiguous with any strides, which a view as bytes would trip over.
+        flat = dense.as_strided((dense.numel(),), (1,))
+        value = zlib.crc32(flat.view(torch.uint8).numpy(), value)
+    return f"{value:08x}"

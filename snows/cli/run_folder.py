@@ -1,0 +1,264 @@
+"""What a run leaves: a folder that loads back, each of its files written whole or not at all.
+
+args.json  environment.json  calibration.json  metrics.json, and, of what is finished, model.safetensors
+masks.safetensors  layers.csv  layers.json  report.html. While the run lasts, steps/ (snows/cli/journal.py) besides.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import itertools
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from snows.errors import SnowsError, UsageError, WriteError
+from snows.network.layers import Masks
+from snows.result import LayerRecord, Pruned
+
+# What a run writes before its first layer, in this order, and the names that each holds; args.json makes a run of it.
+BEGUN = {"environment.json": "torch", "calibration.json": "indices", "metrics.json": "dense_accuracy"}
+
+
+def check_free(path: Path) -> None:
+    """Refuse a folder that holds anything but what a run had written that was ended before it had begun.
+
+    Raises:
+        UsageError: it does, or is a file.
+    """
+    if path.exists() and not is_free(path):
+        raise UsageError(f"{path} exists and is not empty: choose another --out_dir.")
+
+
+def is_free(path: Path) -> bool:
+    """Whether a folder holds nothing but what a run writes before it has begun."""
+    return path.is_dir() and all(is_begun(file) for file in path.iterdir())
+
+
+def is_begun(file: Path) -> bool:
+    """Whether a file is one that a run writes before args.json: whole, or under the name that it is written as."""
+    if file.is_symlink() or not file.is_file():
+        return False
+    if file.suffix == ".tmp":
+        return file.stem in (*BEGUN, "args.json")
+    with suppress(UsageError):
+        return file.name in BEGUN and not read_json(file, BEGUN[file.name]).get("finished")
+    return False
+
+
+def clear_begun(folder: Path) -> None:
+    """Empty the folder of a run that was ended before it had begun, for another to begin in it.
+
+    Raises:
+        UsageError: it holds something else by now. WriteError: its files cannot be removed.
+    """
+    check_free(folder)
+    for file in list(folder.iterdir()):
+        try:
+            file.unlink()
+        except OSError as error:
+            raise WriteError(f"cannot write {folder}: {error.strerror}.") from error
+
+
+def new_folder(path: Path | None, name: str) -> Path:
+    """Create the run's folder: `path`, or runs/<name>-<time>.
+
+    Raises:
+        UsageError: the folder holds a run already. SnowsError: it cannot be created.
+    """
+    chosen = path or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        if path is None:
+            return unlike_others(chosen)
+        check_free(path)
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SnowsError(f"cannot create {chosen}: {error}") from error
+    return path
+
+
+def unlike_others(path: Path) -> Path:
+    """Create a folder of that name, with a number behind it where another run has taken it already."""
+    for number in itertools.count(2):
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            if not path.exists():  # what is in the way is above it
+                raise
+            path = path.with_name(f"{path.name.removesuffix(f'_{number - 1}')}_{number}")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a run folder to this process; the system gives it back even if the process is killed.
+
+    Raises:
+        UsageError: another process is writing to it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{folder} belongs to a run that is still going.") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def environment(device: torch.device | str) -> dict:
+    """Versions and machine, as far as they bear on the figures."""
+    cuda = torch.device(device).type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "machine": machine(device),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if cuda else None,
+        "command": " ".join(Path(arg).name if arg.startswith("/") else arg for arg in sys.argv),
+    }
+
+
+def machine(device: torch.device | str = "cpu") -> str:
+    """The processor's name and number of cores, or the GPU's name."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: under another name first, then renamed.
+
+    Raises:
+        WriteError: the disk is full, or the folder cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise WriteError(f"cannot write {path}: {error.strerror or error}.") from error
+    finally:
+        with suppress(OSError):  # where nothing can be written, nothing can be removed either
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, record: dict | list) -> None:
+    write(path, json.dumps(record, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path, *names: str) -> dict | list:
+    """A JSON file of a run; with names, an object that has them.
+
+    Raises:
+        UsageError: the file is missing, damaged or none of a run's.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path.parent} holds no run that can be read: {path.name}: {error}") from error
+    missing = [name for name in names if not isinstance(record, dict) or name not in record]
+    if missing:
+        raise UsageError(f"{path.parent} holds no run that can be read: {path.name} lacks {', '.join(missing)}")
+    return record
+
+
+def save(folder: Path, pruned: Pruned, metrics: dict) -> dict:
+    """Write weights, masks, per-layer records and metrics; returns the metrics with what was counted and spent."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in pruned.model.state_dict().items()}
+    masks = {name: mask.cpu().contiguous() for name, mask in pruned.masks.items()}
+    write(folder / "model.safetensors", safetensors.torch.save(unshared(state)))
+    write(folder / "masks.safetensors", safetensors.torch.save(masks))
+    write(folder / "layers.csv", csv_text(layer_rows(pruned.layers)))
+    write_json(folder / "layers.json", [asdict(layer) for layer in pruned.layers])
+    saved = safetensors.torch.load_file(folder / "model.safetensors")
+    names = [name for name, _ in pruned.model.named_parameters()]
+    zeros = sum((saved[name] == 0).sum().item() for name in names)
+    metrics = {
+        **metrics,
+        "sparsity": zeros / sum(saved[name].numel() for name in names),  # of the saved weights
+        "seconds": pruned.seconds,
+        "curvature_products": pruned.curvature_products,
+        "cg_iterations": pruned.cg_iterations,
+        "peak_memory_bytes": pruned.peak_memory_bytes,
+        "problems": pruned.problems,
+    }
+    write_json(folder / "metrics.json", metrics)
+    return metrics
+
+
+def unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies where two names share memory (tied weights), which safetensors refuses."""
+    seen, result = set(), {}
+    for name, tensor in state.items():
+        pointer = tensor.data_ptr()
+        result[name] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    return result
+
+
+def layer_rows(records: list[LayerRecord]) -> list[dict]:
+    """One row per layer: the losses of each sweep (the first without a number), the effort summed over sweeps."""
+    rows = {}
+    for record in records:
+        values = asdict(record)
+        sweep, _ = values.pop("sweep"), values.pop("residuals")
+        row = rows.setdefault(record.name, {**values, "shape": "x".join(map(str, record.shape))})
+        if sweep > 0:
+            row |= {"sparsity": record.sparsity, "accuracy": record.accuracy, "batch_size": record.batch_size}
+            row["problem"] = record.problem or row["problem"]
+            row |= {f"{loss}_{sweep + 1}": values[loss] for loss in ("loss_before", "loss_after")}
+            own = () if record.joint else ("newton_steps", "cg_iterations")  # joint steps are no single layer's
+            for effort in (*own, "products", "seconds"):
+                row[effort] += values[effort]
+            row["peak_memory_bytes"] = max(row["peak_memory_bytes"], record.peak_memory_bytes)
+    return list(rows.values())
+
+
+def csv_text(rows: list[dict]) -> str:
+    """Rows as CSV; the columns are those of any row."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def load(folder: str | Path, model: nn.Module) -> tuple[nn.Module, Masks]:
+    """Load a run folder's weights into `model`, a network of the same architecture; returns it and the masks.
+
+    Raises:
+        SnowsError: a file is missing or damaged, or the weights do not fit the model.
+    """
+    folder = Path(folder)
+    try:
+        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+        return model, safetensors.torch.load_file(folder / "masks.safetensors")
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        raise SnowsError(f"cannot load {folder}: {error}") from error

@@ -1,0 +1,1 @@
+"""Which weights survive: patterns, allocations, saliencies, and masks from files."""

@@ -1,0 +1,272 @@
+"""Which weights survive: a pattern, unstructured or N:M, over what each weight is worth (snows/masks/saliency.py).
+
+A pattern turns the scores of the prunable layers into boolean masks (True: survives). Layers that it cannot prune it
+leaves dense, and says why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from snows.errors import UsageError, listed
+from snows.masks.allocation import ALLOCATIONS, Counts, normalised
+from snows.masks.rules import DENSE, Rules, check_patterns, rule_of
+from snows.network.layers import Masks
+
+LEFT_DENSE = "dense, as its rule asks"
+
+
+@dataclass
+class Selection:
+    """The masks of the layers to prune, and the reason for each layer left dense."""
+
+    masks: Masks = field(default_factory=dict)
+    left_dense: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Remove the weights of smallest score: of smallest magnitude, where the weights themselves are the scores.
+
+    target_sparsity: share of *all* the model's parameters (biases and norms count, but are not pruned) to set to zero.
+    max_layer_sparsity: no layer without a sparsity of its own loses a larger share of its weights; None: halfway
+        between the target and 1, or, if too few layers may be pruned for that, between the share that they must lose
+        and 1.
+    allocation: "global" compares scores across layers, "uniform" gives every layer the same sparsity, "erk" keeps
+        small layers denser (Evci et al. 2020).
+    normalise: "global" compares each layer's scores as shares of their sum, as suits Wanda's and SparseGPT's, which
+        are in units of each layer's own output.
+    layer_sparsity: layer name or pattern -> share of its own weights that a layer loses, or "dense". The other layers
+        lose what is missing to the target; if there are none, the target plays no part.
+
+    Raises:
+        UsageError: a share outside [0, 1), or a target that the cap or the unpruned parameters put out of reach.
+    """
+
+    target_sparsity: float
+    max_layer_sparsity: float | None = None
+    allocation: str = "global"
+    normalise: bool = False
+    layer_sparsity: Rules = field(default_factory=dict)
+
+    def __post_init__(self):
+        for share in (self.target_sparsity, self.max_layer_sparsity or 0.0):
+            if not isinstance(share, (int, float)):
+                raise UsageError(f"a sparsity must be a number, not {share!r}.")
+        if not 0 <= self.target_sparsity < 1:
+            raise UsageError(f"target sparsity {self.target_sparsity:g} is outside [0, 1).")
+        if self.max_layer_sparsity is not None and not 0 <= self.max_layer_sparsity <= 1:
+            raise UsageError(f"max layer sparsity {self.max_layer_sparsity:g} is outside [0, 1].")
+        if self.allocation not in ALLOCATIONS:
+            raise UsageError(f"allocation '{self.allocation}' is not one of {', '.join(ALLOCATIONS)}.")
+        for pattern, rule in self.layer_sparsity.items():
+            number = isinstance(rule, (int, float)) and not isinstance(rule, bool) and 0 <= rule < 1
+            if not number and rule != DENSE:
+                raise UsageError(f"layer sparsity of {pattern}: {rule!r} is neither a share in [0, 1) nor '{DENSE}'.")
+
+    def __str__(self) -> str:
+        return f"{self.target_sparsity:.0%} unstructured{', layer rules' * bool(self.layer_sparsity)}"
+
+    @property
+    def compares_layers(self) -> bool:
+        """Whether how many weights a layer loses depends on its scores beside those of the others."""
+        return self.allocation == "global"
+
+    def path(self, steps: int) -> list[Unstructured]:
+        """Rising sparsities on the way to the target, the share of what is left falling evenly; `steps` of them."""
+        return [self.part_way(i / (steps + 1)) for i in range(1, steps + 1)]
+
+    def part_way(self, share: float) -> Unstructured:
+        """The pattern at a share of the way."""
+
+        def part(sparsity: float) -> float:
+            return 1 - (1 - sparsity) ** share
+
+        rules = {name: rule if rule == DENSE else part(rule) for name, rule in self.layer_sparsity.items()}
+        return replace(self, target_sparsity=part(self.target_sparsity), layer_sparsity=rules)
+
+    def cap(self, needed: float) -> float:
+        """The largest share that one layer may lose; needed: the share that all the layers together must lose."""
+        if self.max_layer_sparsity is not None:
+            return self.max_layer_sparsity
+        halfway = (1 + self.target_sparsity) / 2
+        return halfway if needed <= halfway else min(1.0, (1 + needed) / 2)
+
+    def select(self, scores: dict[str, Tensor], total_parameters: int, by_row: bool = False) -> Selection:
+        """Masks from `scores` (layer name -> weight, or what each weight is worth) in a model of `total_parameters`.
+
+        by_row: within a layer, compare the weights of one output row (one filter), each of which loses the same
+            number, give or take one. Exact to one weight.
+        """
+        check_patterns(self.layer_sparsity, scores, "layer sparsities")
+        rules = {name: rule_of(name, self.layer_sparsity) for name in scores}
+        ruled = {name: rule for name, rule in rules.items() if rule is not None}
+        counts = {name: 0 if rule == DENSE else round(rule * scores[name].numel()) for name, rule in ruled.items()}
+        free = {name: score for name, score in scores.items() if name not in ruled}
+        if free:
+            counts |= self.allocate(free, total_parameters, sum(counts.values()))
+        dense = [name for name, rule in ruled.items() if rule in (0, DENSE)]
+        masks = {n: smallest_removed(s, counts[n], by_row) for n, s in scores.items() if n not in dense}
+        return Selection(masks, dict.fromkeys(dense, LEFT_DENSE))
+
+    def allocate(self, scores: dict[str, Tensor], total_parameters: int, already: int) -> Counts:
+        """How many weights each of the layers without a rule loses; `already` go in the others."""
+        removed = round(self.target_sparsity * total_parameters) - already
+        if removed < 0:
+            raise UsageError(
+                f"target sparsity {self.target_sparsity:g} is out of reach: the layer sparsities alone remove "
+                f"{already / total_parameters:.4f} of all parameters. Raise the target, or lower those."
+            )
+        cap = self.cap(removed / sum(score.numel() for score in scores.values()))
+        caps = {name: math.floor(cap * score.numel()) for name, score in scores.items()}
+        if self.max_layer_sparsity is None and removed > sum(caps.values()):  # for want of a few weights
+            caps = {name: math.ceil(cap * score.numel()) for name, score in scores.items()}
+        if removed > sum(caps.values()):
+            reach = (sum(caps.values()) + already) / total_parameters
+            raise UsageError(
+                f"target sparsity {self.target_sparsity:g} is out of reach: with at most {cap:g} of each of the "
+                f"{len(scores)} prunable layers, {reach:.4f} of all parameters can be zero. Lower the target or raise "
+                f"the cap (--max_layer_sparsity)."
+            )
+        scores = normalised(scores) if self.normalise else scores
+        return ALLOCATIONS[self.allocation](removed, scores, caps)
+
+
+def smallest_removed(score: Tensor, count: int, by_row: bool = False) -> Tensor:
+    """A mask that removes the `count` entries of smallest magnitude (ties: the first ones), by_row evenly from rows."""
+    rows = score.abs().flatten(1) if by_row else score.abs().reshape(1, -1)
+    bounds = torch.arange(len(rows) + 1, device=score.device) * count // len(rows)
+    rank = rows.argsort(dim=1, stable=True).argsort(dim=1)
+    return (rank >= bounds.diff()[:, None]).view(score.shape)
+
+
+@dataclass(frozen=True)
+class NM:
+    """Keep the N weights of largest score (or magnitude) among every M consecutive inputs.
+
+    The inputs of a Linear are its columns; those of a convolution are its input channels, at one kernel position.
+
+    layer_sparsity: layer name or pattern -> a pattern of its own, as "1:4", or "dense".
+
+    Raises:
+        UsageError: unless 0 < N < M.
+    """
+
+    n: int
+    m: int
+    layer_sparsity: Rules = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not all(isinstance(number, int) for number in (self.n, self.m)):
+            raise UsageError(f"N and M must be whole numbers, not {self.n!r} and {self.m!r}.")
+        if not 0 < self.n < self.m:
+            raise UsageError(f"N:M = {self.n}:{self.m} makes no sense: N must be at least 1 and smaller than M.")
+        for pattern, rule in self.layer_sparsity.items():
+            if rule != DENSE:
+                self.parse(rule, f"layer sparsity of {pattern}")
+
+    compares_layers = False  # a layer's mask is a matter of its own scores alone
+
+    @staticmethod
+    def parse(text: str, origin: str = "pattern") -> NM:
+        """NM(2, 4) of "2:4"; origin: where the text comes from, for the message.
+
+        Raises:
+            UsageError: it is no N:M.
+        """
+        n, colon, m = text.partition(":") if isinstance(text, str) else ("", "", "")
+        if not (colon and n.isdecimal() and m.isdecimal()):
+            raise UsageError(f"{origin}: {text!r} is neither N:M, as '2:4', nor '{DENSE}'.")
+        return NM(int(n), int(m))
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}{', layer rules' * bool(self.layer_sparsity)}"
+
+    def of(self, name: str) -> NM | None:
+        """The pattern of one layer; None if it stays dense."""
+        rule = rule_of(name, self.layer_sparsity)
+        if rule is None:
+            return NM(self.n, self.m)
+        return None if rule == DENSE else NM.parse(rule)
+
+    def select(self, scores: dict[str, Tensor], total_parameters: int, by_row: bool = False) -> Selection:
+        """Masks from `scores`, (out, in, ...) of each layer; nothing else plays a part."""
+        check_patterns(self.layer_sparsity, scores, "layer sparsities")
+        selection = Selection()
+        for name, score in scores.items():
+            pattern, inputs = self.of(name), score.shape[1]
+            if pattern is None:
+                selection.left_dense[name] = LEFT_DENSE
+            elif score.ndim > 2 and inputs == 1:
+                selection.left_dense[name] = "one input channel per filter, as in depthwise convolutions"
+            elif inputs % pattern.m:
+                selection.left_dense[name] = f"{inputs} inputs are not a multiple of {pattern.m}"
+            else:
+                selection.masks[name] = pattern.mask(score)
+        return selection
+
+    def holds(self, mask: Tensor) -> bool:
+        """Whether no group of a mask (out, in, ...) keeps more than N."""
+        if mask.shape[1] % self.m:
+            return False
+        return bool((mask.movedim(1, -1).unflatten(-1, (-1, self.m)).sum(-1) <= self.n).all())
+
+    def path(self, steps: int) -> list[NM]:
+        """Patterns on the way from M:M to N:M, such as 3:4 and 2:4 before 1:4; at most `steps` of them."""
+        parts = [self.part_way(i / (steps + 1)) for i in range(1, steps + 1)]
+        return [part for part, before in zip(parts, [None, *parts]) if part not in (before, self)]
+
+    def part_way(self, share: float) -> NM:
+        """The pattern at a share of the way, never quite dense."""
+
+        def part(n: int, m: int) -> NM:
+            return NM(min(round(m * (n / m) ** share), m - 1), m)
+
+        rules = {
+            name: rule if rule == DENSE else str(part(NM.parse(rule).n, NM.parse(rule).m))
+            for name, rule in self.layer_sparsity.items()
+        }
+        return replace(part(self.n, self.m), layer_sparsity=rules)
+
+    def mask(self, score: Tensor) -> Tensor:
+        """The mask of one weight from its scores (out, in, ...), `in` a multiple of M."""
+        groups = score.abs().movedim(1, -1).unflatten(-1, (-1, self.m))  # (out, ..., in / M, M)
+        kept = groups.argsort(dim=-1, descending=True, stable=True)[..., : self.n]
+        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True)
+        return mask.flatten(-2).movedim(-1, 1).contiguous()
+
+
+Pattern = Unstructured | NM
+
+
+def are_masks(tensors: Iterable[Tensor]) -> bool:
+    """Whether all the tensors hold nothing but zeros and ones."""
+    return all(((tensor == 0) | (tensor == 1)).all() for tensor in tensors)
+
+
+def given(masks: Masks, weights: dict[str, Tensor]) -> Selection:
+    """The caller's own masks, checked against the prunable layers' weights.
+
+    Raises:
+        UsageError: a name that is no prunable layer, or what is no mask of zeros and ones of its weight's shape.
+    """
+    unknown = [name for name in masks if name not in weights]
+    if unknown:
+        raise UsageError(f"masks name {listed(unknown)}, which are not prunable layers; those are {listed(weights)}.")
+    other = [name for name, mask in masks.items() if not isinstance(mask, Tensor) or not are_masks([mask])]
+    if other:
+        raise UsageError(f"masks must be tensors of booleans, or of 0 and 1: {listed(other)}.")
+    misfits = [
+        f"{name}: {tuple(mask.shape)} for a weight {tuple(weights[name].shape)}"
+        for name, mask in masks.items()
+        if mask.shape != weights[name].shape
+    ]
+    if misfits:
+        raise UsageError(f"masks of the wrong shape: {listed(misfits)}.")
+    left_dense = {name: "no mask was given" for name in weights if name not in masks}
+    return Selection({name: mask.to(weights[name].device).bool() for name, mask in masks.items()}, left_dense)

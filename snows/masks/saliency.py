@@ -1,0 +1,176 @@
+"""What each weight is worth to the network as it stands: the scores by which a pattern chooses masks.
+
+    MP         |w|                               magnitude
+    Wanda      |w_ij| ||x_j||                    with the size of the input that it multiplies (Sun et al. 2024)
+    SparseGPT  w_ij^2 / [A^-1]_jj                the layer's own least loss without the weight (Frantar, Alistarh 2023)
+    OBS        w_ij^2 g_i A_jj / 2               what the K-step loss rises by when the weight is removed
+
+x_j is input column j of the layer and A the mean of x x^T over images and positions. OBS takes the curvature of the
+K-step loss as the preconditioner splits it, B_i = g_i A for output row i, and of that its diagonal: dividing by the
+diagonal of the inverse instead, as if the row's other weights made up for the loss, gave no better masks here. All but
+MP need the inputs of every layer, of a layer that is called more than once those of its first call: one pass of a
+stream along the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from snows.calibration.stream import Stream
+from snows.calibration.streams import Streams, fitting
+from snows.errors import SnowsError, UsageError, by_reason, listed
+from snows.masks.patterns import Pattern, Selection, given
+from snows.network.derivatives import explained
+from snows.network.inputs import MAX_INPUTS, can_factor, columns, shows_inputs
+from snows.network.layers import Layer, Masks, Network
+from snows.network.trace import value_of
+from snows.options import Options
+from snows.solve.objective import reconstruction
+from snows.solve.preconditioner import output_scale
+
+MASK_ALGORITHMS = ("MP", "Wanda", "SparseGPT", "OBS")
+LAYER_WISE = ("Wanda", "SparseGPT")  # whose scores are in units of the layer's own output, and compare as shares only
+RELATIVE_DAMPING = 1e-2  # of A, in units of its mean diagonal
+
+
+def scores(mask_alg: str, layers: list[Layer], stream: Stream, options: Options) -> dict[str, Tensor]:
+    """Layer name -> the score of each weight, of the weight's shape; the stream stands at the start of the line."""
+    result = {}
+    for layer in layers:
+        stream.advance(layer.node)
+        result[layer.name] = SCORES[mask_alg](layer, stream, options)
+    return result
+
+
+def check_inputs(method: str, layers: list[Layer], network: Network) -> None:
+    """Refuse layers whose input columns, which a method needs, cannot be had, or are too many for its inverse.
+
+    Raises:
+        UsageError: it lists them.
+    """
+    hidden = [layer.name for layer in layers if not shows_inputs(network, layer)]
+    wide = [layer.name for layer in layers if not can_factor(network, layer)] if method == "SparseGPT" else []
+    for names, problem in ((hidden, "cannot be unfolded"), (wide, f"are more than {MAX_INPUTS}")):
+        if names:
+            raise UsageError(
+                f"{method} needs the inputs of every layer, and those of {listed(names)} {problem}. "
+                f"Skip these layers (--skip), or choose another method."
+            )
+
+
+def wanda(layer: Layer, stream: Stream, options: Options) -> Tensor:
+    """|w_ij| times the root mean square of input column j, so that layers of any number of positions compare."""
+    return weight_of(layer, stream).abs() * by_weight(layer, mean_squares(layer, stream).sqrt())
+
+
+def sparsegpt(layer: Layer, stream: Stream, options: Options) -> Tensor:
+    """w_ij^2 / [A^-1]_jj: by how much the error of the layer's own output rises if its other weights make up for it."""
+    inverse = damped_inverse(mean_moment(layer, stream)).diagonal(dim1=1, dim2=2)
+    return weight_of(layer, stream).square() / by_weight(layer, inverse)
+
+
+def obs(layer: Layer, stream: Stream, options: Options) -> Tensor:
+    """w_ij^2 g_i A_jj / 2, g_i being what the K steps behind the layer make of its output i."""
+    objective = reconstruction(layer, stream, stream, options.but(targets="same", biases=False))
+    weight = weight_of(layer, stream)
+    with explained(objective.window):
+        scale = output_scale(objective, weight, options.seed)  # g, (out,)
+    diagonal = by_weight(layer, mean_squares(layer, stream))
+    return weight.square() * diagonal * scale.view(-1, *[1] * (weight.ndim - 1)) / 2
+
+
+SCORES = {"Wanda": wanda, "SparseGPT": sparsegpt, "OBS": obs}
+
+
+def weight_of(layer: Layer, stream: Stream) -> Tensor:
+    return stream.model.get_parameter(layer.parameter)
+
+
+def inputs(layer: Layer, stream: Stream) -> Iterator[Tensor]:
+    """The layer's input columns of each micro-batch, (groups, in, positions)."""
+    module = stream.network.module(layer.node)
+    source = layer.node.args[0]
+    for i in range(len(stream)):
+        yield columns(module, value_of(source, stream.model, stream.read(i, {source}), {}))
+
+
+def mean_squares(layer: Layer, stream: Stream) -> Tensor:
+    """The diagonal of A, (groups, in); the stream stands at the layer."""
+    total, count = 0.0, 0
+    for x in inputs(layer, stream):
+        total, count = total + x.square().sum(2), count + x.shape[2]
+    return checked(total / count, layer)
+
+
+def mean_moment(layer: Layer, stream: Stream) -> Tensor:
+    """A, the mean of x x^T over images and positions, (groups, in, in) in float64; the stream stands at the layer."""
+    total, count = 0.0, 0
+    for x in inputs(layer, stream):
+        total, count = total + (x @ x.transpose(1, 2)).double(), count + x.shape[2]
+    return checked(total / count, layer)
+
+
+def checked(statistic: Tensor, layer: Layer) -> Tensor:
+    """The statistic, if it is finite.
+
+    Raises:
+        SnowsError: it is not.
+    """
+    if not statistic.isfinite().all():
+        raise SnowsError(f"the inputs of layer {layer.name} hold NaN or infinity: no masks can be chosen from them.")
+    return statistic
+
+
+def damped_inverse(moment: Tensor, damping: float = RELATIVE_DAMPING) -> Tensor:
+    """(A + damping * mean diagonal * I)^-1, (groups, in, in)."""
+    mean = moment.diagonal(dim1=1, dim2=2).mean(1)
+    mean = mean.where(mean > 0, 1.0)  # inputs that are zero throughout
+    identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    return torch.cholesky_inverse(torch.linalg.cholesky(moment + damping * mean[:, None, None] * identity))
+
+
+def by_weight(layer: Layer, by_column: Tensor) -> Tensor:
+    """A number per input column (groups, in), spread out to the weight's shape."""
+    return by_column.repeat_interleave(layer.shape[0] // len(by_column), dim=0).view(layer.shape)
+
+
+def select(
+    network: Network,
+    layers: Callable[[str], bool],
+    mask_alg: str,
+    streams: Callable[[], Streams],
+    options: Options,
+    pattern: Pattern | Masks,
+) -> Selection:
+    """The masks that a pattern chooses for the chosen layers of a network, or the caller's own masks, checked.
+
+    streams: asked for only where the scores need images; they are at the start of the line before and after.
+    """
+    if not network.layers:
+        raise UsageError("nothing to prune: the model has no Conv2d or Linear layer.")
+    chosen = [layer for layer in network.layers if layers(layer.name)]
+    if not chosen:
+        raise UsageError(f"nothing to prune: no layer was selected of {listed(n.name for n in network.layers)}.")
+    weights = {layer.name: network.model.get_parameter(layer.parameter) for layer in chosen}
+    if isinstance(pattern, dict):
+        if mask_alg != "MP":
+            raise UsageError(f"the masks are given: there is nothing for {mask_alg} to choose.")
+        selection = given(pattern, weights)
+    else:
+        if mask_alg != "MP":
+            check_inputs(mask_alg, chosen, network)
+        if mask_alg in ("Wanda", "OBS") or (mask_alg == "SparseGPT" and pattern.compares_layers):
+            streams().check_fits(chosen, options)
+            depth = options.k_step if mask_alg == "OBS" else 0
+            streams().fit(max(streams().plan.need([layer], depth) for layer in chosen))
+            weights = fitting(streams(), "the scores", lambda: scores(mask_alg, chosen, streams().sparse, options))
+            streams().restart()
+        total = sum(p.numel() for p in network.model.parameters())
+        selection = pattern.select(weights, total, by_row=mask_alg == "Wanda")
+    if not selection.masks:
+        raise UsageError(f"nothing to prune: {by_reason(selection.left_dense)}.")
+    selection.left_dense |= {layer.name: "not selected" for layer in network.layers if layer not in chosen}
+    return selection

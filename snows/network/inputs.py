@@ -1,0 +1,46 @@
+"""What a layer reads: its input columns x, of which masks and preconditioners take the second moment."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from snows.network.known import is_plain
+from snows.network.layers import Layer, Network
+
+MAX_INPUTS = 16384  # columns beyond which A is not formed, and CG runs plain
+
+
+def shows_inputs(network: Network, layer: Layer) -> bool:
+    """Whether a layer's input columns can be had: those of a plain convolution or linear map."""
+    return layer.node.target is F.linear or is_plain(network.module(layer.node), (nn.Conv2d, nn.Linear))
+
+
+def can_factor(network: Network, layer: Layer) -> bool:
+    """Whether A can be formed: the input columns can be had and are not too many."""
+    return shows_inputs(network, layer) and layer.shape[1:].numel() <= MAX_INPUTS
+
+
+def columns(module: nn.Conv2d | nn.Linear | None, x: Tensor) -> Tensor:
+    """The input columns that a layer's weight multiplies: (groups, in, positions), `in` as in weight.flatten(1).
+
+    module: a convolution, else the layer is a linear map.
+    """
+    if not isinstance(module, nn.Conv2d):
+        return x.reshape(1, -1, x.shape[-1]).transpose(1, 2)
+    padding = module.padding
+    if module.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=mode), 0
+    patches = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)  # (n, C kh kw, positions)
+    n, _, positions = patches.shape
+    return patches.view(n, module.groups, -1, positions).permute(1, 2, 0, 3).flatten(2)
+
+
+def second_moment(module: nn.Module | None, x: Tensor, biases: bool) -> Tensor:
+    """The sum of x x^T over a layer's input columns, (groups, in, in); x ends in 1 if biases are solved."""
+    x = columns(module, x)
+    if biases:
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+    return x @ x.transpose(1, 2)

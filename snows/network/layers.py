@@ -1,0 +1,246 @@
+"""The network as a line of operations, and its prunable layers.
+
+After the trace the engine knows no architectures, only nodes in execution order. A `Layer` is a prunable weight and
+the node that uses it. The calibration set on its way through the network is a `Stream` (snows/calibration/stream.py);
+the part from a layer to the K-th counted operation after it is a `Window` (snows/network/window.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from snows.errors import SnowsError, first_line
+from snows.network.attention import is_output
+from snows.network.known import (
+    ACTIVATION_MODULES,
+    ACTIVATIONS,
+    has_activation,
+    is_fixed_batch_norm,
+    is_plain,
+    is_zero,
+    multiplies_by_weight,
+    prunable_parameters,
+    prunable_weights,
+)
+from snows.network.trace import fetch, trace
+
+Masks = dict[str, Tensor]  # layer name -> boolean mask of the weight's shape, True where the weight survives
+
+# The operations that the paper counts (DESIGN: convolution, linear, attention, activation, normalisation).
+COUNTED_MODULES = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.Bilinear),
+    *(_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.InstanceNorm2d, nn.LocalResponseNorm),
+    *ACTIVATION_MODULES,
+)
+LINEAR_MAPS = {"conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "scaled_dot_product_attention"}
+NORMS = {"layer_norm", "group_norm", "batch_norm", "rms_norm", "instance_norm", "local_response_norm"}
+# Functions that hide linear maps: torchvision's Swin hands both projections of an attention to one.
+HIDING = {"shifted_window_attention"}
+COUNTED_FUNCTIONS = ACTIVATIONS | LINEAR_MAPS | NORMS | HIDING | {"multi_head_attention_forward"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A prunable weight: the parameter `name` + ".weight", first used by `node`.
+
+    shape is (out, in) for a linear map and (out, in / groups, kh, kw) for a convolution. `bias` is the parameter that
+    can take up a shift of the output: the layer's own bias, or that of the BatchNorm behind it.
+    """
+
+    name: str
+    parameter: str
+    node: fx.Node
+    shape: torch.Size
+    groups: int = 1
+    bias: str | None = None
+
+
+class Network:
+    """A traced model: `nodes` in execution order and the prunable `layers` among them.
+
+    `model` is a private copy in evaluation mode; its weights change as layers are solved. `calls` counts how often each
+    module is called. `refused` maps the name of every Conv2d or Linear whose weight cannot be pruned to the reason.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device | str = "cpu"):
+        self.model = copied(model, device).eval().requires_grad_(False)
+        for module in self.model.modules():
+            module._backward_hooks.clear()  # these and the next belong to training
+            module._backward_pre_hooks.clear()
+            if isinstance(module, nn.DataParallel):
+                module.device_ids = []  # it calls the network inside, wherever that is
+        self.in_place = [m for m in self.model.modules() if getattr(m, "inplace", False) is True]  # until the trace
+        self.nodes = trace(self.model)
+        self.position = {node: i for i, node in enumerate(self.nodes)}
+        self.input = self.nodes[0]
+        self.output = self.nodes[-1].args[0]
+        self.last_use = {n: max((self.position[u] for u in n.users), default=-1) for n in self.nodes}
+        self.by_target: dict[str, list[fx.Node]] = {}  # what calls a module, or reads a parameter
+        for node in self.nodes:
+            if node.op in ("call_module", "get_attr"):
+                self.by_target.setdefault(node.target, []).append(node)
+        self.calls = Counter(node.target for node in self.nodes if node.op == "call_module")
+        self.owners = Counter(id(p) for m in self.model.modules() for p in m._parameters.values() if p is not None)
+        self.pairs: set[fx.Node] = set()  # what returns several values, known once images have passed
+        self.affine = {node for node in self.nodes if is_fixed_batch_norm(self.module(node))}
+        self.batch_norm_of = self._pair_batch_norms()
+        self.layers, self.refused = self._find_layers()
+
+    def call_as_it_is(self, nodes: Iterable[fx.Node]) -> None:
+        """Take these BatchNorms for no affine maps, nor fold them."""
+        self.affine -= set(nodes)
+        self.batch_norm_of = self._pair_batch_norms()
+        refused = self.refused
+        self.layers, self.refused = self._find_layers()
+        for name in refused.keys() - self.refused.keys():
+            self.refuse(name, refused[name])
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Leave a layer dense."""
+        self.layers = [layer for layer in self.layers if layer.name != name]
+        self.refused[name] = reason
+
+    def module(self, node: Any) -> nn.Module | None:
+        """The module that a node calls, or None."""
+        calls = isinstance(node, fx.Node) and node.op == "call_module"
+        return self.model.get_submodule(node.target) if calls else None
+
+    def is_counted(self, node: fx.Node) -> bool:
+        """Whether the paper counts this node as an operation. A BatchNorm behind a convolution is part of it."""
+        if node in self.pairs:
+            return False  # but what is read of it is
+        if node.op == "call_module":
+            module = self.module(node)
+            if isinstance(module, nn.MultiheadAttention):
+                return False  # but its output is, the first of the pair that it returns
+            if node in self.batch_norm_of.values():
+                return has_activation(module) and not isinstance(getattr(module, "act", nn.Identity()), nn.Identity)
+            return isinstance(module, COUNTED_MODULES) or any(True for _ in prunable_weights(module))
+        if node.target is operator.getitem:
+            source = node.args[0]
+            return source in self.pairs or (is_output(node) and isinstance(self.module(source), nn.MultiheadAttention))
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        return node.op in ("call_function", "call_method") and name in COUNTED_FUNCTIONS
+
+    def reads(self, node: fx.Node, parameter: str) -> bool:
+        """Whether a node uses the parameter itself (a module may be called more than once)."""
+        if node.op == "call_module":
+            return parameter.startswith(node.target + ".")
+        return node.op == "get_attr" and node.target == parameter
+
+    def users(self, parameter: str) -> list[fx.Node]:
+        """The modules that own a parameter and the functions that read it, in execution order."""
+        parts = parameter.split(".")
+        paths = (".".join(parts[: i + 1]) for i in range(len(parts)))
+        reading = [node for path in paths for node in self.by_target.get(path, ())]
+        found = {user for node in reading for user in (node.users if node.op == "get_attr" else [node])}
+        return sorted(found, key=self.position.get)
+
+    def is_shared(self, parameter: str) -> bool:
+        """Whether a parameter belongs to several modules (tied weights)."""
+        return self.owners[id(self.model.get_parameter(parameter))] > 1
+
+    def _pair_batch_norms(self) -> dict[fx.Node, fx.Node]:
+        """Convolutions whose only user is a BatchNorm with fixed statistics, their weight and bias read by no one else.
+
+        Not one that multiplies by zero, as residual branches are initialised: its output tells nothing of its input.
+        Nor one behind a linear map, which takes tokens for channels where there are any.
+        """
+        pairs = {}
+        for node in self.nodes:
+            producer = node.args[0] if node.args else None
+            if node not in self.affine or not is_plain(self.module(producer), [nn.Conv2d]):
+                continue
+            read = [user for key in ("weight", "bias") for user in self.users(f"{producer.target}.{key}")]
+            once = set(read) == {producer} and len(producer.users) == 1
+            if once and not is_zero(self.module(node).weight):
+                pairs[producer] = node
+        return pairs
+
+    def _find_layers(self) -> tuple[list[Layer], dict[str, str]]:
+        """The prunable weights in execution order, and the reason for each Conv2d or Linear that is not among them."""
+        layers, refused = {}, {}
+        for path, module in self.model.named_modules():
+            for key in prunable_parameters(module):
+                parameter = f"{path}.{key}".lstrip(".")
+                name = parameter.removesuffix(".weight").removesuffix("_weight")
+                if key not in module._parameters:
+                    refused[name] = "its weight is computed from other parameters"
+                    continue
+                if self.is_shared(parameter):
+                    refused[name] = "its weight is that of another layer too"
+                    continue
+                if not multiplies_by_weight(module):
+                    refused[name] = "it does not multiply by its weight as it is (standardised, say)"
+                    continue
+                node = next(iter(self.users(parameter)), None)
+                if node is None:
+                    refused[name] = "the traced forward pass does not use it"
+                elif not self._multiplies(node, parameter):
+                    user = getattr(node.target, "__name__", node.target)
+                    refused[name] = f"its weight goes into {user}, not straight into a linear map or convolution"
+                elif isinstance(self.module(node), nn.MultiheadAttention):
+                    refused[name] = "its attention takes masks or several inputs, or returns its weights"
+                else:
+                    weight = module._parameters[key]
+                    groups = getattr(module, "groups", 1)
+                    layers[name] = Layer(name, parameter, node, weight.shape, groups, self._bias_of(node, parameter))
+        return sorted(layers.values(), key=lambda layer: self.position[layer.node]), refused
+
+    def _bias_of(self, node: fx.Node, weight: str) -> str | None:
+        """The name of the bias that the output of a convolution or linear map alone is added to, or None.
+
+        It is a parameter that nothing reads but what reads the weight, or but the BatchNorm that it belongs to.
+        """
+        if node.target is F.linear:
+            bias = node.args[2] if len(node.args) > 2 else None
+            name = bias.target if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
+            readers = self.users(weight)
+        elif is_plain(self.module(node), (nn.Conv2d, nn.Linear)):
+            owner = self.batch_norm_of.get(node, node)
+            name = f"{owner.target}.bias" if self.module(owner)._parameters.get("bias") is not None else None
+            readers = self.users(weight) if owner is node else [owner]
+        else:
+            return None
+        alone = name is not None and set(self.users(name)) <= set(readers)
+        own = alone and isinstance(fetch(self.model, name), nn.Parameter) and not self.is_shared(name)
+        return name if own else None
+
+    def _multiplies(self, node: fx.Node, weight: str) -> bool:
+        """Whether a node that uses a weight is a module that owns it, or a function that multiplies by it as it is."""
+        if self.reads(node, weight) or getattr(node.target, "__name__", "") in HIDING:
+            return True
+        return node.target in (F.conv2d, F.linear) and len(node.args) > 1 and self.reads(node.args[1], weight)
+
+
+def copied(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
+    """A deep copy of a model, on a device; tied parameters stay tied, which not every device's `to` sees to.
+
+    Raises:
+        SnowsError: it cannot be copied.
+    """
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    try:
+        model = copy.deepcopy(model)
+    except Exception as error:  # whatever a module's tensors raise
+        raise SnowsError(
+            f"the model cannot be copied: {first_line(error)} torch.nn.utils.prune and weight_norm leave weights that "
+            f"cannot be: make them permanent first (prune.remove, remove_weight_norm)."
+        ) from error
+    model = model if device is None else model.to(device)
+    for first, *others in names.values():
+        for owner, _, own in (name.rpartition(".") for name in others):
+            setattr(model.get_submodule(owner), own, model.get_parameter(first))
+    return model

@@ -1,0 +1,198 @@
+"""A model as a list of operations: its trace, free of in-place writes, and how to run one of its nodes."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from timm.models import get_notrace_functions, get_notrace_modules
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+
+from snows.errors import TraceError
+from snows.network.attention import open_attention
+from snows.network.known import NAMESPACES
+
+Values = dict[fx.Node, Any]  # what each node computed, for one micro-batch: tensors, but also plain integers
+
+IN_PLACE_OPERATORS = {
+    getattr(operator, "i" + name): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "matmul")
+}
+# What computes something else than its in-place namesake: truth values, or samples with its input for probabilities.
+NO_TWINS = {"eq", "ne", "lt", "le", "gt", "ge", "not_equal", "less", "less_equal", "greater", "greater_equal"}
+NO_TWINS |= {"logical_not", "logical_and", "logical_or", "logical_xor", "bernoulli"}
+# What functions read, in order.
+INPUTS = dict.fromkeys((F.linear, F.conv2d), ("input", "weight", "bias"))
+INPUTS |= {F.scaled_dot_product_attention: ("query", "key", "value"), F.hardsigmoid: ("input",)}
+ANY_LAYOUT = {"view": "reshape", "view_as": "reshape_as"}  # the same shapes, of values in any order in memory
+
+
+class _Tracer(fx.Tracer):
+    """fx's tracer, with the leaves that timm and torchvision ask for, and a memory of where it failed."""
+
+    def __init__(self):
+        wrapped = tuple(get_notrace_functions())
+        super().__init__(autowrap_modules=(math, torchvision.ops), autowrap_functions=wrapped)
+        self.leaves = tuple(get_notrace_modules())
+        self.failed_in: str | None = None
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        """The images alone: whatever else forward() takes (masks, say) keeps its defaults, as in model(images)."""
+        (first, *_) = inspect.signature(self.root.forward).parameters
+        return lambda images: self.root.forward(images), [self.create_proxy("placeholder", first, (), {})]
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        if isinstance(module, nn.DataParallel):
+            return False
+        return isinstance(module, self.leaves) or super().is_leaf_module(module, name)
+
+    def call_module(self, module, forward, args, kwargs):
+        try:
+            return super().call_module(module, forward, args, kwargs)
+        except Exception:
+            # The innermost module sees the exception first and is the one to name.
+            self.failed_in = self.failed_in or f"{self.path_of_module(module)} ({type(module).__name__})"
+            raise
+
+
+def trace(model: nn.Module) -> list[fx.Node]:
+    """The operations of `model`, a module in evaluation mode, in execution order and free of in-place writes.
+
+    Raises:
+        TraceError: the forward pass cannot be traced, or takes or returns more than one tensor.
+    """
+    tracer = _Tracer()
+    try:
+        inspect.signature(model.forward).bind("images")
+    except TypeError as error:
+        raise TraceError(f"cannot trace {type(model).__name__}: its forward() needs more than the images.") from error
+    try:
+        graph = tracer.trace(model)
+    except Exception as error:
+        place = tracer.failed_in or f"the model itself ({type(model).__name__})"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TraceError(
+            f"cannot trace {place}: {reason}. SNOWS needs a forward pass without data-dependent control flow; "
+            f"wrap that part with torch.fx.wrap or register it with timm.models.register_notrace_module."
+        ) from error
+    make_positional(graph, model)
+    open_attention(graph, model)
+    make_out_of_place(graph, model)
+    nodes = list(graph.nodes)
+    if not isinstance(nodes[-1].args[0], fx.Node):
+        raise TraceError(f"cannot prune {type(model).__name__}: its forward() must return one tensor, the logits.")
+    return nodes
+
+
+def make_positional(graph: fx.Graph, model: nn.Module) -> None:
+    """Give modules, linear maps and attention what they read by position, where it is looked for."""
+    for node in graph.nodes:
+        names = INPUTS.get(node.target, ())
+        if node.op == "call_module":
+            names = tuple(inspect.signature(model.get_submodule(node.target).forward).parameters)
+        for name in names[len(node.args) :]:
+            if name not in node.kwargs:
+                break
+            node.args = (*node.args, node.kwargs[name])
+            node.kwargs = {key: value for key, value in node.kwargs.items() if key != name}
+
+
+def make_out_of_place(graph: fx.Graph, model: nn.Module) -> None:
+    """Replace every in-place operation, so that a value of the line never changes once it is computed.
+
+    Without this a feature (a BatchNorm's output, say) is overwritten by the in-place ReLU behind it. Whoever reads the
+    overwritten value later must read the result of the operation instead, which is what it would have seen.
+    """
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        overwritten = without_writing(node, model)
+        for user in list(overwritten.users) if overwritten is not None else []:
+            if position[user] > position[node]:
+                user.replace_input_with(overwritten, node)
+    for module in model.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False
+
+
+def without_writing(node: fx.Node, model: nn.Module) -> fx.Node | None:
+    """Let a node that writes into a value compute the same without; returns the node of that value, or None."""
+    overwritten = next(iter(node.all_input_nodes), None)
+    if node.op == "call_module":  # the module itself is switched by the caller
+        return overwritten if getattr(model.get_submodule(node.target), "inplace", False) is True else None
+    if node.op == "call_method":
+        name, spaces = node.target, (Tensor,)
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        spaces = [space for space in NAMESPACES if getattr(space, name, None) is node.target]
+    else:
+        return None
+    if node.target in IN_PLACE_OPERATORS:
+        node.target = IN_PLACE_OPERATORS[node.target]
+    elif node.kwargs.get("inplace", False) is True:
+        node.kwargs = {**node.kwargs, "inplace": False}
+    elif spaces and isinstance(node.kwargs.get("out"), fx.Node):
+        overwritten = node.kwargs["out"]
+        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "out"}
+    elif spaces and name.endswith("_") and not name.endswith("__"):
+        write = getattr(spaces[0], name, None)
+        twins = (getattr(space, name[:-1], None) for space in (spaces if node.op == "call_method" else NAMESPACES))
+        twin = next(filter(callable, twins), None)
+        if twin is None or name[:-1] in NO_TWINS:  # zero_, copy_, fill_, ...
+            node.op, node.target = "call_function", on_a_copy(write)
+        else:
+            node.target = name[:-1] if node.op == "call_method" else twin
+    else:
+        return None
+    return overwritten
+
+
+def on_a_copy(write: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same as a function that writes into its first argument, which stays as it is."""
+
+    def function(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return write(x.clone(), *args, **kwargs)
+
+    return function
+
+
+def call(node: fx.Node, model: nn.Module, values: Values, parameters: dict[str, Tensor]) -> Any:
+    """Run one node on the values of its inputs; `parameters` overrides the model's, by full name."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda read: value_of(read, model, values, parameters))
+    match node.op:
+        case "get_attr":
+            return value_of(node, model, values, parameters)
+        case "call_function":
+            return node.target(*args, **kwargs)
+        case "call_method":
+            numbers = any(isinstance(arg, torch.dtype) for arg in args)  # a view of the same bytes as other numbers
+            name = node.target if numbers or kwargs else ANY_LAYOUT.get(node.target, node.target)
+            return getattr(args[0], name)(*args[1:], **kwargs)
+        case "call_module":
+            module, prefix = model.get_submodule(node.target), node.target + "."
+            own = {name.removeprefix(prefix): p for name, p in parameters.items() if name.startswith(prefix)}
+            return functional_call(module, own, args, kwargs) if own else module(*args, **kwargs)
+    raise TraceError(f"cannot run the node {node.format_node()}")
+
+
+def value_of(node: fx.Node, model: nn.Module, values: Values, parameters: dict[str, Tensor]) -> Any:
+    """What a node has computed; of a parameter or buffer that is not among `values`, what it is in the model now.
+
+    Nothing keeps a parameter's value: on a device it may be a copy from before its layer was solved.
+    """
+    if node in values or node.op != "get_attr":
+        return values[node]
+    return parameters[node.target] if node.target in parameters else fetch(model, node.target)
+
+
+def fetch(model: nn.Module, path: str) -> Any:
+    """The attribute of `model` at a dotted path."""
+    for part in path.split("."):
+        model = getattr(model, part)
+    return model

@@ -1,0 +1,241 @@
+"""Windows: the sub-graph from a layer to the K-th counted operation behind it, as a function of the layer's weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from snows.network.known import has_activation
+from snows.network.layers import Layer, Network
+from snows.network.trace import Values, call, value_of
+
+
+class TwiceDifferentiable(TorchFunctionMode):
+    """Replaces functions whose derivative torch cannot differentiate again by equal ones whose derivative it can."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (F.hardsigmoid, torch._C._nn.hardsigmoid):
+            return F.relu6(args[0] + 3) / 6
+        if func is F.scaled_dot_product_attention and is_plain_attention(args, kwargs):
+            q, k, v = args
+            return attention_weights(q, k, kwargs.get("scale")) @ v
+        return func(*args, **kwargs)
+
+
+def is_plain_attention(args: tuple, kwargs: dict) -> bool:
+    """Whether a call of F.scaled_dot_product_attention asks for no mask, dropout or causality."""
+    asked = [value for name, value in kwargs.items() if name != "scale"]
+    return len(args) == 3 and not any(isinstance(value, (Tensor, fx.Node)) or value for value in asked)
+
+
+def attention_weights(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+    """softmax(scale q k^T); without a mask no row is empty, and torch's own check for that is saved."""
+    return (q * attention_scale(q, scale) @ k.transpose(-2, -1)).softmax(-1)
+
+
+def attention_scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+class Window:
+    """The sub-graph from a layer to the K-th counted operation after it (the paper's f_k(X; W), k = 0..K).
+
+    It starts at the layer: nothing before it is recomputed. What the window needs that does not depend on the layer's
+    weight (a shortcut branch, the other input of a concatenation) is computed once per micro-batch, by `enter`.
+    Inside the window a BatchNorm is an affine map, folded into the convolution it follows, and attention uses the
+    kernel that has second derivatives. `model` holds the weights of everything but the layer itself.
+
+    others: further layers, behind the first, whose weights the features are a function of as well.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        layer: Layer,
+        k_step: int,
+        model: nn.Module | None = None,
+        others: Sequence[Layer] = (),
+    ):
+        self.network, self.layer, self.model = network, layer, network.model if model is None else model
+        self.layers = (layer, *others)
+        start = network.position[layer.node]
+        own = {name for each in self.layers for name in (each.parameter, each.bias)}
+        behind = {n for n in network.nodes if n.op == "get_attr" and n.target in own}  # what depends on the weights
+        behind |= {n for n in network.nodes for each in self.layers if network.reads(n, each.parameter)}
+        counted = []
+        for node in network.nodes[start:]:
+            if node in behind or behind.intersection(node.all_input_nodes):
+                behind.add(node)
+                if network.is_counted(node) or (node is layer.node and node not in network.pairs):
+                    counted.append(node)
+            if len(counted) > k_step:
+                break
+        self.features = counted  # K + 1 nodes, or fewer near the end of the line
+        needed = set(counted)
+        for node in reversed(network.nodes[start : network.position[counted[-1]] + 1]):
+            if node in needed:
+                needed.update(node.all_input_nodes)
+        needed = [n for n in network.nodes if n in needed]
+        self.nodes = [n for n in needed if n in behind]
+        aside = [n for n in needed if n not in behind and network.position[n] > start]
+        self.aside = [n for n in aside if n.op != "get_attr"]  # parameters are read where they are used
+        self.inputs = {n for node in self.nodes for n in node.all_input_nodes if n not in behind}
+        self.beside = self.inputs.intersection(self.aside)
+        self.last_reads = last_reads(self.nodes, keep=self.features)
+        self.folded = {n: network.batch_norm_of[n] for n in self.nodes if n in network.batch_norm_of}
+        self.applied = set(self.folded.values())
+        self.constants = self._fold_constants()
+        self.biases = {
+            each: f"{each.node.target}.bias" if each.node in self.folded else each.bias for each in self.layers
+        }
+        self.varied = {each.parameter for each in self.layers} | {bias for bias in self.biases.values() if bias}
+
+    def _fold_constants(self) -> dict[str, Tensor]:
+        """Weights and biases of the window's convolutions, the BatchNorm behind each folded in."""
+        constants = {}
+        for conv, batch_norm in self.folded.items():
+            module, (scale, shift) = self.module(conv), affine_of(self.module(batch_norm))
+            constants[f"{conv.target}.weight"] = module.weight * per_output(scale, module.weight)
+            constants[f"{conv.target}.bias"] = shift if module.bias is None else shift + scale * module.bias
+        return constants
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The module that a node calls, or None, with the window's weights."""
+        return self.model.get_submodule(node.target) if node.op == "call_module" else None
+
+    def enter(self, values: Values) -> Values:
+        """What the window reads, from the values at the cut; parameters as they are now."""
+        if not all(node in values for node in self.beside):
+            values = {**values, **self.compute_beside(values)}
+        return {node: value_of(node, self.model, values, {}) for node in self.inputs}
+
+    @torch.no_grad()
+    def compute_beside(self, values: Values) -> Values:
+        """What the nodes compute that the window reads and the layer does not reach, from the values at the cut."""
+        values = dict(values)
+        for node in self.aside:
+            values[node] = call(node, self.model, values, {})
+        return {node: values[node] for node in self.beside}
+
+    def __call__(self, values: Values, weight: Tensor, shift: Tensor | None = None) -> list[Tensor]:
+        """Features f_0 .. f_K at `weight`, one tensor (n, ...) for each counted operation.
+
+        shift: (out,), added to the layer's own output (before any BatchNorm), besides its bias.
+        """
+        values = self.run(self.nodes, values, self.parameters(weight, shift))
+        return [values[node] for node in self.features]
+
+    def direction(self, weight: Tensor, shift: Tensor | None = None) -> dict[str, Tensor]:
+        """What a weight and a shift of the layer's output are in the window's parameters; linear in both."""
+        return self.direction_of(self.layer, weight, shift)
+
+    def direction_of(self, layer: Layer, weight: Tensor, shift: Tensor | None) -> dict[str, Tensor]:
+        """What a weight and a shift of one of the layers are in the window's parameters."""
+        scale = self.output_scale(layer)
+        moved = {layer.parameter: weight if scale is None else weight * per_output(scale, weight)}
+        if shift is not None:
+            moved[self.biases[layer]] = shift if scale is None else scale * shift
+        return moved
+
+    def parameters(self, weight: Tensor, shift: Tensor | None = None) -> dict[str, Tensor]:
+        """The parameters that differ from the model's, by full name."""
+        moved = self.direction(weight, shift)
+        for layer, bias in self.biases.items():
+            if bias in moved:
+                folded = layer.node in self.folded
+                moved[bias] = moved[bias] + (self.constants[bias] if folded else self.model.get_parameter(bias))
+        return {**self.constants, **moved}
+
+    def output_scale(self, layer: Layer) -> Tensor | None:
+        """The factor (out,) by which the BatchNorm behind a layer scales its output; None without one."""
+        batch_norm = self.folded.get(layer.node)
+        return None if batch_norm is None else affine_of(self.module(batch_norm))[0]
+
+    def output(self, values: Values, weight: Tensor) -> Tensor:
+        """The layer's own output at `weight`, (n, out, ...), before any BatchNorm."""
+        values = dict(values)
+        for node in self.nodes[: self.nodes.index(self.layer.node) + 1]:
+            values[node] = call(node, self.model, values, {self.layer.parameter: weight})
+        return values[self.layer.node]
+
+    def behind(self, values: Values, output: Tensor) -> list[Tensor]:
+        """The features as a function of the layer's own output: the map that a preconditioner pulls back."""
+        if self.layer.node in self.folded:
+            output = normalise(self.module(self.folded[self.layer.node]), output)
+        later = [n for n in self.nodes if n is not self.layer.node]
+        values = self.run(later, {**values, self.layer.node: output}, self.constants)
+        return [values[node] for node in self.features]
+
+    def run(self, nodes: list[fx.Node], values: Values, parameters: dict[str, Tensor]) -> Values:
+        """`values` and what `nodes` compute from them."""
+        values = dict(values)
+        with differentiable():
+            for node in nodes:
+                values[node] = self.step(node, values, parameters)
+        return values
+
+    def step(self, node: fx.Node, values: Values, parameters: dict[str, Tensor]) -> Any:
+        """What one node computes from `values`, BatchNorms being folded or affine maps."""
+        if node not in self.network.affine:
+            return call(node, self.model, values, parameters)
+        module, x = self.module(node), values[node.args[0]]
+        x = x if node in self.applied else normalise(module, x)
+        if has_activation(module):
+            for name in ("drop", "act"):
+                x = getattr(module, name, nn.Identity())(x)
+        return x
+
+    def is_identity(self, node: fx.Node) -> bool:
+        """Whether a node does nothing: a BatchNorm that is folded into the convolution in front of it."""
+        return node in self.applied and not has_activation(self.module(node))
+
+
+def last_reads(nodes: list[fx.Node], keep: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """For each node, those of `nodes` that nothing reads any more once it has run, but for those to keep."""
+    last = {read: node for node in nodes for read in node.all_input_nodes}
+    reads = {node: [] for node in nodes}
+    for read, node in last.items():
+        if read in reads and read not in keep:
+            reads[node].append(read)
+    return reads
+
+
+@contextmanager
+def differentiable():
+    """Operations in the form that has the derivatives that products need."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def per_output(scale: Tensor, weight: Tensor) -> Tensor:
+    """(out,) shaped to multiply a weight (out, ...)."""
+    return scale.view(-1, *[1] * (weight.ndim - 1))
+
+
+def affine_of(batch_norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each (channels,), of a BatchNorm with fixed statistics."""
+    scale = torch.rsqrt(batch_norm.running_var + batch_norm.eps)
+    if batch_norm.weight is not None:
+        scale = scale * batch_norm.weight
+    shift = -batch_norm.running_mean * scale
+    return scale, shift if batch_norm.bias is None else shift + batch_norm.bias
+
+
+def normalise(batch_norm: _BatchNorm, x: Tensor) -> Tensor:
+    """The affine map of a BatchNorm with fixed statistics, applied to x (n, channels, ...)."""
+    scale, shift = (vector.view(-1, *[1] * (x.ndim - 2)) for vector in affine_of(batch_norm))
+    return torch.addcmul(shift, x, scale)

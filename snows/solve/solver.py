@@ -1,0 +1,227 @@
+"""Truncated Newton on the support: preconditioned conjugate gradients, Armijo backtracking, adaptive damping.
+
+One step solves (B + lambda I) d = -grad L on the support S = {i : mask_i = 1} (the paper's Newton step), with B
+known only through its products. Vectors keep the shape of the weight and are zero off the support.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from snows.solve.objective import Objective, Product
+
+Preconditioner = Callable[[Tensor], Tensor]
+
+SUFFICIENT_DECREASE = 1e-4  # Armijo's constant
+MAX_HALVINGS = 8
+STAGNATION = 1e-3  # relative decrease of the loss below which another Newton step is not worth its products
+
+
+@dataclass
+class CGResult:
+    """The step found, its product with B, and how it was found."""
+
+    step: Tensor
+    product: Tensor
+    residuals: list[float]  # relative residual norms, one per iteration
+    negative_curvature: bool = False
+
+    @property
+    def iterations(self) -> int:
+        return len(self.residuals)
+
+
+def conjugate_gradients(
+    product: Product,
+    right_side: Tensor,
+    precondition: Preconditioner | None = None,
+    damping: float = 0.0,
+    tolerance: float = 1e-2,
+    max_iterations: int = 20,
+) -> CGResult:
+    """Approximately solve (B + lambda I) x = b, B given by `product`, b by `right_side`.
+
+    damping: lambda in units of the curvature along the first direction, p^T B p / p^T p, so that one value serves
+        layers of any scale.
+    tolerance: stop once ||b - (B + lambda I) x|| <= tolerance * ||b||; the least is the type's own precision.
+
+    Stops at the first direction whose curvature is not positive and returns what it has; if that is the very first
+    direction, it returns a step along it, scaled by the size of its curvature.
+
+    Stops, too, with what it has, when the residual has become too small for the type to tell a direction from it.
+
+    Raises:
+        FloatingPointError: the right side, a product or a preconditioned residual is NaN or infinite.
+    """
+    x, bx, r = torch.zeros_like(right_side), torch.zeros_like(right_side), right_side
+    norm = check_finite(right_side.norm(), "the gradient")
+    if not norm > 0:
+        return CGResult(x, bx, [])
+    precondition = precondition or (lambda residual: residual)
+    tolerance = max(tolerance, torch.finfo(right_side.dtype).eps)
+    z = precondition(r)
+    p, rz, shift, residuals = z, dot(r, z), None, []
+    for _ in range(max_iterations):
+        bp, pp = product(p), dot(p, p)
+        curvature = dot(p, bp)
+        if shift is None:
+            shift = damping * (curvature / pp).clamp_min(0)
+        damped = curvature + shift * pp
+        alpha = rz / damped
+        next_r = r - alpha * (bp + shift * p)
+        # The only values that the host waits for, once an iteration.
+        numbers = torch.stack([damped, next_r.norm() / norm, alpha * pp.sqrt(), rz, pp])
+        steepness, residual, length, *squares = numbers.tolist()
+        if 0 in squares or (residuals and not all(map(math.isfinite, squares))):
+            break  # the direction vanishes in its square, or has come of a residual that does
+        if not math.isfinite(steepness):
+            raise FloatingPointError("a curvature product is not finite")
+        if not steepness > 0:
+            if not residuals:
+                alpha = rz / abs(steepness) if steepness else torch.ones_like(rz)
+                x, bx = alpha * p, alpha * bp
+            return CGResult(x, bx, residuals, negative_curvature=True)
+        if not math.isfinite(residual + length):
+            if residuals:  # the curvature is too small to divide by
+                break
+            raise FloatingPointError("the step is not finite")
+        x += alpha * p  # in place: of all layers together, each vector may take a large share of the memory
+        bx += alpha * bp
+        r = next_r
+        residuals.append(residual)
+        if residual <= tolerance:
+            break
+        z = precondition(r)
+        rz, previous = dot(r, z), rz
+        p = z + (rz / previous) * p
+    return CGResult(x, bx, residuals)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.flatten(), b.flatten())
+
+
+def check_finite(value: Tensor, what: str) -> Tensor:
+    """The value, if it holds no NaN and no infinity.
+
+    Raises:
+        FloatingPointError: it does.
+    """
+    if not value.isfinite().all():
+        raise FloatingPointError(f"{what} is not finite")
+    return value
+
+
+@dataclass
+class Armijo:
+    """The outcome of a line search: the accepted share of the step (0: none) and the loss there."""
+
+    length: float
+    loss: Tensor
+
+
+def backtrack(loss: Callable[[Tensor], Tensor], weight: Tensor, step: Tensor, start: Tensor, slope: Tensor) -> Armijo:
+    """Halve the step until L(W + t d) <= L(W) + c t <grad L, d>; `start`, `slope` and `loss` are of the same data."""
+    length = 1.0
+    for _ in range(MAX_HALVINGS + 1):
+        trial = loss(weight + length * step)
+        if trial <= start + SUFFICIENT_DECREASE * length * slope:
+            return Armijo(length, trial)
+        length /= 2
+    return Armijo(0.0, start)
+
+
+@dataclass
+class Solution:
+    """The solved weight of a layer, and what it took."""
+
+    weight: Tensor
+    shift: Tensor | None = None  # (out,), to be added to the layer's bias, where biases are solved too
+    loss_before: float = float("nan")
+    loss_after: float = float("nan")
+    newton_steps: int = 0
+    cg_iterations: int = 0
+    products: float = 0.0  # curvature products, in units of the whole calibration set
+    residuals: list[list[float]] = field(default_factory=list)  # of each CG solve
+    problem: str = ""  # why nothing was solved, if so
+
+
+def solve(
+    objective: Objective,
+    weight: Tensor,
+    mask: Tensor,
+    precondition: Preconditioner | None,
+    *,
+    newton_steps: int,
+    max_CG_iterations: int,
+    cg_tolerance: float,
+    damping: float,
+    batching: bool,
+) -> Solution:
+    """Minimise the objective over the support of `mask`, starting at `weight` (zero off the support).
+
+    batching: False takes every Newton step on the whole calibration set; True takes one step for each micro-batch in
+        turn, `newton_steps` times over.
+
+    Raises:
+        FloatingPointError: the loss, its gradient, a product or a preconditioned residual is NaN or infinite.
+    """
+    result = Solution(weight)
+    parts = objective.mini_batches() if batching else [objective]
+    for step in range(newton_steps):
+        start = result.weight
+        for part in parts:
+            damping, before, after = _newton_step(
+                result, part, mask, precondition, damping, cg_tolerance, max_CG_iterations, 1 / len(parts)
+            )
+        if batching:  # steps that each helped their own mini-batch may still hurt the whole
+            before, after = objective.loss(start), objective.loss(result.weight)
+        if step == 0:
+            result.loss_before = before.item()
+        result.loss_after = min(before, after).item()
+        if not after < before:
+            result.weight = start
+            break
+        if before - after < STAGNATION * after:
+            break
+    return result
+
+
+def _newton_step(
+    result: Solution,
+    objective: Objective,
+    mask: Tensor,
+    precondition: Preconditioner | None,
+    damping: float,
+    tolerance: float,
+    max_iterations: int,
+    share: float,
+) -> tuple[float, Tensor, Tensor]:
+    """One damped Newton step on one objective; updates `result` and returns (next damping, loss before, loss after)."""
+    here = objective.linearise(result.weight)
+    check_finite(here.loss, "the loss")
+    descent = here.gradient.mul_(mask).neg_()
+    cg = conjugate_gradients(
+        lambda v: here.product(v).mul_(mask), descent, precondition, damping, tolerance, max_iterations
+    )
+    slope = -dot(descent, cg.step)
+    result.cg_iterations += cg.iterations
+    result.products += cg.iterations * here.share * share
+    result.residuals.append(cg.residuals)
+    if not slope < 0:  # a zero gradient, or nothing found
+        return damping, here.loss, here.loss
+    search = backtrack(objective.loss, result.weight, cg.step, here.loss, slope)
+    result.newton_steps += 1
+    if search.length > 0:
+        result.weight = result.weight + search.length * cg.step
+    # Levenberg-Marquardt: trust the quadratic model more where it predicted well, less where it did not.
+    predicted = -(slope + dot(cg.step, cg.product) / 2)
+    ratio = (here.loss - search.loss) / predicted
+    if search.length < 1 or ratio < 0.25:
+        return damping * 4, here.loss, search.loss
+    return (damping / 4 if ratio > 0.75 else damping), here.loss, search.loss

@@ -1,0 +1,416 @@
+"""Whole jobs on tiny networks: what is promised is what comes back."""
+
+import pytest
+import timm
+import torch
+import torchvision
+from helpers import TinyCNN, randomise
+from torch import nn
+
+import snows
+from snows.calibration.streams import gather
+
+
+def fast(**changes):
+    return snows.Options(**{"batch_size": 2, "schedule": 0, "joint_steps": 0, **changes})
+
+
+@pytest.mark.parametrize("algo", ["MP", "MP+", "SNOWS"])
+@pytest.mark.parametrize("pattern", [snows.NM(1, 2), snows.Unstructured(0.6)], ids=str)
+def test_the_returned_model_is_the_one_that_was_solved(tiny, images, algo, pattern):
+    before = {name: p.detach().clone() for name, p in tiny.named_parameters()}
+    pruned = snows.prune(tiny, images, pattern, fast(), algo=algo)
+    assert type(pruned.model) is TinyCNN
+    assert all(torch.equal(before[name], p) for name, p in tiny.named_parameters())  # the caller's own is untouched
+    for layer in pruned.layers:
+        weight, mask = pruned.model.get_submodule(layer.name).weight, pruned.masks[layer.name]
+        assert (weight[~mask] == 0).all()
+        assert layer.sparsity == (weight == 0).double().mean().item() >= 0.4
+        if algo == "MP":
+            assert torch.equal(weight, before[f"{layer.name}.weight"] * mask)
+        else:
+            assert layer.loss_after <= layer.loss_before
+            assert layer.name == "stem" or not torch.equal(weight, before[f"{layer.name}.weight"] * mask)
+    zeros = sum((p == 0).sum().item() for p in pruned.model.parameters())
+    assert pruned.sparsity == zeros / sum(p.numel() for p in pruned.model.parameters())
+    assert {layer.name for layer in pruned.layers} == set(pruned.masks)
+    assert not set(pruned.left_dense) & set(pruned.masks)
+
+
+class ByKeyword(TinyCNN):
+    def forward(self, x):
+        x = self.relu(input=self.bn(input=self.stem(input=x)))
+        y = self.bn2(input=self.grouped(input=x))
+        y += x
+        y = self.relu(input=y)
+        y = y * torch.sigmoid(input=self.gate(input=y))
+        return self.fc(input=y.mean((2, 3)))
+
+
+@pytest.mark.parametrize("mask_alg", ["MP", "SparseGPT", "OBS"])
+def test_inputs_by_keyword_are_found_like_those_by_position(tiny, images, mask_alg):
+    twin = ByKeyword().double().eval()
+    twin.load_state_dict(tiny.state_dict())
+    jobs = [snows.prune(model, images, snows.NM(1, 2), snows.Options(), mask_alg=mask_alg) for model in (tiny, twin)]
+    ours, reference = (job.model.state_dict() for job in jobs)
+    assert all(torch.equal(ours[name], value) for name, value in reference.items())
+
+
+FAMILIES = {
+    "depthwise, squeeze-excite": lambda: timm.create_model("mobilenetv3_small_050", num_classes=8),
+    "concatenation": lambda: torchvision.models.DenseNet(8, (2, 3), 16, num_classes=8),
+    "layer norms": lambda: timm.create_model("convnext_atto", num_classes=8, depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)),
+    "groups": lambda: timm.create_model("regnety_002", num_classes=8),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_of_cnns_is_pruned_and_its_loss_falls_at_every_layer(family):
+    torch.manual_seed(0)
+    model = FAMILIES[family]()
+    options = snows.Options(k_step=2, schedule=0, max_CG_iterations=2, batch_size=3)
+    pruned = snows.prune(model, torch.randn(4, 3, 32, 32), snows.NM(2, 4), options)
+    weights = {name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    assert {layer.name for layer in pruned.layers} | set(pruned.left_dense) == weights
+    for layer in pruned.layers:
+        assert layer.loss_after < layer.loss_before
+        assert layer.sparsity == 0.5
+    for name, reason in pruned.left_dense.items():
+        assert "depthwise" in reason or "multiple of 4" in reason
+        assert torch.equal(pruned.model.get_submodule(name).weight, model.get_submodule(name).weight)
+
+
+def test_more_depth_brings_the_output_closer(tiny):
+    images = torch.randn(64, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    dense = tiny(images)
+    errors = {}
+    for algo in ("MP", "MP+", "SNOWS"):
+        pruned = snows.prune(tiny, images, snows.NM(1, 2), snows.Options(), algo=algo)
+        errors[algo] = (pruned.model(images) - dense).norm().item()
+    assert errors["SNOWS"] < errors["MP+"] < errors["MP"]
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_what_is_written_is_what_was_solved(tiny, images, biases):
+    """The last layer's loss, recomputed from the returned model alone, is the one that the solver reached."""
+    pruned = snows.prune(tiny, images, snows.NM(1, 2), fast(biases=biases))
+    logits, dense = pruned.model(images), tiny(images)
+    error = (logits - dense).square().sum() / dense.square().sum()
+    assert error.item() == pytest.approx(pruned.layers[-1].loss_after)
+    changed = [
+        n
+        for n, p in pruned.model.named_parameters()
+        if n.endswith("bias") and not torch.equal(p, tiny.get_parameter(n))
+    ]
+    assert changed == (["bn.bias", "bn2.bias", "gate.bias", "fc.bias"] if biases else [])
+
+
+def test_mp_plus_is_the_layer_wise_least_squares_solution():
+    torch.manual_seed(0)
+    model, images = randomise(nn.Sequential(nn.Flatten(), nn.Linear(8, 3))), torch.randn(50, 2, 2, 2).double()
+    pruned = snows.prune(model, images, snows.NM(1, 2), fast(curvature_images=4), algo="MP+")  # solved to the end
+    mask, x, dense = pruned.masks["1"], images.flatten(1), model[1].weight
+    for row in range(3):
+        support = mask[row]
+        expected = torch.linalg.lstsq(x[:, support], x @ dense[row]).solution
+        torch.testing.assert_close(pruned.model[1].weight[row, support], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_w_warm_starts_at_the_least_squares_solution(tiny, images):
+    options = fast(w_warm=True, k_step=0, targets="same", biases=False)
+    cold = snows.prune(tiny, images, snows.NM(1, 2), options.but(w_warm=False))
+    warm = snows.prune(tiny, images, snows.NM(1, 2), options)
+    assert warm.layers[0].loss_before < cold.layers[0].loss_before
+    assert warm.layers[0].loss_before == pytest.approx(cold.layers[0].loss_after, rel=1e-3)
+
+
+def test_what_a_warm_start_costs_is_counted(tiny, images, monkeypatch):
+    taken, product = [], snows.solve.objective.Linearisation.product
+    monkeypatch.setattr(
+        snows.solve.objective.Linearisation, "product", lambda self, vector: taken.append(0) or product(self, vector)
+    )
+    for warm in (False, True):
+        taken.clear()
+        pruned = snows.prune(tiny, images, snows.NM(1, 2), fast(w_warm=warm, batch_size=5))
+        assert len(taken) == pruned.curvature_products == pruned.cg_iterations
+    assert len(taken) > 4
+
+
+def test_128_images_at_batch_128_still_give_a_step():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    for batching in (True, False):
+        options = snows.Options(batch_size=128, batching=batching, newton_steps=1, joint_steps=1)
+        pruned = snows.prune(model, torch.randn(128, 2, 2, 2), snows.NM(1, 2), options)
+        assert all(layer.newton_steps == 1 and layer.loss_after < layer.loss_before for layer in pruned.layers)
+
+
+def test_two_sweeps_continue_where_the_first_ended(tiny, images):
+    once = snows.prune(tiny, images, snows.NM(1, 2), fast(sweeps=1))
+    twice = snows.prune(tiny, images, snows.NM(1, 2), fast(sweeps=2))
+    count = len(once.layers)
+    assert [(r.name, r.sweep) for r in twice.layers] == [(r.name, s) for s in (0, 1) for r in once.layers]
+    assert [r.loss_after for r in twice.layers[:count]] == [r.loss_after for r in once.layers]
+    first, second = once.layers[-1], twice.layers[-1]
+    assert second.loss_before == pytest.approx(first.loss_after, rel=0.2)
+    assert second.loss_before < 0.5 * first.loss_before
+    assert all((twice.model.get_submodule(n).weight[~m] == 0).all() for n, m in twice.masks.items())
+
+
+def test_same_seed_same_result(tiny, images):
+    results = [snows.prune(tiny, images, snows.NM(1, 2), fast()).model.state_dict() for _ in range(2)]
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_masks_of_your_own(tiny, images):
+    mask = torch.rand(4, 2, 3, 3) < 0.5
+    pruned = snows.prune(tiny, images, {"grouped": mask}, fast())
+    assert ((pruned.model.grouped.weight != 0) == mask).all()
+    assert pruned.left_dense["stem"] == "no mask was given"
+    with pytest.raises(snows.UsageError, match="nowhere"):
+        snows.prune(tiny, images, {"nowhere": mask}, fast())
+    with pytest.raises(snows.UsageError, match=r"grouped: \(4, 2\) for a weight \(4, 2, 3, 3\)"):
+        snows.prune(tiny, images, {"grouped": mask[..., 0, 0]}, fast())
+
+
+def test_calibration_comes_as_a_tensor_or_in_batches(images):
+    assert torch.equal(gather(images), images)
+    assert torch.equal(gather(images.split(2)), images)
+    assert torch.equal(gather([(batch, "labels are not read") for batch in images.split(2)]), images)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_in_the_images_is_refused(tiny, images, bad):
+    images[3, 0, 0, 0] = bad
+    with pytest.raises(snows.UsageError, match=r"1 calibration images hold NaN or infinity \(the first is number 3\)"):
+        snows.prune(tiny, images, snows.NM(1, 2), fast())
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [(torch.zeros(0, 2, 4, 4), "shape"), (torch.zeros(4, 4), "shape"), ([], "batches"), (["text"], "batches")],
+)
+def test_calibration_of_the_wrong_form_is_refused(tiny, calibration, message):
+    with pytest.raises(snows.UsageError, match=message):
+        snows.prune(tiny, calibration, snows.NM(1, 2), fast())
+
+
+def test_nothing_to_prune_is_an_error(images):
+    with pytest.raises(snows.UsageError, match="nothing to prune"):
+        snows.prune(nn.Sequential(nn.ReLU()), images, snows.NM(1, 2), fast())
+    with pytest.raises(snows.UsageError, match=r"nothing to prune.*not a multiple"):
+        snows.prune(nn.Sequential(nn.Flatten(), nn.Linear(7, 2)), images, snows.NM(1, 2), fast())
+
+
+def test_a_trace_that_froze_a_choice_is_refused(images):
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.calls = nn.Conv2d(2, 2, 1), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.conv(x) * self.calls
+
+    with pytest.raises(snows.TraceError, match="depends on data"):
+        snows.prune(Frozen().double(), images, snows.NM(1, 2), fast())
+
+
+def test_ctrl_c_keeps_the_finished_layers(tiny, images):
+    def stop(record, layers):
+        if record.name == "grouped":
+            raise KeyboardInterrupt
+
+    with pytest.raises(snows.errors.Interrupted, match="after 2 layers") as stopped:
+        snows.prune(tiny, images, snows.NM(1, 2), fast(), on_layer=stop)
+    partial = stopped.value.result
+    assert [layer.name for layer in partial.layers] == ["stem", "grouped"]
+    assert (partial.model.stem.weight[~partial.masks["stem"]] == 0).all()
+    assert torch.equal(partial.model.gate.weight, tiny.gate.weight)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"k_step": -1},
+        {"targets": "other"},
+        {"batch_size": 0},
+        {"batching": 1},
+        {"damping": -1.0},
+        {"newton_steps": 1.5},
+        {"cg_tolerance": float("nan")},
+        {"preconditioner": "magic"},
+    ],
+)
+def test_options_are_checked_when_built(bad):
+    with pytest.raises(snows.UsageError, match=next(iter(bad))):
+        snows.Options(**bad)
+
+
+def test_presets():
+    paper = snows.Options.preset("paper", k_step=7)
+    assert (paper.targets, paper.curvature, paper.batching, paper.preconditioner) == ("same", "hessian", True, "none")
+    assert paper.k_step == 7
+    assert snows.Options.preset("best") == snows.Options()
+    with pytest.raises(snows.UsageError, match="preset"):
+        snows.Options.preset("fastest")
+
+
+@pytest.mark.parametrize(
+    "failure", [torch.OutOfMemoryError, "[enforce fail] DefaultCPUAllocator: can't allocate memory"]
+)
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(tiny, images, failure, monkeypatch, caplog):
+    options = snows.Options(
+        batch_size=5, joint_steps=0, preconditioner="none"
+    )  # whose random probes depend on the micro-batches
+    expected = snows.prune(tiny, images, snows.NM(1, 2), options)
+    linearise, sizes = snows.solve.objective.Objective.linearise, []
+
+    def small_memory(objective, weight):
+        largest = max(objective.examples.sizes)
+        if objective.window.layer.name == "grouped" and largest > 2:
+            raise RuntimeError(failure) if isinstance(failure, str) else failure()
+        sizes.append(largest)
+        return linearise(objective, weight)
+
+    monkeypatch.setattr(snows.solve.objective.Objective, "linearise", small_memory)
+    pruned = snows.prune(tiny, images, snows.NM(1, 2), options)
+    assert set(sizes[:1]) == {5}
+    assert set(sizes[1:]) == {2}
+    assert [record.getMessage() for record in caplog.records] == [
+        "out of memory at layer grouped: going on with micro-batches of 3 images",
+        "out of memory at layer grouped: going on with micro-batches of 2 images",
+    ]
+    for name, weight in pruned.model.named_parameters():
+        torch.testing.assert_close(weight, expected.model.get_parameter(name))
+
+
+def test_out_of_memory_with_one_image_ends_in_one_line_and_other_errors_are_not_hidden(tiny, images, monkeypatch):
+    def fail(error):
+        def linearise(objective, weight):
+            raise error
+
+        monkeypatch.setattr(snows.solve.objective.Objective, "linearise", linearise)
+        snows.prune(tiny, images, snows.NM(1, 2), snows.Options(batch_size=5))
+
+    with pytest.raises(snows.SnowsError, match="out of memory at layer stem with one image at a time"):
+        fail(torch.OutOfMemoryError())
+    with pytest.raises(RuntimeError, match="something else"):
+        fail(RuntimeError("something else"))
+
+
+def test_a_schedule_reaches_the_target_through_nested_masks(tiny, images):
+    seen = []
+    options = fast(schedule=2, sweeps=2)
+    pruned = snows.prune(tiny, images, snows.Unstructured(0.6), options, on_layer=lambda r, n: seen.append((r, n)))
+    assert {n for _, n in seen} == {len(pruned.masks) * 4}
+    for name, mask in pruned.masks.items():
+        sparsities = [record.sparsity for record, _ in seen if record.name == name]
+        assert sparsities == sorted(sparsities)
+        assert sparsities[2] == sparsities[3] == (~mask).double().mean().item()
+        assert torch.equal(pruned.model.get_submodule(name).weight != 0, mask)
+    zeros = sum((~mask).sum().item() for mask in pruned.masks.values())
+    assert zeros == round(0.6 * sum(p.numel() for p in tiny.parameters()))
+    own = {name: mask.clone() for name, mask in pruned.masks.items()}
+    again = snows.prune(tiny, images, own, options)  # masks of the caller's own stay as they are
+    assert all(torch.equal(again.masks[name], mask) for name, mask in own.items())
+    assert len(again.layers) == 4 * len(own)  # in as many passes
+
+
+@pytest.mark.parametrize("solved", [0, 3, 6])
+@pytest.mark.parametrize("pattern", [snows.NM(1, 2), snows.Unstructured(0.6)], ids=str)
+def test_a_job_goes_on_from_its_finished_steps_to_the_same_bits(tiny, images, pattern, solved):
+    """Through two sweeps and a schedule, whose masks are chosen from the weights on the way, and solved biases."""
+    options, steps, names = fast(schedule=1, sweeps=2, w_warm=True), [], []
+    whole = snows.prune(tiny, images, pattern, options, on_step=lambda step, model: steps.append(step))
+    assert len(steps) == len(whole.layers) > 6
+    again = snows.prune(
+        tiny, images, pattern, options, finished=steps[:solved], on_step=lambda step, _: names.append(step.record.name)
+    )
+    assert names == [step.record.name for step in steps[solved:]]
+    state = whole.model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.model.state_dict().items())
+    assert all(torch.equal(mask, whole.masks[name]) for name, mask in again.masks.items())
+    assert again.layers[:solved] == whole.layers[:solved]
+
+
+def test_a_job_goes_on_with_the_micro_batches_that_fitted(tiny, images, monkeypatch):
+    linearise, steps = snows.solve.objective.Objective.linearise, []
+
+    def small_memory(objective, weight):
+        if max(objective.examples.sizes) > 2:
+            raise MemoryError
+        return linearise(objective, weight)
+
+    options = snows.Options(batch_size=5, joint_steps=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(snows.solve.objective.Objective, "linearise", small_memory)
+        whole = snows.prune(tiny, images, snows.NM(1, 2), options, on_step=lambda step, model: steps.append(step))
+    assert [step.record.batch_size for step in steps] == [2] * len(steps)
+    again = snows.prune(tiny, images, snows.NM(1, 2), options, finished=steps[:2])
+    assert [layer.batch_size for layer in again.layers] == [2] * len(steps)
+    state = whole.model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.model.state_dict().items())
+
+
+def test_finished_steps_of_another_job_are_refused(tiny, images):
+    steps = []
+    snows.prune(tiny, images, snows.NM(1, 2), fast(), on_step=lambda step, model: steps.append(step))
+    with pytest.raises(snows.UsageError, match="is due, with its mask, and layer grouped"):
+        snows.prune(tiny, images, snows.NM(1, 2), fast(), finished=steps[1:])
+    steps[0].mask = ~steps[0].mask
+    with pytest.raises(snows.UsageError, match="or its mask differs"):
+        snows.prune(tiny, images, snows.NM(1, 2), fast(), finished=steps)
+
+
+def broken_from(name, what, bad):
+    """A solver to which one layer's loss, gradient, product, preconditioner or solution is not finite."""
+
+    def broken(objective, weight, mask, precondition, **settings):
+        if objective.window.layer.name == name:
+            if what == "loss":
+                objective.coefficients = [bad] * len(objective.coefficients)
+            elif what == "step":
+                precondition = lambda residual: residual * bad  # noqa: E731
+            elif what in ("gradient", "product"):
+                linearise = objective.linearise
+
+                def spoil(at):
+                    here = linearise(at)
+                    if what == "gradient":
+                        here.gradient[0] = bad
+                    else:
+                        here.product = lambda vector: vector * bad
+                    return here
+
+                objective.linearise = spoil
+        solution = snows.solve.solver.solve(objective, weight, mask, precondition, **settings)
+        if what == "solution" and objective.window.layer.name == name:
+            solution.weight = solution.weight * bad
+        return solution
+
+    return broken
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("what", ["loss", "gradient", "product", "step", "solution"])
+def test_what_is_not_finite_leaves_one_layer_masked_and_the_job_goes_on(tiny, images, what, bad, caplog):
+    solver = broken_from("grouped", what, bad)
+    pruned = snows.prune(tiny, images, snows.NM(1, 2), fast(sweeps=1, joint_steps=2), solver=solver)
+    assert list(pruned.problems) == ["grouped"]
+    assert "not finite" in pruned.problems["grouped"]
+    assert "layer grouped keeps its masked weights" in caplog.text
+    mask = pruned.masks["grouped"]
+    assert torch.equal(pruned.model.grouped.weight, tiny.grouped.weight * mask)
+    for layer in pruned.layers:
+        assert layer.name == "grouped" or layer.loss_after < layer.loss_before
+    assert all(p.isfinite().all() for p in pruned.model.parameters())
+
+
+def test_a_nan_among_the_weights_is_reported_and_the_job_ends(tiny, images):
+    with torch.no_grad():
+        tiny.gate.weight[0, 0] = float("nan")
+    pruned = snows.prune(tiny, images, snows.NM(1, 2), fast(sweeps=1, k_step=1))
+    assert [layer.name for layer in pruned.layers if not layer.problem] == ["stem", "grouped"]
+    assert set(pruned.problems) == {"gate", "fc"}
+    assert all("the loss is not finite" in problem for problem in pruned.problems.values())

@@ -1,0 +1,218 @@
+"""What weights are worth, against dense float64 references, and the masks that come of it."""
+
+import pytest
+import torch
+from helpers import randomise
+from torch import nn
+
+import snows
+from snows.calibration.stream import Stream
+from snows.masks.rules import rule_of
+from snows.masks.saliency import damped_inverse, scores
+from snows.network.layers import Network
+
+LAYERS = ("stem", "grouped", "gate", "fc")
+
+
+def scored(model, images, mask_alg, **changes):
+    network = Network(model)
+    stream = Stream(network, network.model, list(images.split(2)), "cpu")
+    return scores(mask_alg, network.layers, stream, snows.Options(**changes))
+
+
+def inputs_of(model, images):
+    """Layer name -> the input that the model's own forward pass hands it."""
+    found, handles = {}, []
+    for name in LAYERS:
+
+        def keep(module, args, name=name):
+            found[name] = args[0].detach().clone()
+
+        handles.append(model.get_submodule(name).register_forward_pre_hook(keep))
+    model(images)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def dense_columns(x, layer):
+    """(groups, in, positions) of a layer's input."""
+    if isinstance(layer, nn.Linear):
+        return x.T[None]
+    patches = nn.functional.unfold(x, layer.kernel_size, padding=layer.padding)
+    return patches.unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3).flatten(2)
+
+
+@pytest.mark.parametrize("mask_alg", ["Wanda", "SparseGPT"])
+def test_layer_wise_scores_equal_their_formulas(tiny, images, mask_alg):
+    got, seen = scored(tiny, images, mask_alg), inputs_of(tiny, images)
+    assert set(got) == set(LAYERS)
+    for name in LAYERS:
+        layer = tiny.get_submodule(name)
+        x, weight = dense_columns(seen[name], layer), layer.weight.flatten(1)
+        for row in range(len(weight)):
+            columns = x[row * len(x) // len(weight)]
+            moment = columns @ columns.T / columns.shape[1]
+            expected = weight[row].abs() * moment.diagonal().sqrt()
+            if mask_alg == "SparseGPT":
+                damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+                expected = weight[row].square() / damped.inverse().diagonal()
+            torch.testing.assert_close(got[name].flatten(1)[row], expected)
+
+
+def test_obs_is_the_rise_of_the_loss_of_each_weight():
+    """One linear map and K = 0: the quadratic model is the loss itself, and g is 1 whatever the random signs."""
+    model = randomise(nn.Sequential(nn.Flatten(), nn.Linear(8, 3)))
+    images = torch.randn(20, 2, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    got, target = scored(model, images, "OBS", k_step=0)["1"], model(images)
+    rises = torch.zeros_like(got)
+    for row in range(3):
+        for column in range(8):
+            without = model[1].weight.detach().clone()
+            without[row, column] = 0
+            rises[row, column] = (images.flatten(1) @ without.T + model[1].bias - target).square().sum()
+    torch.testing.assert_close(got / got.sum(), rises / rises.sum())
+
+
+def test_obs_follows_the_diagonal_of_the_k_step_hessian(tiny, images):
+    """Of the last layer, where g is the same for every output and A is exact."""
+    from references import build
+
+    objective, dense, _ = build(tiny, images, 3, 4, "hessian")  # fc, the last layer
+    here = objective.linearise(tiny.fc.weight.detach())
+    basis = torch.eye(dense.numel(), dtype=torch.float64).view(-1, *dense.shape)
+    diagonal = torch.stack([here.product(vector).flatten()[i] for i, vector in enumerate(basis)]).view(dense.shape)
+    exact = tiny.fc.weight.detach().square() * diagonal
+    got = scored(tiny, images, "OBS")["fc"]
+    torch.testing.assert_close(got / got.sum(), exact / exact.sum())
+
+
+@pytest.mark.parametrize("k_step", [0, 1, 2])
+def test_obs_weighs_each_output_by_what_the_k_steps_behind_make_of_it(k_step):
+    """g against all the Jacobians; its estimate from random signs is within a third, and g differs by a hundred."""
+    model = randomise(nn.Sequential(nn.Flatten(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 6)))
+    with torch.no_grad():
+        model[3].weight *= torch.tensor([0.03, 0.3, 3.0, 30.0])
+    images = torch.randn(256, 2, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x, scale = images.flatten(1), torch.zeros(4, dtype=torch.float64)
+    for depth in range(k_step + 1):
+        behind = model[2 : 2 + depth]
+        features = behind(model[1](x))
+        jacobian = torch.func.vmap(torch.func.jacrev(behind))(model[1](x))  # (images, features, 4)
+        scale += jacobian.square().sum((0, 1)) / features.square().sum()
+    expected = model[1].weight.square() * scale[:, None] * x.square().mean(0)
+    got = scored(model, images, "OBS", k_step=k_step)["1"]
+    torch.testing.assert_close(got / got.sum(), (expected / expected.sum()).detach(), rtol=0.35, atol=0)
+
+
+def test_a_map_with_more_inputs_than_an_inverse_may_have_is_refused_by_sparsegpt_alone(images, monkeypatch):
+    monkeypatch.setattr("snows.network.inputs.MAX_INPUTS", 16)
+    model = randomise(nn.Sequential(nn.Flatten(), nn.Linear(32, 4)))
+    for mask_alg in ("Wanda", "OBS"):
+        assert snows.prune(model, images, snows.NM(1, 2), mask_alg=mask_alg, algo="MP").masks
+    with pytest.raises(
+        snows.UsageError, match="SparseGPT needs the inputs of every layer, and those of 1 are more than"
+    ):
+        snows.prune(model, images, snows.NM(1, 2), algo="SparseGPT")
+
+
+@pytest.mark.parametrize("mask_alg", ["Wanda", "SparseGPT", "OBS"])
+def test_scores_do_not_depend_on_inputs_that_are_never_there(tiny, images, mask_alg):
+    images[:, 1] = 0
+    got = scored(tiny, images, mask_alg)["stem"]
+    assert torch.isfinite(got).all()
+    assert (got[:, 1] < 0.1 * got[:, 0].mean()).all()
+
+
+def test_a_moment_of_zeros_has_an_inverse():
+    assert torch.isfinite(damped_inverse(torch.zeros(2, 3, 3, dtype=torch.float64))).all()
+
+
+@pytest.mark.parametrize("mask_alg", ["Wanda", "SparseGPT", "OBS"])
+@pytest.mark.parametrize("pattern", [snows.NM(1, 2), snows.Unstructured(0.6)], ids=str)
+@pytest.mark.parametrize("algo", ["MP", "SparseGPT", "SNOWS"])
+def test_every_mask_is_kept_to_and_solved_in_every_way(tiny, images, mask_alg, pattern, algo):
+    options = snows.Options(batch_size=2, schedule=int(algo == "SNOWS"))
+    pruned = snows.prune(tiny, images, pattern, options, mask_alg=mask_alg, algo=algo)
+    for name, mask in pruned.masks.items():
+        weight = pruned.model.get_submodule(name).weight
+        assert (weight[~mask] == 0).all()
+        if algo == "MP":
+            assert torch.equal(weight, tiny.get_submodule(name).weight * mask)
+        if isinstance(pattern, snows.NM):
+            assert (mask.unflatten(1, (-1, 2)).sum(2) == 1).all()
+        elif mask_alg == "Wanda":
+            assert mask.flatten(1).sum(1).max() - mask.flatten(1).sum(1).min() <= 1
+    if isinstance(pattern, snows.Unstructured):
+        removed = sum((~mask).sum().item() for mask in pruned.masks.values())
+        assert removed == round(0.6 * sum(p.numel() for p in tiny.parameters()))
+
+
+@pytest.mark.parametrize("pattern", [snows.NM(1, 2), snows.NM(3, 4)], ids=str)
+def test_under_nm_obs_chooses_as_wanda_does(tiny, images, pattern):
+    """Its factor for each output row changes no order within a group: bench/compare.py runs only one of the two."""
+    wanda, obs = (snows.prune(tiny, images, pattern, mask_alg=by, algo="MP").masks for by in ("Wanda", "OBS"))
+    assert wanda.keys() == obs.keys()
+    assert all(torch.equal(wanda[name], obs[name]) for name in wanda)
+
+
+@pytest.mark.parametrize("mask_alg", ["SparseGPT", "OBS"])
+def test_a_job_whose_masks_images_choose_goes_on_to_the_same_result(tiny, images, mask_alg):
+    options, steps = snows.Options(batch_size=2, schedule=1, sweeps=1), []
+    job = (tiny, images, snows.NM(1, 4), options)
+    whole = snows.prune(*job, mask_alg=mask_alg, on_step=lambda step, model: steps.append(step))
+    resumed = snows.prune(*job, mask_alg=mask_alg, finished=steps[:3])
+    assert len(steps) == 3 * len(whole.masks)
+    for name, weight in whole.model.named_parameters():
+        assert torch.equal(weight, resumed.model.get_parameter(name))
+
+
+def test_masks_that_images_choose_need_images_and_layers_that_show_theirs(tiny):
+    with pytest.raises(snows.UsageError, match="calibration images are needed"):
+        snows.prune(tiny, None, snows.NM(1, 2), mask_alg="Wanda", algo="MP")
+    with pytest.raises(snows.UsageError, match="nothing for OBS to choose"):
+        snows.prune(tiny, None, {"fc": torch.ones(3, 4)}, mask_alg="OBS")
+    with pytest.raises(snows.UsageError, match="'magic' is not one of MP, Wanda"):
+        snows.prune(tiny, None, snows.NM(1, 2), mask_alg="magic")
+
+
+class Own(nn.Conv2d):
+    """A convolution that does something of its own with its input."""
+
+    def forward(self, x):
+        return super().forward(x.abs())
+
+
+@pytest.mark.parametrize("method", [{"mask_alg": "Wanda"}, {"algo": "SparseGPT"}], ids=str)
+def test_a_layer_that_hides_its_inputs_is_refused_by_name(images, method):
+    model = nn.Sequential(Own(2, 4, 1), nn.Flatten(), nn.Linear(64, 2)).double()
+    with pytest.raises(snows.UsageError, match=r"inputs of every layer, and those of 0 cannot be unfolded.*--skip"):
+        snows.prune(model, images, snows.NM(1, 2), **method)
+    pruned = snows.prune(model, images, snows.NM(1, 2), layers=lambda name: name != "0", **method)
+    assert list(pruned.masks) == ["2"]
+
+
+def test_inputs_that_are_not_finite_end_in_one_line(tiny, images):
+    tiny.bn.bias.data[0] = float("inf")
+    with pytest.raises(snows.SnowsError, match="inputs of layer grouped hold NaN or infinity"):
+        snows.prune(tiny, images, snows.NM(1, 2), mask_alg="Wanda", algo="MP")
+
+
+def test_the_scores_halve_the_micro_batch_where_memory_runs_out(tiny, images, monkeypatch, caplog):
+    wanted = snows.prune(tiny, images, snows.NM(1, 2), snows.Options(batch_size=5), mask_alg="Wanda", algo="MP")
+    columns = snows.network.inputs.columns
+
+    def small_memory(module, x):
+        if len(x) > 2:
+            raise torch.OutOfMemoryError
+        return columns(module, x)
+
+    monkeypatch.setattr(snows.masks.saliency, "columns", small_memory)
+    got = snows.prune(tiny, images, snows.NM(1, 2), snows.Options(batch_size=5), mask_alg="Wanda", algo="MP")
+    assert all(torch.equal(got.masks[name], mask) for name, mask in wanted.masks.items())
+    assert caplog.messages[-1] == "out of memory at the scores: going on with micro-batches of 2 images"
+
+
+def test_a_rule_by_name_beats_a_pattern_and_the_first_pattern_the_others():
+    rules = {"layer*": 1, "layer1.*": 2, "layer1.conv": 3}
+    assert [rule_of(name, rules) for name in ("layer1.conv", "layer1.fc", "fc")] == [3, 1, None]

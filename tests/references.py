@@ -1,0 +1,64 @@
+"""Objectives of one layer and of all of them on tiny networks, and their dense float64 references."""
+
+import timm
+import torch
+from helpers import randomise
+
+from snows.calibration.stream import Stream
+from snows.calibration.streams import Streams
+from snows.network.layers import Network
+from snows.options import Options
+from snows.solve.joint import JointObjective
+from snows.solve.objective import reconstruction
+
+
+def build(model, images, index, k_step, curvature, batch=2, **options):
+    """(objective, dense unknown, a perturbed unknown) of layer `index`."""
+    network = Network(model)
+    layer = network.layers[index]
+    stream = Stream(network, network.model, list(images.split(batch)), "cpu")
+    stream.advance(layer.node)
+    weight = network.model.get_parameter(layer.parameter)
+    options = Options(k_step=k_step, curvature=curvature, **{"targets": "same", "biases": False, **options})
+    objective = reconstruction(layer, stream, stream, options)
+    weight = objective.join(weight)
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3), dtype=weight.dtype)
+    return objective, weight, weight + 0.3 * noise
+
+
+def dense_reference(objective, weight):
+    """(loss, gradient, Hessian, Gauss-Newton matrix) by differentiating the whole loss, all micro-batches at once."""
+
+    def features(w):
+        return [
+            (f, y, c)
+            for i in objective.indices
+            for f, y, c in zip(objective.features(objective.inputs(i), w), objective.targets(i), objective.coefficients)
+        ]
+
+    def loss(w):
+        return sum(c * (f - y).square().sum() for f, y, c in features(w))
+
+    def scaled(w):
+        return torch.cat([c**0.5 * f.flatten() for f, _, c in features(w)])
+
+    n = weight.numel()
+    jacobian = torch.autograd.functional.jacobian(scaled, weight).reshape(-1, n)
+    hessian = torch.autograd.functional.hessian(loss, weight).reshape(n, n)
+    gradient = torch.autograd.functional.jacobian(loss, weight)
+    return loss(weight), gradient, hessian, 2 * jacobian.T @ jacobian
+
+
+def tiny_vit():
+    sizes = dict(img_size=8, patch_size=4, embed_dim=4, num_heads=2, depth=2, mlp_ratio=1, num_classes=3, in_chans=2)
+    return randomise(timm.create_model("vit_tiny_patch16_224", init_values=1e-2, **sizes))
+
+
+def build_jointly(model, images, options=None, layers=lambda name: True):
+    """(objective, unknown at the dense weights, a perturbed unknown)."""
+    network = Network(model)
+    chosen = [layer for layer in network.layers if layers(layer.name)]
+    objective = JointObjective(chosen, Streams(network, list(images.split(2)), "cpu"), options or Options())
+    unknown = objective.join([network.model.get_parameter(layer.parameter) for layer in chosen])
+    noise = torch.randn(unknown.shape, generator=torch.Generator().manual_seed(3), dtype=unknown.dtype)
+    return objective, unknown, unknown + 0.1 * noise
