@@ -1,20 +1,24 @@
 """SNOWS: one-shot pruning of vision networks by a Hessian-free second-order method (arXiv 2411.18376)."""
 
 from snows.errors import SnowsError, TraceError, UsageError
-from snows.masks.patterns import NM, Unstructured
+from snows.masks.patterns import NM, Selection, Unstructured
+from snows.network.layers import Network
 from snows.options import Options
-from snows.pipeline import prune
+from snows.pipeline import choose_masks, prune
 from snows.result import LayerRecord, Pruned, sparsity
 
 __all__ = [
     "NM",
     "LayerRecord",
+    "Network",
     "Options",
     "Pruned",
+    "Selection",
     "SnowsError",
     "TraceError",
     "Unstructured",
     "UsageError",
+    "choose_masks",
     "prune",
     "sparsity",
 ]

@@ -8,30 +8,34 @@ import torch
 from torch import nn
 
 from snows.errors import TraceError, UsageError, first_line
-from snows.masks.patterns import NM, Unstructured
-from snows.masks.saliency import MASK_ALGORITHMS
+from snows.masks.patterns import NM, Selection, Unstructured
+from snows.masks.saliency import SALIENCIES
+from snows.methods import METHODS, Method
+from snows.network.layers import Network
 from snows.options import Options
-from snows.solve.layer import ALGORITHMS
 
 
-def check(model: Any, pattern: Any, options: Any, mask_alg: str, algo: str, layers: Any, device: Any) -> None:
+def check_arguments(model: Any, pattern: Any, options: Any, mask_alg: Any, algo: Any, layers: Any, device: Any) -> None:
     """Refuse arguments of `prune` that it cannot do anything with.
 
     Raises:
         UsageError: one of them is none of what it may be. TraceError: the model is no plain module.
     """
     check_device(device)
-    check_model(model)
-    if not isinstance(pattern, (Unstructured, NM, dict)):
+    if not isinstance(model, Network):
+        check_model(model)
+    if not isinstance(pattern, (Unstructured, NM, dict, Selection)):
         raise UsageError(
             f"the pattern must be snows.Unstructured(...), snows.NM(...), or masks, {{layer name: tensor}}, "
             f"not {pattern!r}."
         )
     if not isinstance(options, Options):
         raise UsageError(f"options must be snows.Options(...), not {type(options).__name__}.")
-    for chosen, known in ((algo, ALGORITHMS), (mask_alg, MASK_ALGORITHMS)):
-        if chosen not in known:
+    for chosen, known in ((algo, METHODS), (mask_alg, SALIENCIES)):
+        if not (isinstance(chosen, str) and chosen in known) and not (known is METHODS and isinstance(chosen, Method)):
             raise UsageError(f"algorithm '{chosen}' is not one of {', '.join(known)}.")
+    if isinstance(pattern, dict) and mask_alg != "MP":
+        raise UsageError(f"the masks are given: there is nothing for {mask_alg} to choose.")
     if not callable(layers):
         raise UsageError("layers must be a function that says of a layer's name whether to prune it.")
 

@@ -1,68 +1,163 @@
-"""A job under way: the network at work, the one place that writes its weights, and what comes of it however it ends."""
+"""A job under way: what `prune` has finished, the one place that writes weights, and what comes of it at any end."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from snows.errors import Interrupted, SnowsError, Unfinished, Unsolvable, first_line
+from snows.calibration.streams import Streams, retry_on_out_of_memory
+from snows.errors import Interrupted, SnowsError, Unfinished, Unsolvable, UsageError, first_line
+from snows.masks import sparsegpt
+from snows.masks.choose import layer_budget, select
+from snows.masks.patterns import NM, Pattern, Selection
+from snows.masks.saliency import SALIENCIES
+from snows.memory import forget_peak, peak_memory
+from snows.methods import Method, sparsegpt_problem
 from snows.network.layers import Layer, Masks, Network, copied
-from snows.result import LayerRecord, Pruned, Step
-from snows.solve.layer import Way
+from snows.options import Options
+from snows.result import LayerRecord, Pruned, Step, zeros
+from snows.solve.layer import Update
+from snows.solve.solver import SolveStats
+
+log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
+
+Listener = Callable[[Step, "Job"], None]  # told of every layer that is written, and of the job as it stands
 
 
 @dataclass
 class Job:
-    """What a call of `prune` has finished so far, and whom it tells.
+    """What a call of `prune` works on, and what it has finished so far.
 
     Besides the caller's model, a job holds the copy at work (`network.model`) and the dense network's; the copy that
     the caller gets is made when the job ends.
     """
 
-    model: nn.Module  # the caller's
     network: Network
-    way: Way
-    finished: Iterator[Step]  # of an earlier call, still to be written back
-    on_step: Callable[[Step, nn.Module], None]
-    on_layer: Callable[[LayerRecord], None]
-    left_dense: dict[str, str] = field(default_factory=dict)
+    selection: Selection  # the target's masks, and what chose them
+    method: Method
+    options: Options
+    streams: Streams | None  # None: nothing looks at images
+    finished: Iterator[Step] = field(default_factory=lambda: iter(()))  # of an earlier call, still to be written back
     masks: Masks = field(default_factory=dict)  # of the layers that are set, on the device
     layers: list[LayerRecord] = field(default_factory=list)
     unsolvable: str = ""  # why the first of the layers that do not fit, or have no derivatives, could not be solved
     started: float = field(default_factory=time.perf_counter)
-    earlier: float = 0.0  # seconds that the steps took that were written back
+    earlier: float = 0.0  # seconds that the replayed steps took
+
+    def __post_init__(self):
+        self.stages = stages(self.selection.pattern, self.options)
+        self.sequential = SALIENCIES[self.selection.mask_alg].sequential
+        self.turns = len(self.selection.masks) * (len(self.stages) + (self.options.joint_steps > 0))
+
+    def begin(self, sweep: int) -> Masks:
+        """The masks of a sweep over the layers, the streams at the start of the network.
+
+        A new stage's are chosen from the weights as the last one left them: its zeros, the smallest, stay zeros. Where
+        masks are sequential, these only say how many weights each layer loses.
+        """
+        stage, chosen = self.stages[sweep], self.selection
+        if sweep > 0:
+            self.options = self.options.but(w_warm=False)
+            self.streams.restart()
+        if not self._is_new(sweep):
+            return dict(self.masks)
+        if sweep == 0 and stage is chosen.pattern:
+            return dict(chosen.masks)
+        return select(self.network, chosen.layers, chosen.mask_alg, self.streams, self.options, stage).masks
+
+    def layers_of(self, masks: Masks) -> list[Layer]:
+        """The layers that have a mask, in execution order."""
+        return [layer for layer in self.network.layers if layer.name in masks]
+
+    def replay(self, layer: Layer, sweep: int, mask: Tensor) -> Step | None:
+        """What an earlier call finished of a layer, if it did; the streams pass over it."""
+        step = next(self.finished, None)
+        if step is None:
+            return None
+        check_finished(step, layer, sweep, mask if self._budget(layer, sweep, mask) is None else step.mask)
+        if self.streams is not None:
+            self.streams.recall(layer, self.options.k_step, step.record.batch_size if step.fitted else None)
+        return replace(step, replayed=True)
+
+    def solve(self, layer: Layer, sweep: int, mask: Tensor) -> Step:
+        """A layer's mask and its surviving weights, in micro-batches that fit the memory, and what that took."""
+        streams, place, started = self.streams, f"layer {layer.name}", time.perf_counter()
+        forget_peak(self.network.device)
+        problem = ""
+        try:
+            if streams is not None:
+                streams.fit(streams.plan.need([layer], self.options.k_step))
+            if (budget := self._budget(layer, sweep, mask)) is not None:
+                for attempt in retry_on_out_of_memory(streams, place):
+                    with attempt:
+                        mask = sparsegpt.choose_mask(*sparsegpt_problem(layer, streams), budget)
+            if self.method.update is not None:
+                for attempt in retry_on_out_of_memory(streams, place):
+                    with attempt:
+                        update = self.method.update(layer, mask, streams, self.options)
+                return self._step(layer, sweep, mask, update, time.perf_counter() - started)
+        except Unsolvable as error:
+            log.warning("layer %s keeps its masked weights: %s", layer.name, error)
+            problem, self.unsolvable = error.problem, self.unsolvable or str(error)
+        update = Update(self.network.masked(layer, mask), stats=SolveStats(problem=problem))
+        return self._step(layer, sweep, mask, update, time.perf_counter() - started)
+
+    def solve_jointly(self) -> list[Step]:
+        """All the layers that could be solved, at once, from their weights as they stand; as they stand if that fails.
+
+        What was finished of them is taken over; where that is only some of the layers, all are solved, as they were.
+        """
+        layers, sweep = self.layers_of(self.masks.keys() - self.failed()), len(self.stages)
+        if not layers:
+            return []
+        steps = [replace(step, replayed=True) for step in islice(self.finished, len(layers))]
+        for layer, step in zip(layers, steps):
+            check_finished(step, layer, sweep, self.masks[layer.name])
+        if len(steps) == len(layers):
+            return steps
+        started, streams = time.perf_counter(), self.streams
+        forget_peak(streams.device)
+        advice = "raise `memory_budget`, or do without them: `joint_steps` 0"
+        try:
+            for attempt in retry_on_out_of_memory(streams, "the joint steps", advice):
+                with attempt:
+                    updates = self.method.update_jointly(layers, self.masks, streams, self.options)
+        except Unsolvable as error:
+            log.warning("the layers keep their weights: %s", error)
+            stats = SolveStats(problem=error.problem)
+            updates = [Update(self.network.masked(layer, self.masks[layer.name]), stats=stats) for layer in layers]
+        seconds = (time.perf_counter() - started) / len(layers)
+        for update in updates:  # a share of the effort is booked to each
+            update.stats = replace(update.stats, products=update.stats.products / len(layers))
+        solved = [
+            self._step(layer, sweep, self.masks[layer.name], update, seconds, joint=True)
+            for layer, update in zip(layers, updates)
+        ]
+        return [*steps, *solved[len(steps) :]]
 
     @torch.no_grad()
-    def write(self, layer: Layer, step: Step) -> None:
+    def write_back(self, step: Step) -> None:
         """Write a finished layer into the network; note its mask and its record."""
+        layer = next(each for each in self.network.layers if each.name == step.record.name)
         weight = self.network.model.get_parameter(layer.parameter)
         weight.copy_(step.weight)
-        if step.shift is not None:
+        if step.bias_update is not None:
             bias = self.network.model.get_parameter(layer.bias)
-            bias.add_(step.shift.to(bias.device))
+            bias.add_(step.bias_update.to(bias.device))
         self.masks[layer.name] = step.mask.to(weight.device)
         self.layers.append(step.record)
-
-    def tell(self, step: Step, solved: bool) -> None:
-        """Tell the caller of a layer that is written: solved just now, or taken from what was finished."""
-        if solved:
-            self.on_step(step, self.network.model)
-        else:
-            self.earlier += step.record.seconds
-        self.on_layer(step.record)
+        self.earlier += step.record.seconds if step.replayed else 0.0
 
     def failed(self) -> set[str]:
         """The layers that were not solved when it was last their turn."""
         return {name for name, problem in {each.name: each.problem for each in self.layers}.items() if problem}
-
-    def solved(self) -> bool:
-        """Whether any layer was."""
-        return any(not record.problem for record in self.layers)
 
     def check_solved(self) -> None:
         """End the job if there is nothing to go on with.
@@ -70,23 +165,22 @@ class Job:
         Raises:
             Unsolvable: none of the layers so far could be solved; the message is the first one's.
         """
-        if self.unsolvable and not self.solved():
+        if self.unsolvable and not self._solved():
             raise Unsolvable(self.unsolvable, self.unsolvable)
 
     @torch.no_grad()
     def result(self) -> Pruned:
         """A plain copy of the caller's model with the layers that are set, the others dense."""
-        model, masks = copied(self.model), {}
-        for layer in self.network.layers:
-            if layer.name in self.masks:
-                for name in filter(None, (layer.parameter, layer.bias)):
-                    model.get_parameter(name).copy_(self.network.model.get_parameter(name))
-                masks[layer.name] = self.masks[layer.name].to(model.get_parameter(layer.parameter).device)
-        seconds = self.earlier + time.perf_counter() - self.started
-        return Pruned(model, masks, self.layers, self.left_dense, seconds)
+        model, masks = copied(self.network.original), {}
+        for layer in self.layers_of(self.masks):
+            for name in filter(None, (layer.parameter, layer.bias)):
+                model.get_parameter(name).copy_(self.network.model.get_parameter(name))
+            masks[layer.name] = self.masks[layer.name].to(model.get_parameter(layer.parameter).device)
+        left_dense = {**self.network.refused, **self.selection.left_dense}
+        return Pruned(model, masks, self.layers, left_dense, self.earlier + time.perf_counter() - self.started)
 
     @contextmanager
-    def kept(self):
+    def kept(self) -> Iterator[None]:
         """Whatever ends the job: the error holds what is finished, if anything was solved.
 
         Raises:
@@ -97,10 +191,58 @@ class Job:
         except KeyboardInterrupt as stop:
             raise Interrupted(f"interrupted after {len(self.layers)} layers", stop, self.result()) from None
         except SnowsError as error:
-            error.result = self.result() if self.solved() else None
+            error.result = self.result() if self._solved() else None
             raise
         except Exception as error:
-            if not self.solved():
+            if not self._solved():
                 raise
             what = f"unexpected {type(error).__name__} after {len(self.layers)} layers: {first_line(error)}"
             raise Unfinished(what, self.result()) from error
+
+    def _is_new(self, sweep: int) -> bool:
+        """Whether a sweep has other masks than the one before."""
+        return sweep == 0 or self.stages[sweep] is not self.stages[sweep - 1]
+
+    def _budget(self, layer: Layer, sweep: int, mask: Tensor) -> NM | int | None:
+        """What a mask that is chosen when it is the layer's turn must keep to; None: the mask is final."""
+        return layer_budget(layer, mask, self.stages[sweep]) if self.sequential and self._is_new(sweep) else None
+
+    def _solved(self) -> bool:
+        return any(not record.problem for record in self.layers)
+
+    def _step(
+        self, layer: Layer, sweep: int, mask: Tensor, update: Update, seconds: float, joint: bool = False
+    ) -> Step:
+        record = LayerRecord(
+            **vars(update.stats),
+            name=layer.name,
+            sweep=sweep,
+            shape=tuple(layer.shape),
+            sparsity=zeros(update.weight),
+            seconds=seconds,
+            peak_memory_bytes=peak_memory(self.network.device),
+            batch_size=0 if self.streams is None else self.streams.batch_size,
+            joint=joint,
+        )
+        return Step(record, mask, update.weight, update.bias_update)
+
+
+def stages(pattern: Pattern | Masks, options: Options) -> list[Pattern | Masks]:
+    """The pattern of each sweep: those on the way to the target, then the target; the caller's own masks in all."""
+    on_the_way = [pattern] * options.schedule if isinstance(pattern, dict) else pattern.path(options.schedule)
+    return [*on_the_way, *[pattern] * options.sweeps]
+
+
+def check_finished(step: Step, layer: Layer, sweep: int, mask: Tensor) -> None:
+    """Refuse a finished layer of another job.
+
+    Raises:
+        UsageError: it is another layer, or has another mask than this job would give it.
+    """
+    record = step.record
+    if (record.name, record.sweep) != (layer.name, sweep) or not step.mask.to(mask.device).equal(mask):
+        raise UsageError(
+            f"cannot go on: layer {layer.name} (sweep {sweep + 1}) is due, with its mask, and layer {record.name} "
+            f"(sweep {record.sweep + 1}) is what was finished, or its mask differs. The network, its weights or the "
+            f"masks are not those that the run began with."
+        )

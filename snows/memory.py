@@ -196,12 +196,18 @@ class Budget:
 
     def kept(self, vectors: int) -> int:
         """Bytes for what products need not compute again, beside the solver's vectors of the work at hand."""
-        beside = vectors + self.micro_batch + self.inverses(ALL_BYTES) + self.features("device")
+        beside = vectors + self.micro_batch + self.all_inverses + self.features("device")
         return max(0, self.device - beside)
 
-    def inverses(self, most: int) -> int:
-        """Bytes for a preconditioner's inverses: `most`, where there is four times as much."""
-        return min(most, self.device // 4)
+    @property
+    def layer_inverses(self) -> int:
+        """Bytes for the inverses of one layer's preconditioner."""
+        return min(MAX_BYTES, self.device // 4)
+
+    @property
+    def all_inverses(self) -> int:
+        """Bytes for the inverses of all the layers together."""
+        return min(ALL_BYTES, self.device // 4)
 
     @property
     def room(self) -> int:
@@ -214,7 +220,7 @@ class Budget:
 
     def _half(self, total: int) -> int:
         """Half of what is free; of a budget that was asked for, half of what the largest uses beside it leave."""
-        beside = self.vectors + self.micro_batch + self.inverses(ALL_BYTES) if self.asked else 0
+        beside = self.vectors + self.micro_batch + self.all_inverses if self.asked else 0
         return max(0, total - beside) // 2
 
 
@@ -239,3 +245,19 @@ def common_cap(needs: list[int], total: int) -> int:
             return left // (len(needs) - i)
         left -= need
     return max(needs, default=0)
+
+
+class Allowance:
+    """Whether what has been computed since may be kept in memory, or is to be computed again when it is needed.
+
+    most: bytes that it may take; None: half of what is free now.
+    """
+
+    def __init__(self, device: torch.device | str, most: int | None):
+        self.device, self.before = device, used_memory(device)
+        self.most = free_memory(device) // 2 if most is None else most
+
+    def holds(self) -> bool:
+        """Others may have taken what was free, and a heap with holes takes more than what is in use."""
+        kept = used_memory(self.device) - self.before
+        return kept <= self.most and free_memory(self.device) >= self.most / 2

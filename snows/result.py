@@ -7,30 +7,27 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from snows.network.layers import Masks
+from snows.solve.solver import SolveStats
 
 JOINT = "all layers together"  # what stands for the layers in a joint step
 
 
-@dataclass
-class LayerRecord:
-    """What happened to one pruned layer."""
+@dataclass(kw_only=True)
+class LayerRecord(SolveStats):
+    """What happened to one pruned layer: what its solution took, or its share of what the joint steps took.
+
+    `problem` says why the layer kept its masked (or, in the joint steps, its solved) weights, if it did.
+    """
 
     name: str
     sweep: int
     shape: tuple[int, ...]
     sparsity: float  # counted from the weight that was written
-    loss_before: float = float("nan")
-    loss_after: float = float("nan")
-    newton_steps: int = 0
-    cg_iterations: int = 0
-    products: float = 0.0  # curvature products, in units of the whole calibration set
     seconds: float = 0.0
     peak_memory_bytes: int = 0  # of the device, while this layer was solved
     batch_size: int = 0  # images in the largest micro-batch, once it fitted the memory
-    residuals: list[list[float]] = field(default_factory=list)  # relative, one list per CG solve
-    problem: str = ""  # why the layer kept its masked (or, behind joint steps, its solved) weights, if it did
     joint: bool = False  # solved with all the others: products and seconds are a share, the rest is of them all
-    accuracy: float | None = None  # percent, of the network as it stood behind this layer, where it was measured
+    accuracy: float | None = None  # percent, of the network as it stood after this layer, where it was measured
 
 
 @dataclass
@@ -40,7 +37,8 @@ class Step:
     record: LayerRecord
     mask: Tensor
     weight: Tensor
-    shift: Tensor | None = None  # (out,), added to the layer's bias, where biases are solved too
+    bias_update: Tensor | None = None  # (out,), added to the layer's bias, where biases are solved too
+    replayed: bool = False  # finished by an earlier call, and written back instead of solved again
     fitted: bool = True  # whether its micro-batches tell what fits the memory: not where a job has changed since
 
 

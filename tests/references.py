@@ -8,20 +8,20 @@ from snows.calibration.stream import Stream
 from snows.calibration.streams import Streams
 from snows.network.layers import Network
 from snows.options import Options
-from snows.solve.joint import JointObjective
+from snows.solve.joint import joint_objective
 from snows.solve.objective import reconstruction
 
 
 def build(model, images, index, k_step, curvature, batch=2, **options):
-    """(objective, dense unknown, a perturbed unknown) of layer `index`."""
+    """(objective, theta of the dense weights, a perturbed theta) of layer `index`."""
     network = Network(model)
     layer = network.layers[index]
     stream = Stream(network, network.model, list(images.split(batch)), "cpu")
     stream.advance(layer.node)
     weight = network.model.get_parameter(layer.parameter)
     options = Options(k_step=k_step, curvature=curvature, **{"targets": "same", "biases": False, **options})
-    objective = reconstruction(layer, stream, stream, options)
-    weight = objective.join(weight)
+    objective = reconstruction([layer], stream, stream, options)
+    weight = objective.variables.pack([weight])
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3), dtype=weight.dtype)
     return objective, weight, weight + 0.3 * noise
 
@@ -55,10 +55,10 @@ def tiny_vit():
 
 
 def build_jointly(model, images, options=None, layers=lambda name: True):
-    """(objective, unknown at the dense weights, a perturbed unknown)."""
+    """(objective, theta of the dense weights, a perturbed theta)."""
     network = Network(model)
     chosen = [layer for layer in network.layers if layers(layer.name)]
-    objective = JointObjective(chosen, Streams(network, list(images.split(2)), "cpu"), options or Options())
-    unknown = objective.join([network.model.get_parameter(layer.parameter) for layer in chosen])
-    noise = torch.randn(unknown.shape, generator=torch.Generator().manual_seed(3), dtype=unknown.dtype)
-    return objective, unknown, unknown + 0.1 * noise
+    objective = joint_objective(chosen, Streams(network, list(images.split(2)), "cpu"), options or Options())
+    theta = objective.variables.pack([network.model.get_parameter(layer.parameter) for layer in chosen])
+    noise = torch.randn(theta.shape, generator=torch.Generator().manual_seed(3), dtype=theta.dtype)
+    return objective, theta, theta + 0.1 * noise

@@ -38,20 +38,20 @@ class Examples:
     def __post_init__(self):
         self.sizes = self.sparse.sizes  # images in each micro-batch
         self.groups = self.groups or [[i] for i in range(len(self.sizes))]
-        self.reads = self.window.inputs - self.window.beside
-        self.beside: list[Held | None] = [None] * len(self.sizes)
+        self.reads = self.window.inputs - self.window.side_inputs
+        self.side: list[Held | None] = [None] * len(self.sizes)
         self.held: list[Held | None] = [None] * len(self.sizes)
         self.measured: Tensor | None = None
-        if self.window.beside:
+        if self.window.side_inputs:
             for i in range(len(self.sizes)):
-                self.beside[i] = self.sparse.store.put(self.window.compute_beside(self.sparse[i]))
+                self.side[i] = self.sparse.store.put(self.window.compute_side_inputs(self.sparse[i]))
 
     def inputs(self, index: int) -> Values:
         """What the window reads for micro-batch `index`, on the device; the next one is on its way."""
         values = self.sparse.read(index, self.reads)
         self.sparse.expect(index + 1, self.reads)
-        beside = self.beside[index]
-        return self.window.enter(values if beside is None else {**values, **beside.get()})
+        side = self.side[index]
+        return self.window.enter(values if side is None else {**values, **side.get()})
 
     def targets(self, index: int) -> list[Tensor]:
         """Y_0 .. Y_K of micro-batch `index`, on the device."""

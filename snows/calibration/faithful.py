@@ -40,14 +40,16 @@ WINDOW = "what lies behind it computes something else in the window than in the 
 
 
 @torch.no_grad()
-def check(network: Network, images: Tensor, k_step: int) -> None:
-    """Run the line and compare it with the model, first as it is, then with other weights, then window by window.
+def check_trace(network: Network, images: Tensor, k_step: int) -> None:
+    """Compare the trace with the model, first as it is, then with other weights, then window by window.
 
-    Layers that cannot be followed are refused by `network`, with a warning.
+    Layers that cannot be followed are refused by `network`, with a warning. What has been compared is not again.
 
     Raises:
-        UsageError: the images do not run through the model. TraceError: the line computes something else as it is.
+        UsageError: the images do not run through the model. TraceError: the trace computes something else as it is.
     """
+    if network.checked == (k_step, images.shape, images.dtype):
+        return
     try:
         own = as_it_came(network, images, {})
     except Exception as error:  # whatever the model raises of images that are not its own
@@ -66,16 +68,18 @@ def check(network: Network, images: Tensor, k_step: int) -> None:
         if not is_out_of_memory(error):
             raise
         log.warning("no memory to check the windows of the layers with %d images: going on unchecked", IMAGES)
+    network.checked = (k_step, images.shape, images.dtype)
 
 
 def as_it_came(network: Network, images: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """The logits of the model with its in-place modules as they were before the trace, at other weights."""
-    for module in network.in_place:
+    modules = [network.model.get_submodule(name) for name in network.in_place]
+    for module in modules:
         module.inplace = True
     try:
         return functional_call(network.model, weights, (images.clone(),))
     finally:
-        for module in network.in_place:
+        for module in modules:
             module.inplace = False
 
 
@@ -116,7 +120,7 @@ def check_windows(network: Network, images: Tensor, k_step: int) -> None:
     stream = Stream(network, network.model, [images], images.device)
     for name in [layer.name for layer in network.layers]:
         if not window_holds(network, name, k_step, stream):
-            window = Window(network, find(network, name), k_step)
+            window = Window(network, [find(network, name)], k_step)
             replaced = network.affine.intersection([*window.nodes, *window.folded.values()])
             network.call_as_it_is(replaced)
             if replaced:
@@ -139,21 +143,21 @@ def window_holds(network: Network, name: str, k_step: int, stream: Stream) -> bo
     """Whether a layer's window, and its tangent pass, compute what the line does with its weight and bias moved."""
     layer, generator = find(network, name), torch.Generator().manual_seed(1)
     stream.advance(layer.node)
-    values, window = stream[0], Window(network, layer, k_step)
+    values, window = stream[0], Window(network, [layer], k_step)
     weight = noise(network.model.get_parameter(layer.parameter), generator)
-    shift, moves = None, {layer.parameter: weight}
+    update, moves = None, {layer.parameter: weight}
     if layer.bias is not None:
         bias, scale = network.model.get_parameter(layer.bias), window.output_scale(layer)
-        shift = noise(bias, generator)
-        moves[layer.bias] = shift if scale is None else scale * shift
+        update = noise(bias, generator)
+        moves[layer.bias] = update if scale is None else scale * update
     at = {name: network.model.get_parameter(name) + move for name, move in moves.items()}
-    parameters = window.parameters(at[layer.parameter], shift)
+    parameters = window.parameters([at[layer.parameter]], [update])
     found = window.run(window.nodes, window.enter(values), parameters)
     plain = through(window, values, at)
     if not all(same(found[node], plain[stands_for(window, node)]) for node in window.nodes if is_told(window, node)):
         return False
     try:
-        tangents = Tangents(window, found, parameters)(weight, shift)
+        tangents = Tangents(window, found, parameters)([weight], [update])
         with differentiable(), forward_mode.dual_level():
             plain = through(window, values, {name: dual(at[name], moves[name]) for name in at})
             wanted = {node: tangent_of(plain[stands_for(window, node)]) for node in window.features}
@@ -171,7 +175,7 @@ def through(window: Window, values: Values, parameters: dict[str, Tensor]) -> Va
     position = network.position.__getitem__
     end = max(position(stands_for(window, node)) for node in window.nodes)
     for node in network.nodes[1 : end + 1]:
-        if node.op == "get_attr" or position(node) >= position(window.layer.node):
+        if node.op == "get_attr" or position(node) >= position(window.layers[0].node):
             values[node] = call(node, network.model, values, parameters)
     return values
 

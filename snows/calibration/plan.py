@@ -59,7 +59,7 @@ class Plan:
         """Bytes per image that work on a layer, or on several at once, takes: the most of what it does."""
         key = (layers[0].name, len(layers), k_step)
         if key not in self.needs:
-            window = Window(self.network, layers[0], k_step, others=layers[1:])
+            window = Window(self.network, layers, k_step)
             columns = max(map(self.columns, window.layers))
             self.needs[key] = max(self.linearisation(window), columns, self.passing)
         return self.needs[key]
@@ -87,7 +87,7 @@ class Plan:
 
     def targets(self, layer: Layer, k_step: int) -> int:
         """Bytes per image of the features of a layer's window."""
-        return sum(self.output[node] for node in Window(self.network, layer, k_step).features)
+        return sum(self.output[node] for node in Window(self.network, [layer], k_step).features)
 
     def vectors(self, layers: Sequence[Layer]) -> int:
         """Bytes of the vectors that the solver holds while it solves these layers at once."""

@@ -153,7 +153,7 @@ class Store:
                 raise
             raise WriteError(
                 f"cannot write {path}: {error.strerror}. It holds features that do not fit the memory: name a folder "
-                f"with more room (--cache_dir), or raise --memory_budget."
+                f"with more room (`cache_dir`), or raise `memory_budget`."
             ) from error
         rest = iter(starts)
         described = tree_map_only(
@@ -171,7 +171,7 @@ class Store:
                 remove_left_over(parent)
                 folder, lock = own_folder(parent)
             except OSError as error:
-                raise WriteError(f"cannot write into {parent}: {error.strerror} (--cache_dir).") from error
+                raise WriteError(f"cannot write into {parent}: {error.strerror} (`cache_dir`).") from error
             weakref.finalize(self, _remove, folder, lock)
             self._folder = folder
         return self._folder
@@ -196,7 +196,7 @@ def room_for(shape: torch.Size, dtype: torch.dtype, cache_dir: str = "") -> Tens
     except OSError as error:
         raise WriteError(
             f"cannot write {size >> 20} MiB of images into {parent}: {error.strerror}. Name a folder with more room "
-            f"(--cache_dir)."
+            f"(`cache_dir`)."
         ) from error
 
 

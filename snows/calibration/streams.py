@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from snows.calibration.faithful import check
+from snows.calibration.faithful import check_trace
 from snows.calibration.outlook import check_fits, outlook, works
 from snows.calibration.plan import Plan
 from snows.calibration.store import Store
@@ -20,9 +19,8 @@ from snows.memory import Budget, halved_to_fit, is_out_of_memory
 from snows.network.layers import Layer, Masks, Network
 from snows.options import Options
 
-CHECKED = 8  # images that the line is compared with the model on
+CHECKED = 8  # images that the traced network is compared with the model on
 
-T = TypeVar("T")
 log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
 
 
@@ -33,14 +31,20 @@ class Streams:
     does not fit all the same, `halve` lowers what they may need, for this layer and for those that need as much.
 
     batches: mini-batches, each of which is cut into micro-batches of its own.
+    dense_model: the dense network's weights; None: those of `network` as they are now.
     """
 
     def __init__(
-        self, network: Network, batches: list[Tensor], device: torch.device | str, options: Options | None = None
+        self,
+        network: Network,
+        batches: list[Tensor],
+        device: torch.device | str,
+        options: Options | None = None,
+        dense_model: nn.Module | None = None,
     ):
         self.network, self.mini_batches, self.device = network, batches, device
         options = Options() if options is None else options
-        self.dense_model = copy.deepcopy(network.model)
+        self.dense_model = copy.deepcopy(network.model) if dense_model is None else dense_model
         self.plan = Plan.of(network, batches[0][:2].to(device), sum(map(len, batches)))
         chosen = network.layers if options.joint_steps else network.layers[:1]
         self.budget = Budget.of(options, device, self.plan.vectors(chosen))
@@ -50,7 +54,7 @@ class Streams:
         self.cut(halved_to_fit(max(map(len, batches)), self.need, self.ceiling))
 
     def cut(self, size: int) -> None:
-        """Micro-batches of `size` images, at the start of the line."""
+        """Micro-batches of `size` images, at the start of the network."""
         parts = [batch.split(size) for batch in self.mini_batches]
         self.batches = [part for batch in parts for part in batch]
         numbers = iter(range(len(self.batches)))
@@ -58,7 +62,7 @@ class Streams:
         self.restart()
 
     def restart(self) -> None:
-        """Both streams at the start of the line, for a new sweep."""
+        """Both streams at the start of the network, for a new sweep."""
         models = (self.network.model, self.dense_model)
         self.sparse = self.dense = None  # what they hold is given back first
         self.sparse, self.dense = (
@@ -83,7 +87,7 @@ class Streams:
     def fit(self, need: int) -> None:
         """Cut the micro-batches for work that needs so many bytes per image.
 
-        Streams begin anew where that is done: smaller ones are cut when they must be, larger ones when it pays.
+        Both streams start anew where that is done: smaller ones are cut when they must be, larger ones when it pays.
         """
         self.need = need
         wanted = halved_to_fit(max(map(len, self.mini_batches)), need, self.ceiling)
@@ -122,34 +126,51 @@ class Streams:
             self.allow(batch_size)
 
 
-def fitting(
-    streams: Streams, place: str, work: Callable[[], T], advice: str = "lower --k_step or raise --memory_budget"
-) -> T:
-    """The result of `work`, done again with micro-batches of half the size as long as they need too much memory.
+def retry_on_out_of_memory(
+    streams: Streams, place: str, advice: str = "lower `k_step` or raise `memory_budget`"
+) -> Iterator[Attempt]:
+    """Attempts at a piece of work, each with micro-batches of half the size, as long as they need too much memory.
+
+        for attempt in retry_on_out_of_memory(streams, place):
+            with attempt:
+                work()
 
     Raises:
         Unsolvable: single images do not fit either; the message ends in the advice.
     """
     ceiling, size = streams.ceiling, streams.batch_size
     while True:
-        try:
-            return work()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if streams.batch_size == 1:
-                streams.ceiling = ceiling  # it is not the others' fault
-                streams.cut(size)
-                raise Unsolvable(
-                    f"out of memory at {place} with one image at a time: {advice}.",
-                    f"out of memory with one image at a time: {advice}",
-                ) from error
-            streams.halve()
-            log.warning("out of memory at %s: going on with micro-batches of %d images", place, streams.batch_size)
+        attempt = Attempt()
+        yield attempt
+        if attempt.error is None:
+            return
+        if streams.batch_size == 1:
+            streams.ceiling = ceiling  # it is not the others' fault
+            streams.cut(size)
+            problem = f"out of memory with one image at a time: {advice}"
+            raise Unsolvable(
+                f"out of memory at {place} with one image at a time: {advice}.", problem
+            ) from attempt.error
+        streams.halve()
+        log.warning("out of memory at %s: going on with micro-batches of %d images", place, streams.batch_size)
+
+
+class Attempt:
+    """A piece of work that may run out of memory: that error ends it, and is kept; others are raised."""
+
+    def __init__(self):
+        self.error: BaseException | None = None
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
+        self.error = error if error is not None and is_out_of_memory(error) else None
+        return self.error is not None
 
 
 def micro_batches(network: Network, calibration: Tensor | Iterable, batch_size: int, k_step: int) -> list[Tensor]:
-    """The calibration images in mini-batches, the last one short, once they are known to run through the line.
+    """The calibration images in mini-batches, the last one short, once they are known to run through the network.
 
     k_step: of the windows, which are checked too; `network` refuses layers whose windows do not hold.
     """
@@ -158,7 +179,7 @@ def micro_batches(network: Network, calibration: Tensor | Iterable, batch_size: 
         raise UsageError(f"the model's weights are {dtype}, too coarse to solve in: pass model.float().")
     images = gather(calibration).to(dtype)
     batches = list(images.split(min(batch_size, len(images))))
-    check(network, batches[0][:CHECKED].to(next(network.model.parameters()).device), k_step)
+    check_trace(network, batches[0][:CHECKED].to(next(network.model.parameters()).device), k_step)
     return batches
 
 

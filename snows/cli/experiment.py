@@ -23,16 +23,17 @@ from snows.cli.report import write_report
 from snows.cli.resume import check_unchanged, earlier, note_changes, read_metrics, resume_command, script, settings
 from snows.cli.shell import ignore_signals, own_stops
 from snows.errors import Interrupted, SnowsError, Unfinished, UsageError, WriteError, first_line
+from snows.job import Job
 from snows.masks.files import check_pattern, read_masks
 from snows.masks.patterns import NM, Pattern
 from snows.masks.permute import permute
 from snows.masks.rules import check_patterns
 from snows.memory import is_out_of_memory
+from snows.methods import METHODS
 from snows.modes import make_deterministic
 from snows.network.layers import Network
 from snows.pipeline import prune
 from snows.result import Pruned, Step, sparsity
-from snows.solve.layer import SETTLED
 from snows.zoo import evaluate
 from snows.zoo.registry import Known, load_classifier, load_data
 
@@ -213,7 +214,7 @@ class Experiment:
             "mask_alg": args.mask_alg if args.masks is None else "Custom",
             "algo": algo,
             "seed": seed,
-            "options": vars(options.from_flags(args, seed).but(**SETTLED.get(algo, {}))),
+            "options": vars(options.from_flags(args, seed).but(**METHODS[algo].fixed)),
             "calibration_images": len(indices),
             "calibration_checksum": checksum([] if images is None else [images]),
             "test_images": len(self.data.test),
@@ -237,10 +238,12 @@ class Experiment:
         style = "quiet" if args.quiet else "verbose" if args.verbose else ""
         progress = screen.Progress(f"{algo} {self.name}, seed {seed}", style, earlier=len(journal))
 
-        def keep(step: Step, model: nn.Module) -> None:
-            if args.evaluate_layers:
-                step.record.accuracy = self.accuracy(model)
-            journal.append(step)
+        def keep(step: Step, job: Job) -> None:
+            if not step.replayed:
+                if args.evaluate_layers:
+                    step.record.accuracy = self.accuracy(job.network.model)
+                journal.append(step)
+            progress(step.record, job.turns)
 
         try:
             return prune(
@@ -252,8 +255,7 @@ class Experiment:
                 algo=algo,
                 layers=self.layers,
                 device=args.device,
-                on_layer=progress,
-                on_step=keep,
+                listener=keep,
                 finished=earlier(args, journal),
             )
         except (RuntimeError, Unfinished) as error:

@@ -15,10 +15,11 @@ from snows.errors import UsageError
 from snows.masks.allocation import ALLOCATIONS
 from snows.masks.patterns import NM, Unstructured
 from snows.masks.rules import read_rules
-from snows.masks.saliency import LAYER_WISE, MASK_ALGORITHMS
-from snows.solve.layer import ALGORITHMS
+from snows.masks.saliency import SALIENCIES
+from snows.methods import METHODS
 from snows.zoo.images import DATASETS
 
+LAYER_WISE = " and ".join(name for name, saliency in SALIENCIES.items() if saliency.layer_wise)
 ALGO_HELP = "how the survivors are set: SNOWS; MP, as they were; MP+, by layer-wise least squares; SparseGPT's own way"
 
 
@@ -68,7 +69,7 @@ def add_mask_flags(flags: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--mask_alg",
         default="MP",
-        choices=MASK_ALGORITHMS,
+        choices=SALIENCIES,
         help="which weights survive: the largest (MP), those that Wanda or SparseGPT choose, or those without which "
         "the K-step loss would rise most (OBS) (default: MP)",
     )
@@ -92,7 +93,7 @@ def add_mask_flags(flags: argparse.ArgumentParser) -> None:
 
 def add_run_flags(flags: argparse.ArgumentParser) -> None:
     group = flags.add_argument_group("run")
-    group.add_argument("--algo", nargs="+", default=["SNOWS"], choices=ALGORITHMS, help=ALGO_HELP)
+    group.add_argument("--algo", nargs="+", default=["SNOWS"], choices=METHODS, help=ALGO_HELP)
     group.add_argument("--seed", type=whole(0), nargs="+", default=[0], help="one run for each (default: 0)")
     group.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
@@ -142,12 +143,12 @@ def add_unstructured_flags(flags: argparse.ArgumentParser, default: float) -> No
         "--normalise",
         type=options.boolean,
         metavar="True|False",
-        help=f"global: compare scores as shares of their layer's sum (default: True for {' and '.join(LAYER_WISE)})",
+        help=f"global: compare scores as shares of their layer's sum (default: True for {LAYER_WISE})",
     )
 
 
 def unstructured(args: argparse.Namespace) -> Unstructured:
-    normalise = args.mask_alg in LAYER_WISE if args.normalise is None else args.normalise
+    normalise = SALIENCIES[args.mask_alg].layer_wise if args.normalise is None else args.normalise
     return Unstructured(args.target_sparsity, args.max_layer_sparsity, args.allocation, normalise, args.layer_sparsity)
 
 

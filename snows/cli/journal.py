@@ -42,8 +42,8 @@ class Journal:
             WriteError: the disk is full, or the folder cannot be written.
         """
         tensors = {"weight": step.weight, "mask": step.mask}
-        if step.shift is not None:
-            tensors["shift"] = step.shift
+        if step.bias_update is not None:
+            tensors["bias_update"] = step.bias_update
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         record = json.dumps(asdict(step.record))
         metadata = {"record": record, "checksum": fingerprint(record, tensors)}

@@ -229,7 +229,8 @@ def layer_rows(records: list[LayerRecord]) -> list[dict]:
     for record in records:
         values = asdict(record)
         sweep, _ = values.pop("sweep"), values.pop("residuals")
-        row = rows.setdefault(record.name, {**values, "shape": "x".join(map(str, record.shape))})
+        shape = "x".join(map(str, record.shape))
+        row = rows.setdefault(record.name, {"name": record.name, **values, "shape": shape})
         if sweep > 0:
             row |= {"sparsity": record.sparsity, "accuracy": record.accuracy, "batch_size": record.batch_size}
             row["problem"] = record.problem or row["problem"]

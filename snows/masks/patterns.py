@@ -7,13 +7,13 @@ leaves dense, and says why.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from snows.errors import UsageError, listed
+from snows.errors import UsageError
 from snows.masks.allocation import ALLOCATIONS, Counts, normalised
 from snows.masks.rules import DENSE, Rules, check_patterns, rule_of
 from snows.network.layers import Masks
@@ -23,10 +23,16 @@ LEFT_DENSE = "dense, as its rule asks"
 
 @dataclass
 class Selection:
-    """The masks of the layers to prune, and the reason for each layer left dense."""
+    """The masks of the layers to prune, and the reason for each layer left dense.
+
+    pattern, mask_alg, layers: what chose them, from which layers by name; a schedule goes to them step by step.
+    """
 
     masks: Masks = field(default_factory=dict)
     left_dense: dict[str, str] = field(default_factory=dict)
+    pattern: Pattern | Masks | None = None
+    mask_alg: str = "MP"
+    layers: Callable[[str], bool] = lambda name: True
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ class Unstructured:
             raise UsageError(
                 f"target sparsity {self.target_sparsity:g} is out of reach: with at most {cap:g} of each of the "
                 f"{len(scores)} prunable layers, {reach:.4f} of all parameters can be zero. Lower the target or raise "
-                f"the cap (--max_layer_sparsity)."
+                f"the cap (`max_layer_sparsity`)."
             )
         scores = normalised(scores) if self.normalise else scores
         return ALLOCATIONS[self.allocation](removed, scores, caps)
@@ -247,26 +253,3 @@ Pattern = Unstructured | NM
 def are_masks(tensors: Iterable[Tensor]) -> bool:
     """Whether all the tensors hold nothing but zeros and ones."""
     return all(((tensor == 0) | (tensor == 1)).all() for tensor in tensors)
-
-
-def given(masks: Masks, weights: dict[str, Tensor]) -> Selection:
-    """The caller's own masks, checked against the prunable layers' weights.
-
-    Raises:
-        UsageError: a name that is no prunable layer, or what is no mask of zeros and ones of its weight's shape.
-    """
-    unknown = [name for name in masks if name not in weights]
-    if unknown:
-        raise UsageError(f"masks name {listed(unknown)}, which are not prunable layers; those are {listed(weights)}.")
-    other = [name for name, mask in masks.items() if not isinstance(mask, Tensor) or not are_masks([mask])]
-    if other:
-        raise UsageError(f"masks must be tensors of booleans, or of 0 and 1: {listed(other)}.")
-    misfits = [
-        f"{name}: {tuple(mask.shape)} for a weight {tuple(weights[name].shape)}"
-        for name, mask in masks.items()
-        if mask.shape != weights[name].shape
-    ]
-    if misfits:
-        raise UsageError(f"masks of the wrong shape: {listed(misfits)}.")
-    left_dense = {name: "no mask was given" for name in weights if name not in masks}
-    return Selection({name: mask.to(weights[name].device).bool() for name, mask in masks.items()}, left_dense)

@@ -15,33 +15,50 @@ stream along the network.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from snows.calibration.stream import Stream
-from snows.calibration.streams import Streams, fitting
-from snows.errors import SnowsError, UsageError, by_reason, listed
-from snows.masks.patterns import Pattern, Selection, given
+from snows.errors import SnowsError, UsageError, listed
 from snows.network.derivatives import explained
-from snows.network.inputs import MAX_INPUTS, can_factor, columns, shows_inputs
-from snows.network.layers import Layer, Masks, Network
+from snows.network.inputs import MAX_INPUTS, can_factor, input_columns, second_moment, shows_inputs
+from snows.network.layers import Layer, Network
 from snows.network.trace import value_of
 from snows.options import Options
 from snows.solve.objective import reconstruction
-from snows.solve.preconditioner import output_scale
+from snows.solve.preconditioner import output_metric
 
-MASK_ALGORITHMS = ("MP", "Wanda", "SparseGPT", "OBS")
-LAYER_WISE = ("Wanda", "SparseGPT")  # whose scores are in units of the layer's own output, and compare as shares only
-RELATIVE_DAMPING = 1e-2  # of A, in units of its mean diagonal
+INVERSE_DAMPING = 1e-2  # of A, in units of its mean diagonal
 
 
-def scores(mask_alg: str, layers: list[Layer], stream: Stream, options: Options) -> dict[str, Tensor]:
-    """Layer name -> the score of each weight, of the weight's shape; the stream stands at the start of the line."""
+@dataclass(frozen=True)
+class Saliency:
+    """What a weight is worth, and how a pattern compares it with others.
+
+    score: (layer, stream, options) -> the scores of the layer's weights, of the weight's shape, the stream standing at
+        the layer; None: the weights themselves.
+    layer_wise: the scores are in units of the layer's own output: across layers they compare as shares only.
+    by_row: an unstructured pattern compares the weights of one output row, each of which loses the same number.
+    sequential: each layer's mask is chosen by SparseGPT's own elimination when it is its turn; until then the pattern
+        only says how many weights the layer loses.
+    looks_ahead: the scores look at the K operations after the layer.
+    """
+
+    score: Callable[[Layer, Stream, Options], Tensor] | None = None
+    layer_wise: bool = False
+    by_row: bool = False
+    sequential: bool = False
+    looks_ahead: bool = False
+
+
+def scores(saliency: Saliency, layers: list[Layer], stream: Stream, options: Options) -> dict[str, Tensor]:
+    """Layer name -> the score of each weight; the stream stands at the start of the network."""
     result = {}
     for layer in layers:
         stream.advance(layer.node)
-        result[layer.name] = SCORES[mask_alg](layer, stream, options)
+        result[layer.name] = saliency.score(layer, stream, options)
     return result
 
 
@@ -57,7 +74,7 @@ def check_inputs(method: str, layers: list[Layer], network: Network) -> None:
         if names:
             raise UsageError(
                 f"{method} needs the inputs of every layer, and those of {listed(names)} {problem}. "
-                f"Skip these layers (--skip), or choose another method."
+                f"Leave these layers dense (`layers`), or choose another method."
             )
 
 
@@ -73,16 +90,21 @@ def sparsegpt(layer: Layer, stream: Stream, options: Options) -> Tensor:
 
 
 def obs(layer: Layer, stream: Stream, options: Options) -> Tensor:
-    """w_ij^2 g_i A_jj / 2, g_i being what the K steps behind the layer make of its output i."""
-    objective = reconstruction(layer, stream, stream, options.but(targets="same", biases=False))
+    """w_ij^2 g_i A_jj / 2, g_i being what the K steps after the layer make of its output i."""
+    objective = reconstruction([layer], stream, stream, options.but(targets="same", biases=False))
     weight = weight_of(layer, stream)
     with explained(objective.window):
-        scale = output_scale(objective, weight, options.seed)  # g, (out,)
+        metric = output_metric(objective, weight, options.seed)  # g, (out,)
     diagonal = by_weight(layer, mean_squares(layer, stream))
-    return weight.square() * diagonal * scale.view(-1, *[1] * (weight.ndim - 1)) / 2
+    return weight.square() * diagonal * metric.view(-1, *[1] * (weight.ndim - 1)) / 2
 
 
-SCORES = {"Wanda": wanda, "SparseGPT": sparsegpt, "OBS": obs}
+SALIENCIES = {  # by the name that `mask_alg` knows it by; another one is one more entry
+    "MP": Saliency(),
+    "Wanda": Saliency(wanda, layer_wise=True, by_row=True),
+    "SparseGPT": Saliency(sparsegpt, layer_wise=True, sequential=True),
+    "OBS": Saliency(obs, looks_ahead=True),
+}
 
 
 def weight_of(layer: Layer, stream: Stream) -> Tensor:
@@ -94,7 +116,7 @@ def inputs(layer: Layer, stream: Stream) -> Iterator[Tensor]:
     module = stream.network.module(layer.node)
     source = layer.node.args[0]
     for i in range(len(stream)):
-        yield columns(module, value_of(source, stream.model, stream.read(i, {source}), {}))
+        yield input_columns(module, value_of(source, stream.model, stream.read(i, {source}), {}))
 
 
 def mean_squares(layer: Layer, stream: Stream) -> Tensor:
@@ -109,7 +131,7 @@ def mean_moment(layer: Layer, stream: Stream) -> Tensor:
     """A, the mean of x x^T over images and positions, (groups, in, in) in float64; the stream stands at the layer."""
     total, count = 0.0, 0
     for x in inputs(layer, stream):
-        total, count = total + (x @ x.transpose(1, 2)).double(), count + x.shape[2]
+        total, count = total + second_moment(x).double(), count + x.shape[2]
     return checked(total / count, layer)
 
 
@@ -124,7 +146,7 @@ def checked(statistic: Tensor, layer: Layer) -> Tensor:
     return statistic
 
 
-def damped_inverse(moment: Tensor, damping: float = RELATIVE_DAMPING) -> Tensor:
+def damped_inverse(moment: Tensor, damping: float = INVERSE_DAMPING) -> Tensor:
     """(A + damping * mean diagonal * I)^-1, (groups, in, in)."""
     mean = moment.diagonal(dim1=1, dim2=2).mean(1)
     mean = mean.where(mean > 0, 1.0)  # inputs that are zero throughout
@@ -135,42 +157,3 @@ def damped_inverse(moment: Tensor, damping: float = RELATIVE_DAMPING) -> Tensor:
 def by_weight(layer: Layer, by_column: Tensor) -> Tensor:
     """A number per input column (groups, in), spread out to the weight's shape."""
     return by_column.repeat_interleave(layer.shape[0] // len(by_column), dim=0).view(layer.shape)
-
-
-def select(
-    network: Network,
-    layers: Callable[[str], bool],
-    mask_alg: str,
-    streams: Callable[[], Streams],
-    options: Options,
-    pattern: Pattern | Masks,
-) -> Selection:
-    """The masks that a pattern chooses for the chosen layers of a network, or the caller's own masks, checked.
-
-    streams: asked for only where the scores need images; they are at the start of the line before and after.
-    """
-    if not network.layers:
-        raise UsageError("nothing to prune: the model has no Conv2d or Linear layer.")
-    chosen = [layer for layer in network.layers if layers(layer.name)]
-    if not chosen:
-        raise UsageError(f"nothing to prune: no layer was selected of {listed(n.name for n in network.layers)}.")
-    weights = {layer.name: network.model.get_parameter(layer.parameter) for layer in chosen}
-    if isinstance(pattern, dict):
-        if mask_alg != "MP":
-            raise UsageError(f"the masks are given: there is nothing for {mask_alg} to choose.")
-        selection = given(pattern, weights)
-    else:
-        if mask_alg != "MP":
-            check_inputs(mask_alg, chosen, network)
-        if mask_alg in ("Wanda", "OBS") or (mask_alg == "SparseGPT" and pattern.compares_layers):
-            streams().check_fits(chosen, options)
-            depth = options.k_step if mask_alg == "OBS" else 0
-            streams().fit(max(streams().plan.need([layer], depth) for layer in chosen))
-            weights = fitting(streams(), "the scores", lambda: scores(mask_alg, chosen, streams().sparse, options))
-            streams().restart()
-        total = sum(p.numel() for p in network.model.parameters())
-        selection = pattern.select(weights, total, by_row=mask_alg == "Wanda")
-    if not selection.masks:
-        raise UsageError(f"nothing to prune: {by_reason(selection.left_dense)}.")
-    selection.left_dense |= {layer.name: "not selected" for layer in network.layers if layer not in chosen}
-    return selection

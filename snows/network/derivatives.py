@@ -31,11 +31,11 @@ def explained(window: Window) -> Iterator[None]:
         if missing is None:
             raise
         operation = next((name for name in missing.groups() if name), "").removesuffix("_backward") or foreign(window)
-        place, holder, advice = f"layer {window.layer.name}", "its window", "a smaller --k_step"
+        place, holder, advice = f"layer {window.layers[0].name}", "its window", "a smaller `k_step`"
         if len(window.layers) > 1:
-            place, holder, advice = "all the layers together", "the network", "--joint_steps 0"
+            place, holder, advice = "all the layers together", "the network", "`joint_steps` 0"
         if "forward" in missing[0].split(operation)[0]:
-            advice += ", or --curvature hessian"  # which takes no tangents
+            advice += ", or `curvature` hessian"  # which takes no tangents
         problem = (
             f"torch cannot differentiate {operation}, which {holder} holds, in the way that products need. "
             f"Replace that operation, or use {advice}"

@@ -22,7 +22,7 @@ def can_factor(network: Network, layer: Layer) -> bool:
     return shows_inputs(network, layer) and layer.shape[1:].numel() <= MAX_INPUTS
 
 
-def columns(module: nn.Conv2d | nn.Linear | None, x: Tensor) -> Tensor:
+def input_columns(module: nn.Conv2d | nn.Linear | None, x: Tensor) -> Tensor:
     """The input columns that a layer's weight multiplies: (groups, in, positions), `in` as in weight.flatten(1).
 
     module: a convolution, else the layer is a linear map.
@@ -38,9 +38,11 @@ def columns(module: nn.Conv2d | nn.Linear | None, x: Tensor) -> Tensor:
     return patches.view(n, module.groups, -1, positions).permute(1, 2, 0, 3).flatten(2)
 
 
-def second_moment(module: nn.Module | None, x: Tensor, biases: bool) -> Tensor:
-    """The sum of x x^T over a layer's input columns, (groups, in, in); x ends in 1 if biases are solved."""
-    x = columns(module, x)
-    if biases:
-        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-    return x @ x.transpose(1, 2)
+def second_moment(columns: Tensor, ones: bool = False) -> Tensor:
+    """The sum of x x^T over input columns x (groups, in, positions): (groups, in, in).
+
+    ones: every x ends in 1 besides, which a bias update multiplies: (groups, in + 1, in + 1).
+    """
+    if ones:
+        columns = torch.cat([columns, torch.ones_like(columns[:, :1])], dim=1)
+    return columns @ columns.transpose(1, 2)

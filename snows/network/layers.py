@@ -68,18 +68,21 @@ class Layer:
 class Network:
     """A traced model: `nodes` in execution order and the prunable `layers` among them.
 
-    `model` is a private copy in evaluation mode; its weights change as layers are solved. `calls` counts how often each
+    `original` is the caller's model, `model` a private copy of it in evaluation mode, whose weights change as layers
+    are solved, and `in_place` names its modules that wrote in place before the trace. `calls` counts how often each
     module is called. `refused` maps the name of every Conv2d or Linear whose weight cannot be pruned to the reason.
+    `checked`: the windows and images on which the trace has been compared with the model (calibration/faithful.py).
     """
 
     def __init__(self, model: nn.Module, device: torch.device | str = "cpu"):
+        self.original, self.device = model, device
         self.model = copied(model, device).eval().requires_grad_(False)
         for module in self.model.modules():
             module._backward_hooks.clear()  # these and the next belong to training
             module._backward_pre_hooks.clear()
             if isinstance(module, nn.DataParallel):
                 module.device_ids = []  # it calls the network inside, wherever that is
-        self.in_place = [m for m in self.model.modules() if getattr(m, "inplace", False) is True]  # until the trace
+        self.in_place = [n for n, m in self.model.named_modules() if getattr(m, "inplace", False) is True]
         self.nodes = trace(self.model)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.input = self.nodes[0]
@@ -90,11 +93,20 @@ class Network:
             if node.op in ("call_module", "get_attr"):
                 self.by_target.setdefault(node.target, []).append(node)
         self.calls = Counter(node.target for node in self.nodes if node.op == "call_module")
-        self.owners = Counter(id(p) for m in self.model.modules() for p in m._parameters.values() if p is not None)
+        self.owners = owners_of(self.model)
+        self.checked: Any = None
         self.pairs: set[fx.Node] = set()  # what returns several values, known once images have passed
         self.affine = {node for node in self.nodes if is_fixed_batch_norm(self.module(node))}
         self.batch_norm_of = self._pair_batch_norms()
         self.layers, self.refused = self._find_layers()
+
+    def copy(self) -> Network:
+        """Another network of the same trace, whose weights change on their own."""
+        twin = copy.copy(self)
+        twin.model = copied(self.model)
+        twin.owners = owners_of(twin.model)
+        twin.affine, twin.pairs, twin.refused = set(self.affine), set(self.pairs), dict(self.refused)
+        return twin
 
     def call_as_it_is(self, nodes: Iterable[fx.Node]) -> None:
         """Take these BatchNorms for no affine maps, nor fold them."""
@@ -109,6 +121,10 @@ class Network:
         """Leave a layer dense."""
         self.layers = [layer for layer in self.layers if layer.name != name]
         self.refused[name] = reason
+
+    def masked(self, layer: Layer, mask: Tensor) -> Tensor:
+        """A layer's weight where its mask keeps it, else zero, even where it was NaN."""
+        return self.model.get_parameter(layer.parameter).where(mask, 0)
 
     def module(self, node: Any) -> nn.Module | None:
         """The module that a node calls, or None."""
@@ -221,6 +237,11 @@ class Network:
         if self.reads(node, weight) or getattr(node.target, "__name__", "") in HIDING:
             return True
         return node.target in (F.conv2d, F.linear) and len(node.args) > 1 and self.reads(node.args[1], weight)
+
+
+def owners_of(model: nn.Module) -> Counter:
+    """How many modules own each parameter, by its id."""
+    return Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
 
 
 def copied(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:

@@ -24,7 +24,15 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from snows.network.known import ELEMENTWISE, ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES, acts_elementwise, is_plain
 from snows.network.trace import Values, call
-from snows.network.window import Window, attention_scale, attention_weights, differentiable, is_plain_attention
+from snows.network.window import (
+    BiasUpdates,
+    Weights,
+    Window,
+    attention_scale,
+    attention_weights,
+    differentiable,
+    is_plain_attention,
+)
 
 LINEAR_MODULES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -34,7 +42,7 @@ Rule = Callable[[dict[fx.Node, Tangent], Direction], Tangent]  # the tangents so
 
 
 class Tangents:
-    """(v, s) -> J (v, s): the tangents of f_0 .. f_K along a weight v and a shift s of the layer's output.
+    """v -> J v: the tangents of f_0 .. f_K along a direction of the layers' weights and bias updates.
 
     No rule refers to this object: in a cycle, what the rules keep would outlive its use.
 
@@ -50,9 +58,9 @@ class Tangents:
         with differentiable():
             self.rules = {node: self._rule(node, values) for node in window.nodes}
 
-    def __call__(self, weight: Tensor, shift: Tensor | None = None) -> list[Tensor | None]:
+    def __call__(self, weights: Weights, bias_updates: BiasUpdates = None) -> list[Tensor | None]:
         """One tangent (n, ...) for each feature; None where the feature does not depend on the weight's values."""
-        direction, tangents = self.window.direction(weight, shift), {}
+        direction, tangents = self.window.direction(weights, bias_updates), {}
         with torch.no_grad(), differentiable(), forward_mode.dual_level():
             for node, rule in self.rules.items():
                 tangent = rule(tangents, direction)

@@ -1,4 +1,4 @@
-"""Windows: the sub-graph from a layer to the K-th counted operation behind it, as a function of the layer's weight."""
+"""Windows: the sub-graph from a layer to the K-th counted operation after it, as a function of the layer's weight."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from torch.overrides import TorchFunctionMode
 from snows.network.known import has_activation
 from snows.network.layers import Layer, Network
 from snows.network.trace import Values, call, value_of
+
+Weights = Sequence[Tensor]  # of the layers, in order
+BiasUpdates = Sequence[Tensor | None] | None  # (out,) of each layer; None: it has none; None for all: none has
 
 
 class TwiceDifferentiable(TorchFunctionMode):
@@ -52,44 +55,43 @@ class Window:
     It starts at the layer: nothing before it is recomputed. What the window needs that does not depend on the layer's
     weight (a shortcut branch, the other input of a concatenation) is computed once per micro-batch, by `enter`.
     Inside the window a BatchNorm is an affine map, folded into the convolution it follows, and attention uses the
-    kernel that has second derivatives. `model` holds the weights of everything but the layer itself.
+    kernel that has second derivatives. `model` holds the weights of everything but the layers themselves.
 
-    others: further layers, behind the first, whose weights the features are a function of as well.
+    layers: those whose weights the features are a function of, in execution order; the window starts at the first.
     """
 
     def __init__(
         self,
         network: Network,
-        layer: Layer,
+        layers: Sequence[Layer],
         k_step: int,
         model: nn.Module | None = None,
-        others: Sequence[Layer] = (),
     ):
-        self.network, self.layer, self.model = network, layer, network.model if model is None else model
-        self.layers = (layer, *others)
-        start = network.position[layer.node]
+        self.network, self.layers, self.model = network, layers, network.model if model is None else model
+        first = layers[0].node
+        start = network.position[first]
         own = {name for each in self.layers for name in (each.parameter, each.bias)}
-        behind = {n for n in network.nodes if n.op == "get_attr" and n.target in own}  # what depends on the weights
-        behind |= {n for n in network.nodes for each in self.layers if network.reads(n, each.parameter)}
+        varying = {n for n in network.nodes if n.op == "get_attr" and n.target in own}  # what depends on the weights
+        varying |= {n for n in network.nodes for each in self.layers if network.reads(n, each.parameter)}
         counted = []
         for node in network.nodes[start:]:
-            if node in behind or behind.intersection(node.all_input_nodes):
-                behind.add(node)
-                if network.is_counted(node) or (node is layer.node and node not in network.pairs):
+            if node in varying or varying.intersection(node.all_input_nodes):
+                varying.add(node)
+                if network.is_counted(node) or (node is first and node not in network.pairs):
                     counted.append(node)
             if len(counted) > k_step:
                 break
-        self.features = counted  # K + 1 nodes, or fewer near the end of the line
+        self.features = counted  # K + 1 nodes, or fewer near the end of the network
         needed = set(counted)
         for node in reversed(network.nodes[start : network.position[counted[-1]] + 1]):
             if node in needed:
                 needed.update(node.all_input_nodes)
         needed = [n for n in network.nodes if n in needed]
-        self.nodes = [n for n in needed if n in behind]
-        aside = [n for n in needed if n not in behind and network.position[n] > start]
-        self.aside = [n for n in aside if n.op != "get_attr"]  # parameters are read where they are used
-        self.inputs = {n for node in self.nodes for n in node.all_input_nodes if n not in behind}
-        self.beside = self.inputs.intersection(self.aside)
+        self.nodes = [n for n in needed if n in varying]
+        side = [n for n in needed if n not in varying and network.position[n] > start]
+        self.side_nodes = [n for n in side if n.op != "get_attr"]  # parameters are read where they are used
+        self.inputs = {n for node in self.nodes for n in node.all_input_nodes if n not in varying}
+        self.side_inputs = self.inputs.intersection(self.side_nodes)
         self.last_reads = last_reads(self.nodes, keep=self.features)
         self.folded = {n: network.batch_norm_of[n] for n in self.nodes if n in network.batch_norm_of}
         self.applied = set(self.folded.values())
@@ -100,7 +102,7 @@ class Window:
         self.varied = {each.parameter for each in self.layers} | {bias for bias in self.biases.values() if bias}
 
     def _fold_constants(self) -> dict[str, Tensor]:
-        """Weights and biases of the window's convolutions, the BatchNorm behind each folded in."""
+        """Weights and biases of the window's convolutions, the BatchNorm after each folded in."""
         constants = {}
         for conv, batch_norm in self.folded.items():
             module, (scale, shift) = self.module(conv), affine_of(self.module(batch_norm))
@@ -114,41 +116,39 @@ class Window:
 
     def enter(self, values: Values) -> Values:
         """What the window reads, from the values at the cut; parameters as they are now."""
-        if not all(node in values for node in self.beside):
-            values = {**values, **self.compute_beside(values)}
+        if not all(node in values for node in self.side_inputs):
+            values = {**values, **self.compute_side_inputs(values)}
         return {node: value_of(node, self.model, values, {}) for node in self.inputs}
 
     @torch.no_grad()
-    def compute_beside(self, values: Values) -> Values:
+    def compute_side_inputs(self, values: Values) -> Values:
         """What the nodes compute that the window reads and the layer does not reach, from the values at the cut."""
         values = dict(values)
-        for node in self.aside:
+        for node in self.side_nodes:
             values[node] = call(node, self.model, values, {})
-        return {node: values[node] for node in self.beside}
+        return {node: values[node] for node in self.side_inputs}
 
-    def __call__(self, values: Values, weight: Tensor, shift: Tensor | None = None) -> list[Tensor]:
-        """Features f_0 .. f_K at `weight`, one tensor (n, ...) for each counted operation.
+    def __call__(self, values: Values, weights: Weights, bias_updates: BiasUpdates = None) -> list[Tensor]:
+        """Features f_0 .. f_K at the layers' weights, one tensor (n, ...) for each counted operation.
 
-        shift: (out,), added to the layer's own output (before any BatchNorm), besides its bias.
+        bias_updates: (out,) each, added to the layer's own output (before any BatchNorm), besides its bias.
         """
-        values = self.run(self.nodes, values, self.parameters(weight, shift))
+        values = self.run(self.nodes, values, self.parameters(weights, bias_updates))
         return [values[node] for node in self.features]
 
-    def direction(self, weight: Tensor, shift: Tensor | None = None) -> dict[str, Tensor]:
-        """What a weight and a shift of the layer's output are in the window's parameters; linear in both."""
-        return self.direction_of(self.layer, weight, shift)
-
-    def direction_of(self, layer: Layer, weight: Tensor, shift: Tensor | None) -> dict[str, Tensor]:
-        """What a weight and a shift of one of the layers are in the window's parameters."""
-        scale = self.output_scale(layer)
-        moved = {layer.parameter: weight if scale is None else weight * per_output(scale, weight)}
-        if shift is not None:
-            moved[self.biases[layer]] = shift if scale is None else scale * shift
+    def direction(self, weights: Weights, bias_updates: BiasUpdates = None) -> dict[str, Tensor]:
+        """What the layers' weights and bias updates are in the window's parameters, by full name; linear in both."""
+        moved = {}
+        for layer, weight, update in zip(self.layers, weights, bias_updates or [None] * len(weights), strict=True):
+            scale = self.output_scale(layer)
+            moved[layer.parameter] = weight if scale is None else weight * per_output(scale, weight)
+            if update is not None:
+                moved[self.biases[layer]] = update if scale is None else scale * update
         return moved
 
-    def parameters(self, weight: Tensor, shift: Tensor | None = None) -> dict[str, Tensor]:
+    def parameters(self, weights: Weights, bias_updates: BiasUpdates = None) -> dict[str, Tensor]:
         """The parameters that differ from the model's, by full name."""
-        moved = self.direction(weight, shift)
+        moved = self.direction(weights, bias_updates)
         for layer, bias in self.biases.items():
             if bias in moved:
                 folded = layer.node in self.folded
@@ -156,23 +156,24 @@ class Window:
         return {**self.constants, **moved}
 
     def output_scale(self, layer: Layer) -> Tensor | None:
-        """The factor (out,) by which the BatchNorm behind a layer scales its output; None without one."""
+        """The factor (out,) by which the BatchNorm after a layer scales its output; None without one."""
         batch_norm = self.folded.get(layer.node)
         return None if batch_norm is None else affine_of(self.module(batch_norm))[0]
 
     def output(self, values: Values, weight: Tensor) -> Tensor:
-        """The layer's own output at `weight`, (n, out, ...), before any BatchNorm."""
-        values = dict(values)
-        for node in self.nodes[: self.nodes.index(self.layer.node) + 1]:
-            values[node] = call(node, self.model, values, {self.layer.parameter: weight})
-        return values[self.layer.node]
+        """The first layer's own output at `weight`, (n, out, ...), before any BatchNorm."""
+        values, (first, *_) = dict(values), self.layers
+        for node in self.nodes[: self.nodes.index(first.node) + 1]:
+            values[node] = call(node, self.model, values, {first.parameter: weight})
+        return values[first.node]
 
-    def behind(self, values: Values, output: Tensor) -> list[Tensor]:
-        """The features as a function of the layer's own output: the map that a preconditioner pulls back."""
-        if self.layer.node in self.folded:
-            output = normalise(self.module(self.folded[self.layer.node]), output)
-        later = [n for n in self.nodes if n is not self.layer.node]
-        values = self.run(later, {**values, self.layer.node: output}, self.constants)
+    def after(self, values: Values, output: Tensor) -> list[Tensor]:
+        """The features as a function of the first layer's own output: the map that a preconditioner pulls back."""
+        first = self.layers[0].node
+        if first in self.folded:
+            output = normalise(self.module(self.folded[first]), output)
+        later = [n for n in self.nodes if n is not first]
+        values = self.run(later, {**values, first: output}, self.constants)
         return [values[node] for node in self.features]
 
     def run(self, nodes: list[fx.Node], values: Values, parameters: dict[str, Tensor]) -> Values:

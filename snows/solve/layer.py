@@ -1,30 +1,28 @@
-"""The surviving weights of one layer, in the way that was asked for; SNOWS is one of the ways."""
+"""The surviving weights of one layer: SNOWS's update, and layer-wise least squares, which is its case K = 0."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from snows.calibration.streams import Streams
 from snows.errors import UsageError, listed
-from snows.masks.saliency import mean_moment
-from snows.masks.sparsegpt import update
-from snows.memory import MAX_BYTES
 from snows.network.derivatives import explained
-from snows.network.inputs import can_factor
-from snows.network.layers import Layer, Network
+from snows.network.layers import Layer
 from snows.options import Options
 from snows.solve.objective import Objective, reconstruction
 from snows.solve.preconditioner import row_inverses
-from snows.solve.solver import Preconditioner, Solution, check_finite, solve
+from snows.solve.solver import Operator, SolveStats, check_finite, solve
 
 log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
 
-ALGORITHMS = ("SNOWS", "MP", "MP+", "SparseGPT")
-# MP+ and --w_warm: each layer's least squares on its support, which is the objective with K = 0 solved to the end.
+# (objective, theta, support, preconditioner, options) -> (theta, what it took); as snows.solve.solver.solve
+Solver = Callable[[Objective, Tensor, Tensor, Operator | None, Options], tuple[Tensor, SolveStats]]
+
+# MP+ and the warm start: a layer's least squares on its support, which is the objective with K = 0 solved to the end.
 LEAST_SQUARES = dict(
     sweeps=1,
     schedule=0,
@@ -38,128 +36,88 @@ LEAST_SQUARES = dict(
     w_warm=False,
 )
 LEAST_SQUARES |= dict(biases=False, preconditioner="rows", max_CG_iterations=100, cg_tolerance=1e-4, damping=0.0)
-SETTLED = {
-    "MP": dict(sweeps=1, schedule=0, joint_steps=0),
-    "MP+": LEAST_SQUARES,
-    "SparseGPT": dict(sweeps=1, schedule=0, joint_steps=0),
-}  # options of each
 
 
-@dataclass(frozen=True)
-class Way:
-    """How the layers are set (`algo`, with what solver), and whether each one's mask is chosen when it is its turn."""
+@dataclass
+class Update:
+    """What becomes of a layer: its new weight, what is added to its bias (out,), and what that took."""
 
-    algo: str
-    solver: Callable[..., Solution]
-    sequential: bool
-
-
-def set_layer(layer: Layer, mask: Tensor, streams: Streams, way: Way, options: Options) -> Solution:
-    """A layer's surviving weights, in the way that was asked for."""
-    match way.algo:
-        case "MP":
-            return Solution(masked(streams.network, layer, mask))
-        case "SparseGPT":
-            return Solution(update(*sparsegpt_problem(layer, streams), mask))
-        case _:
-            return solve_layer(layer, mask, streams, options, way.solver)
+    weight: Tensor
+    bias_update: Tensor | None = None
+    stats: SolveStats = field(default_factory=SolveStats)
 
 
-def solve_layer(
-    layer: Layer, mask: Tensor, streams: Streams, options: Options, solver: Callable[..., Solution]
-) -> Solution:
+def update_layer(layer: Layer, mask: Tensor, streams: Streams, options: Options, solver: Solver = solve) -> Update:
     """Advance the streams to a layer and solve it on its support, from its masked weight; nothing is written back.
 
     Raises:
-        Unsolvable: an operation behind the layer has no derivative.
+        Unsolvable: an operation after the layer has no derivative.
         UsageError: the solver gives back something else than a solution.
     """
     streams.advance(layer, options.targets)
-    start = Solution(masked(streams.network, layer, mask))
-    if options.w_warm:
-        start = solve_from(start, layer, mask, streams, options.but(**LEAST_SQUARES), solve)
-    return solve_from(start, layer, mask, streams, options, solver)
+    weight, products, iterations = streams.network.masked(layer, mask), 0.0, 0
+    warm = [(options.but(**LEAST_SQUARES), solve)] if options.w_warm else []
+    for chosen, solver_ in [*warm, (options, solver)]:
+        groups, kept = streams.groups, streams.kept_bytes([layer])
+        objective = reconstruction([layer], streams.sparse, streams.dense, chosen, kept, groups)
+        variables, precondition = objective.variables, None
+        theta, support = variables.pack([weight]), variables.pack([mask], True)
+        with explained(objective.window):
+            if chosen.preconditioner == "rows":
+                precondition = row_inverses(objective, theta, support, chosen.seed, streams.budget.layer_inverses)
+            theta, stats = minimise(objective, theta, support, precondition, chosen, solver_)
+        (weight,), (bias_update,) = variables.unpack(theta)
+        products, iterations = products + stats.products, iterations + stats.cg_iterations
+    stats.products, stats.cg_iterations = products, iterations
+    return Update(weight, after_batch_norm(bias_update, objective.window.output_scale(layer)), stats)
 
 
-def solve_from(
-    start: Solution, layer: Layer, mask: Tensor, streams: Streams, options: Options, solver: Callable[..., Solution]
-) -> Solution:
-    """Solve a layer, at which both streams stand, from a weight on its support."""
-    objective = reconstruction(
-        layer, streams.sparse, streams.dense, options, streams.kept_bytes([layer]), streams.groups
-    )
-    unknown, support = objective.join(start.weight), objective.join(mask, True)
-    precondition, kept = None, f"layer {layer.name} keeps its masked weights"
-    with explained(objective.window):
-        if options.preconditioner == "rows" and can_factor(streams.network, layer):
-            precondition = row_inverses(objective, unknown, support, options.seed, streams.budget.inverses(MAX_BYTES))
-        solution = minimised(objective, unknown, support, precondition, options, solver, kept)
-    solution.products += start.products
-    solution.cg_iterations += start.cg_iterations
-    solution.weight, shift = objective.split(solution.weight)
-    solution.shift = behind_batch_norm(shift, objective.window.output_scale(layer))
-    return solution
-
-
-def minimised(
+def minimise(
     objective: Objective,
     start: Tensor,
     support: Tensor,
-    precondition: Preconditioner | None,
+    precondition: Operator | None,
     options: Options,
-    solver: Callable[..., Solution],
-    otherwise: str,
-) -> Solution:
-    """The solver's solution; the start, and a line that says `otherwise`, where something is not finite."""
+    solver: Solver,
+) -> tuple[Tensor, SolveStats]:
+    """The solver's solution; the start, with a warning, where something is not finite.
+
+    Raises:
+        UsageError: the solver gives back something else than a solution.
+    """
+    names = listed(layer.name for layer in objective.window.layers)
     try:
-        solution = solver(
-            objective,
-            start,
-            support,
-            precondition,
-            newton_steps=options.newton_steps,
-            max_CG_iterations=options.max_CG_iterations,
-            cg_tolerance=options.cg_tolerance,
-            damping=options.damping,
-            batching=options.batching,
-        )
-        check_solution(solution, start)
-        check_finite(solution.weight, "the solution")
+        theta, stats = check_solution(solver(objective, start, support, precondition, options), start)
+        check_finite(theta, "the solution")
     except FloatingPointError as error:
-        log.warning("%s: %s", otherwise, error)
-        return Solution(start, problem=str(error))
-    if solution.weight[~support].any():  # not the solver of this library
-        solution.weight = solution.weight.where(support, 0)
-        solution.loss_after = objective.loss(solution.weight).item()
-        names = listed(layer.name for layer in objective.window.layers)
+        alone = len(objective.window.layers) == 1
+        log.warning(
+            "%s: %s", f"layer {names} keeps its masked weights" if alone else "the layers keep their weights", error
+        )
+        return start, SolveStats(problem=str(error))
+    if theta[~support].any():  # not the solver of this library
+        theta = theta.where(support, 0)
+        stats.loss_after = objective.loss(theta).item()
         log.warning("the solver moved removed weights of layer %s: they are set back to zero", names)
-    return solution
+    return theta, stats
 
 
-def check_solution(solution: Solution, start: Tensor) -> None:
+def check_solution(solution: tuple[Tensor, SolveStats], start: Tensor) -> tuple[Tensor, SolveStats]:
     """Refuse what a solver gives back if it cannot be written where `start` was.
 
     Raises:
-        UsageError: it is no Solution, or its weight is of another shape, type or device.
+        UsageError: it is no pair of theta and SolveStats, or theta is of another shape, type or device.
     """
-    if not isinstance(solution, Solution) or not isinstance(solution.weight, Tensor):
-        raise UsageError(f"the solver must return a snows.solve.solver.Solution, not {type(solution).__name__}.")
-    got, wanted = (f"{tuple(w.shape)}, {w.dtype}, on {w.device}" for w in (solution.weight, start))
+    pair = isinstance(solution, tuple) and len(solution) == 2
+    if not (pair and isinstance(solution[0], Tensor) and isinstance(solution[1], SolveStats)):
+        kinds = ", ".join(type(part).__name__ for part in solution) if pair else type(solution).__name__
+        raise UsageError(f"the solver must return (theta, snows.solve.solver.SolveStats), not {kinds}.")
+    got, wanted = (f"{tuple(w.shape)}, {w.dtype}, on {w.device}" for w in (solution[0], start))
     if got != wanted:
-        raise UsageError(f"the solver must return a weight like the one that it is given ({wanted}), not {got}.")
+        raise UsageError(f"the solver must return a theta like the one that it is given ({wanted}), not {got}.")
+    return solution
 
 
-def behind_batch_norm(shift: Tensor | None, scale: Tensor | None) -> Tensor | None:
-    """A shift of a layer's output as the bias behind it sees it: a BatchNorm's comes after the scaling."""
-    return shift if shift is None or scale is None else scale * shift
-
-
-def sparsegpt_problem(layer: Layer, streams: Streams) -> tuple[Tensor, Tensor]:
-    """(weight, second moment of its inputs) of a layer on the pruned network as it stands."""
-    streams.sparse.advance(layer.node)
-    return streams.network.model.get_parameter(layer.parameter), mean_moment(layer, streams.sparse)
-
-
-def masked(network: Network, layer: Layer, mask: Tensor) -> Tensor:
-    """A layer's weight where its mask keeps it, else zero, even where it was NaN."""
-    return network.model.get_parameter(layer.parameter).where(mask, 0)
+def after_batch_norm(update: Tensor | None, scale: Tensor | None) -> Tensor | None:
+    """An update of a layer's output as the bias after it sees it: a BatchNorm's comes after the scaling."""
+    return update if update is None or scale is None else scale * update

@@ -1,7 +1,7 @@
 """A preconditioner that knows the support: the exact inverse of each output row's own curvature.
 
 For a layer with weight W (out, in) and input columns x, the curvature of  sum_k c_k || J_k W x ||^2  is
-sum_x (J^T C J) (x) x x^T. Keep of the metric J^T C J that the K steps behind the layer pull back to its output only
+sum_x (J^T C J) (x) x x^T. Keep of the metric J^T C J that the K steps after the layer pull back to its output only
 the diagonal g, and the curvature splits into one block per output row i, restricted to that row's support S_i:
 
     B_i = g_i A[S_i, S_i],      A = sum_x x x^T.
@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from snows.memory import MAX_BYTES, is_gpu
-from snows.network.inputs import second_moment
+from snows.memory import ALL_BYTES, MAX_BYTES, common_cap, inverse_bytes, is_gpu
+from snows.network.inputs import can_factor, input_columns, second_moment
 from snows.network.layers import Layer
-from snows.network.trace import Values
-from snows.network.window import Window
-from snows.solve.objective import Objective
+from snows.solve.objective import Objective, Variables
 
 ROWS_BYTES = 2**26  # of the rows that are inverted at a time
 RELATIVE_DAMPING = 1e-3
@@ -44,12 +42,12 @@ class RowInverses:
         damping: float = RELATIVE_DAMPING,
         max_bytes: int = MAX_BYTES,
     ):
-        rows = mask.flatten(1)
+        rows = mask.flatten(1)  # (out, in)
         self.scale = scale / scale.mean().clamp_min(torch.finfo(scale.dtype).tiny) + damping
         size = max(1, int(rows.sum(1).max()))  # an empty support has a padded column too
         # Row i's support, padded with columns off the support, which `kept` cancels.
-        self.support = rows.int().argsort(dim=1, descending=True, stable=True)[:, :size]
-        self.kept = rows.gather(1, self.support).to(moment.dtype)
+        self.support = rows.int().argsort(dim=1, descending=True, stable=True)[:, :size]  # (out, size)
+        self.kept = rows.gather(1, self.support).to(moment.dtype)  # (out, size): 1, or 0 where padded
         group = torch.arange(len(rows), device=mask.device) // (len(rows) // len(moment))
         self.magnitude = scale.mean() * moment.diagonal(dim1=1, dim2=2).mean()  # of the curvature, left out below
         moment = moment / moment.diagonal(dim1=1, dim2=2).mean().clamp_min(torch.finfo(moment.dtype).tiny)
@@ -82,10 +80,11 @@ class RowInverses:
             damping *= 10  # rounding made a nearly singular block indefinite
 
     def __call__(self, residual: Tensor) -> Tensor:
-        rows = residual.flatten(1).gather(1, self.support) * self.kept
-        parts = [torch.bmm(inverse, rows[:, block, None])[..., 0] for block, inverse in self.blocks]
+        rows = residual.view(len(self.support), -1)  # (out, in)
+        held = rows.gather(1, self.support) * self.kept  # (out, size)
+        parts = [torch.bmm(inverse, held[:, block, None])[..., 0] for block, inverse in self.blocks]
         solved = torch.cat(parts, dim=1) / self.scale[:, None] * self.kept
-        return torch.zeros_like(residual.flatten(1)).scatter_(1, self.support, solved).view_as(residual)
+        return torch.zeros_like(rows).scatter_(1, self.support, solved).view_as(residual)
 
 
 def inverse_of(factor: Tensor) -> Tensor:
@@ -97,25 +96,104 @@ def inverse_of(factor: Tensor) -> Tensor:
     return inverse.mT @ inverse
 
 
+class LayerInverses:
+    """The preconditioner of many layers: each one's own, in the proportion of their curvatures.
+
+    A layer whose inputs cannot be had is scaled by the others' mean curvature.
+    """
+
+    def __init__(self, variables: Variables, inverses: list[RowInverses | None]):
+        self.variables = variables
+        known = torch.stack([inverse.magnitude for inverse in inverses if inverse is not None])
+        known = known.clamp_min(known.max() * 1e-6).clamp_min(torch.finfo(known.dtype).tiny)  # a dead layer's is zero
+        usual, rest = known.log().mean().exp(), iter(known)
+        self.blocks = [(inverse, usual if inverse is None else next(rest)) for inverse in inverses]
+
+    def __call__(self, residual: Tensor) -> Tensor:
+        parts = zip(self.variables.rows(residual), self.blocks, strict=True)
+        solved = ((part if inverse is None else inverse(part)) / magnitude for part, (inverse, magnitude) in parts)
+        return torch.cat([part.flatten() for part in solved])
+
+
+def row_inverses(
+    objective: Objective, theta: Tensor, support: Tensor, seed: int, max_bytes: int = MAX_BYTES
+) -> RowInverses | None:
+    """The preconditioner of an objective of one layer, at theta; None where its inputs cannot be had.
+
+    Costs one unfolding of the layer's inputs and one backward pass, over a sample of the calibration set.
+    """
+    window, variables = objective.window, objective.variables
+    if not can_factor(window.network, window.layers[0]):
+        return None
+    (weight,), _ = variables.unpack(theta)
+    (mask,) = variables.rows(support)
+    metric = output_metric(objective, weight, seed)
+    return RowInverses(input_moment(objective), metric, mask, max_bytes=max_bytes)
+
+
+def layer_inverses(
+    objective: Objective, theta: Tensor, support: Tensor, seed: int, max_bytes: int = ALL_BYTES
+) -> LayerInverses | None:
+    """The preconditioner of an objective of many layers, at theta; None if no layer's inputs can be had.
+
+    max_bytes: of all the layers' inverses together.
+
+    Costs one forward and one backward pass of a sample of the images, for all the layers, and what inverses cost.
+    """
+    window, variables, generator = objective.window, objective.variables, generator_for(objective.device, seed)
+    network = window.network
+    factored = [layer for layer in window.layers if can_factor(network, layer)]
+    if not factored:
+        return None
+    moments, metrics, positions = (dict.fromkeys(window.layers, 0.0) for _ in range(3))
+    with_bias = dict(zip(window.layers, variables.with_bias))
+    for i in objective.sample(SAMPLE):
+        with torch.enable_grad():
+            parameters = window.parameters(*variables.unpack(theta.detach().requires_grad_()))
+            values = window.run(window.nodes, objective.inputs(i), parameters)
+        features = [values[node] for node in window.features]
+        outputs = [values[layer.node] for layer in factored]
+        for layer, pulled in zip(factored, pull_back(features, outputs, objective.coefficients, generator)):
+            scale = window.output_scale(layer)
+            pulled = by_channel(pulled, layer) * (1 if scale is None else scale)  # (positions, out)
+            x = values[layer.node.args[0]].detach()
+            metrics[layer] += pulled.square().sum(0)
+            moments[layer] += second_moment(input_columns(network.module(layer.node), x), with_bias[layer])
+            positions[layer] += len(pulled)
+    masks = {layer: mask.bool() for layer, mask in zip(window.layers, variables.rows(support))}
+    needs = [min(MAX_BYTES, inverse_bytes(masks[layer], theta.element_size())) for layer in factored]
+    cap = common_cap(needs, max_bytes)
+    inverses = {
+        layer: RowInverses(moments.pop(layer) / positions[layer], metrics[layer], masks[layer], max_bytes=cap)
+        for layer in factored
+    }
+    return LayerInverses(variables, [inverses.get(layer) for layer in window.layers])
+
+
 def input_moment(objective: Objective) -> Tensor:
     """A: the sum of x x^T over sampled images and positions, (groups, in, in); x ends in 1 if biases are solved."""
-    layer, total = objective.window.layer, 0.0
+    (layer,), (with_bias,), total = objective.window.layers, objective.variables.with_bias, 0.0
     module = objective.window.network.module(layer.node)
     for i in objective.sample(SAMPLE):
-        total = total + second_moment(module, objective.inputs(i)[layer.node.args[0]], objective.biases)
+        x = objective.inputs(i)[layer.node.args[0]]
+        total = total + second_moment(input_columns(module, x), with_bias)
     return total
 
 
-def output_scale(objective: Objective, weight: Tensor, seed: int) -> Tensor:
+def output_metric(objective: Objective, weight: Tensor, seed: int) -> Tensor:
     """g: the diagonal of  sum_k c_k J_k^T J_k  with respect to the layer's output channels, (out,).
 
     Estimated with one probe of random signs u per image: the mean of (J^T C^1/2 u)^2 is that diagonal (Hutchinson).
     """
-    generator, total = generator_for(objective.device, seed), 0.0
+    window, generator, total = objective.window, generator_for(objective.device, seed), 0.0
     for i in objective.sample(SAMPLE):
         values = objective.inputs(i)
-        pulled = pull_back_probe(objective.window, values, weight, objective.coefficients, generator)
-        total = total + by_channel(pulled, objective.window.layer).square().sum(0)
+        with torch.no_grad():
+            output = window.output(values, weight)
+        with torch.enable_grad():
+            features = window.after(values, output.requires_grad_())
+        (pulled,) = pull_back(features, [output], objective.coefficients, generator)
+        total = total + by_channel(pulled, window.layers[0]).square().sum(0)
     return total
 
 
@@ -123,18 +201,6 @@ def by_channel(output: Tensor, layer: Layer) -> Tensor:
     """A layer's output as (images and positions, out)."""
     channels_last = output.movedim(1, -1) if len(layer.shape) > 2 else output
     return channels_last.flatten(0, -2)
-
-
-def pull_back_probe(
-    window: Window, values: Values, weight: Tensor, coefficients: list[float], generator: torch.Generator
-) -> Tensor:
-    """J^T C^1/2 u for random signs u, shaped as the layer's output."""
-    with torch.no_grad():
-        output = window.output(values, weight)
-    output.requires_grad_()
-    with torch.enable_grad():
-        features = window.behind(values, output)
-    return pull_back(features, [output], coefficients, generator)[0]
 
 
 def pull_back(
@@ -155,14 +221,3 @@ def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
     """-1 or 1 with equal probability, shaped as a tensor and where it is; drawn as single bytes."""
     drawn = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8, device=generator.device)
     return drawn.to(like.device).to(like.dtype).mul_(2).sub_(1)
-
-
-def row_inverses(
-    objective: Objective, weight: Tensor, mask: Tensor, seed: int, max_bytes: int = MAX_BYTES
-) -> RowInverses:
-    """The preconditioner of a layer at `weight`, the objective's unknown.
-
-    Costs one unfolding of the layer's inputs and one backward pass, over a sample of the calibration set.
-    """
-    scale = output_scale(objective, objective.split(weight)[0], seed)
-    return RowInverses(input_moment(objective), scale, mask, max_bytes=max_bytes)

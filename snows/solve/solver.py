@@ -1,7 +1,7 @@
 """Truncated Newton on the support: preconditioned conjugate gradients, Armijo backtracking, adaptive damping.
 
 One step solves (B + lambda I) d = -grad L on the support S = {i : mask_i = 1} (the paper's Newton step), with B
-known only through its products. Vectors keep the shape of the weight and are zero off the support.
+known only through its products with vectors, which are shaped as theta and zero off the support.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from snows.solve.objective import Objective, Product
+from snows.options import Options
+from snows.solve.curvature import Curvature
+from snows.solve.objective import Objective
 
-Preconditioner = Callable[[Tensor], Tensor]
+Operator = Callable[[Tensor], Tensor]  # a linear map, known by its products with vectors
 
 SUFFICIENT_DECREASE = 1e-4  # Armijo's constant
 MAX_HALVINGS = 8
@@ -24,7 +26,7 @@ STAGNATION = 1e-3  # relative decrease of the loss below which another Newton st
 
 @dataclass
 class CGResult:
-    """The step found, its product with B, and how it was found."""
+    """The step d found, B d, and how it was found."""
 
     step: Tensor
     product: Tensor
@@ -37,23 +39,22 @@ class CGResult:
 
 
 def conjugate_gradients(
-    product: Product,
+    matvec: Operator,
     right_side: Tensor,
-    precondition: Preconditioner | None = None,
+    precondition: Operator | None = None,
     damping: float = 0.0,
     tolerance: float = 1e-2,
     max_iterations: int = 20,
 ) -> CGResult:
-    """Approximately solve (B + lambda I) x = b, B given by `product`, b by `right_side`.
+    """Approximately solve (B + lambda I) x = b, B given by `matvec`, b by `right_side`.
 
     damping: lambda in units of the curvature along the first direction, p^T B p / p^T p, so that one value serves
         layers of any scale.
     tolerance: stop once ||b - (B + lambda I) x|| <= tolerance * ||b||; the least is the type's own precision.
 
     Stops at the first direction whose curvature is not positive and returns what it has; if that is the very first
-    direction, it returns a step along it, scaled by the size of its curvature.
-
-    Stops, too, with what it has, when the residual has become too small for the type to tell a direction from it.
+    direction, it returns a step along it, scaled by the size of its curvature. Stops, too, with what it has, when the
+    residual has become too small for the type to tell a direction from it.
 
     Raises:
         FloatingPointError: the right side, a product or a preconditioned residual is NaN or infinite.
@@ -67,7 +68,7 @@ def conjugate_gradients(
     z = precondition(r)
     p, rz, shift, residuals = z, dot(r, z), None, []
     for _ in range(max_iterations):
-        bp, pp = product(p), dot(p, p)
+        bp, pp = matvec(p), dot(p, p)
         curvature = dot(p, bp)
         if shift is None:
             shift = damping * (curvature / pp).clamp_min(0)
@@ -125,11 +126,11 @@ class Armijo:
     loss: Tensor
 
 
-def backtrack(loss: Callable[[Tensor], Tensor], weight: Tensor, step: Tensor, start: Tensor, slope: Tensor) -> Armijo:
-    """Halve the step until L(W + t d) <= L(W) + c t <grad L, d>; `start`, `slope` and `loss` are of the same data."""
+def backtrack(loss: Operator, theta: Tensor, step: Tensor, start: Tensor, slope: Tensor) -> Armijo:
+    """Halve t until L(theta + t d) <= L(theta) + c t <grad L, d>; `start`, `slope` and `loss` are of the same data."""
     length = 1.0
     for _ in range(MAX_HALVINGS + 1):
-        trial = loss(weight + length * step)
+        trial = loss(theta + length * step)
         if trial <= start + SUFFICIENT_DECREASE * length * slope:
             return Armijo(length, trial)
         length /= 2
@@ -137,91 +138,97 @@ def backtrack(loss: Callable[[Tensor], Tensor], weight: Tensor, step: Tensor, st
 
 
 @dataclass
-class Solution:
-    """The solved weight of a layer, and what it took."""
+class SolveStats:
+    """What a solution took."""
 
-    weight: Tensor
-    shift: Tensor | None = None  # (out,), to be added to the layer's bias, where biases are solved too
     loss_before: float = float("nan")
     loss_after: float = float("nan")
     newton_steps: int = 0
     cg_iterations: int = 0
-    products: float = 0.0  # curvature products, in units of the whole calibration set
-    residuals: list[list[float]] = field(default_factory=list)  # of each CG solve
+    products: float = 0.0  # curvature-vector products, in units of the whole calibration set
+    residuals: list[list[float]] = field(default_factory=list)  # relative, one list per CG solve
     problem: str = ""  # why nothing was solved, if so
 
 
 def solve(
-    objective: Objective,
-    weight: Tensor,
-    mask: Tensor,
-    precondition: Preconditioner | None,
-    *,
-    newton_steps: int,
-    max_CG_iterations: int,
-    cg_tolerance: float,
-    damping: float,
-    batching: bool,
-) -> Solution:
-    """Minimise the objective over the support of `mask`, starting at `weight` (zero off the support).
+    objective: Objective, theta: Tensor, support: Tensor, precondition: Operator | None, options: Options
+) -> tuple[Tensor, SolveStats]:
+    """(theta, what it took): minimise the objective over the support, from `theta`, which is zero off it.
 
-    batching: False takes every Newton step on the whole calibration set; True takes one step for each micro-batch in
-        turn, `newton_steps` times over.
+    options: `newton_steps`, `max_CG_iterations`, `cg_tolerance`, `damping`, and `batching`: False takes every Newton
+        step on the whole calibration set; True takes one for each mini-batch in turn, `newton_steps` times over.
 
     Raises:
         FloatingPointError: the loss, its gradient, a product or a preconditioned residual is NaN or infinite.
     """
-    result = Solution(weight)
-    parts = objective.mini_batches() if batching else [objective]
-    for step in range(newton_steps):
-        start = result.weight
+    stats, damping = SolveStats(), options.damping
+    parts = objective.mini_batches() if options.batching else [objective]
+    for number in range(options.newton_steps):
+        start = theta
         for part in parts:
-            damping, before, after = _newton_step(
-                result, part, mask, precondition, damping, cg_tolerance, max_CG_iterations, 1 / len(parts)
-            )
-        if batching:  # steps that each helped their own mini-batch may still hurt the whole
-            before, after = objective.loss(start), objective.loss(result.weight)
-        if step == 0:
-            result.loss_before = before.item()
-        result.loss_after = min(before, after).item()
+            step = newton_step(part, theta, support, precondition, damping, options)
+            theta, damping = step.theta, step.damping
+            stats.newton_steps += step.searched
+            stats.cg_iterations += step.cg.iterations
+            stats.products += step.cg.iterations * step.share / len(parts)
+            stats.residuals.append(step.cg.residuals)
+        before, after = step.before, step.after
+        if options.batching:  # steps that each helped their own mini-batch may still hurt the whole
+            before, after = objective.loss(start), objective.loss(theta)
+        if number == 0:
+            stats.loss_before = before.item()
+        stats.loss_after = min(before, after).item()
         if not after < before:
-            result.weight = start
-            break
+            return start, stats
         if before - after < STAGNATION * after:
             break
-    return result
+    return theta, stats
 
 
-def _newton_step(
-    result: Solution,
+@dataclass
+class NewtonStep:
+    """Where a step leads, and what it took."""
+
+    theta: Tensor
+    damping: float  # of the next step
+    before: Tensor
+    after: Tensor
+    cg: CGResult
+    share: float  # of the images, those that its products looked at
+    searched: bool = True  # whether there was a direction to search along
+
+
+def newton_step(
     objective: Objective,
-    mask: Tensor,
-    precondition: Preconditioner | None,
+    theta: Tensor,
+    support: Tensor,
+    precondition: Operator | None,
     damping: float,
-    tolerance: float,
-    max_iterations: int,
-    share: float,
-) -> tuple[float, Tensor, Tensor]:
-    """One damped Newton step on one objective; updates `result` and returns (next damping, loss before, loss after)."""
-    here = objective.linearise(result.weight)
+    options: Options,
+) -> NewtonStep:
+    """One damped Newton step on one objective."""
+    here = Curvature(objective, theta)
     check_finite(here.loss, "the loss")
-    descent = here.gradient.mul_(mask).neg_()
+    descent = here.gradient.mul_(support).neg_()
     cg = conjugate_gradients(
-        lambda v: here.product(v).mul_(mask), descent, precondition, damping, tolerance, max_iterations
+        lambda v: here.matvec(v).mul_(support),
+        descent,
+        precondition,
+        damping,
+        options.cg_tolerance,
+        options.max_CG_iterations,
     )
     slope = -dot(descent, cg.step)
-    result.cg_iterations += cg.iterations
-    result.products += cg.iterations * here.share * share
-    result.residuals.append(cg.residuals)
     if not slope < 0:  # a zero gradient, or nothing found
-        return damping, here.loss, here.loss
-    search = backtrack(objective.loss, result.weight, cg.step, here.loss, slope)
-    result.newton_steps += 1
+        return NewtonStep(theta, damping, here.loss, here.loss, cg, here.share, searched=False)
+    search = backtrack(objective.loss, theta, cg.step, here.loss, slope)
     if search.length > 0:
-        result.weight = result.weight + search.length * cg.step
+        theta = theta + search.length * cg.step
     # Levenberg-Marquardt: trust the quadratic model more where it predicted well, less where it did not.
     predicted = -(slope + dot(cg.step, cg.product) / 2)
     ratio = (here.loss - search.loss) / predicted
     if search.length < 1 or ratio < 0.25:
-        return damping * 4, here.loss, search.loss
-    return (damping / 4 if ratio > 0.75 else damping), here.loss, search.loss
+        damping *= 4
+    elif ratio > 0.75:
+        damping /= 4
+    return NewtonStep(theta, damping, here.loss, search.loss, cg, here.share)

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_
 from torch.nn.utils import prune as torch_prune
 
 import snows
-from snows.calibration.faithful import check
+from snows.calibration.faithful import check_trace
 from snows.calibration.stream import Stream
 from snows.network.layers import Network
 from snows.network.tangent import Tangents
@@ -163,12 +163,12 @@ def check_layers(model, images):
         names = [layer.parameter] if layer.bias is None else [layer.parameter, layer.bias]
         own = [model.get_parameter(name) for name in names]
         moves = tuple(torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in own)
-        window = Window(network, layer, 99)
+        window = Window(network, [layer], 99)
         scale, shift = window.output_scale(layer), None
         if layer.bias is not None:
             shift = moves[1] if scale is None else moves[1] / scale
         at, values = own[0] + moves[0], window.enter(stream[0])
-        parameters = window.parameters(at, shift)
+        parameters = window.parameters([at], [shift])
         found = window.run(window.nodes, values, parameters)
         primals = tuple(p + move for p, move in zip(own, moves))
         logits = lambda *p, names=names: functional_call(model, dict(zip(names, p)), (images,))  # noqa: E731
@@ -189,7 +189,7 @@ def test_the_window_is_the_network_whatever_its_modules_do(case, images):
         expected -= {"conv2"}
     assert expected <= {layer.name for layer in network.layers}
     before = network.affine
-    check(network, images, 4)
+    check_trace(network, images, 4)
     assert network.affine == before
     assert expected <= {layer.name for layer in network.layers}
 
@@ -215,7 +215,7 @@ def test_a_window_that_computes_something_else_calls_its_batch_norms_as_they_are
     change = lambda module, args, out: out + 1 if isinstance(module, nn.BatchNorm2d) else None  # noqa: E731
     handle = nn.modules.module.register_module_forward_hook(change)
     try:
-        check(network, images, 4)
+        check_trace(network, images, 4)
     finally:
         handle.remove()
     assert not network.affine
@@ -346,5 +346,5 @@ def test_random_networks_are_their_windows(pieces):
         images = torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
         network = check_layers(model.requires_grad_(False), images)
         layers = copy.copy(network.layers)
-        check(network, images, 3)
+        check_trace(network, images, 3)
         assert network.layers == layers

@@ -17,9 +17,12 @@ from snows import memory
 from snows.calibration.store import Store
 from snows.calibration.streams import Streams
 from snows.memory import Budget, common_cap, halved_to_fit
+from snows.methods import snows_with
 from snows.network.layers import Network
+from snows.solve.curvature import Curvature
 from snows.solve.joint import layer_inverses
 from snows.solve.objective import reconstruction
+from snows.solve.solver import solve
 
 
 def cnn():
@@ -40,12 +43,12 @@ def test_what_a_micro_batch_needs_is_known_before_it_is_linearised(make, k_step)
     streams = Streams(network, [images], "cpu")
     for layer in network.layers[:-1]:
         streams.advance(layer)
-        objective = reconstruction(layer, streams.sparse, streams.dense, snows.Options(k_step=k_step))
+        objective = reconstruction([layer], streams.sparse, streams.dense, snows.Options(k_step=k_step))
         weight = objective.join(0.5 * network.model.get_parameter(layer.parameter))
         targets = sum(y.nbytes for y in objective.targets(0))
         gc.collect()
         before = memory.used_memory("cpu")
-        here = objective.linearise(weight)
+        here = Curvature(objective, weight)
         kept = memory.used_memory("cpu") - before
         assert here.products[0] is not None
         need = 16 * streams.plan.need([layer], k_step)
@@ -91,10 +94,10 @@ def test_targets_that_find_no_room_are_computed_again_to_the_same_bits(tiny, ima
         streams.restart()
         layer = network.layers[index]
         streams.advance(layer)
-        objective = reconstruction(layer, streams.sparse, streams.dense, snows.Options())
-        unknown = objective.join(0.5 * network.model.get_parameter(layer.parameter))
-        here = objective.linearise(unknown)
-        values.append([here.loss, here.gradient, here.product(unknown), objective.loss(unknown), *objective.targets(1)])
+        objective = reconstruction([layer], streams.sparse, streams.dense, snows.Options())
+        theta = objective.join(0.5 * network.model.get_parameter(layer.parameter))
+        here = Curvature(objective, theta)
+        values.append([here.loss, here.gradient, here.matvec(theta), objective.loss(theta), *objective.targets(1)])
         held = [each is not None for each in objective.examples.held]
         if bytes_of_host == 0:
             assert held == [False] * 3
@@ -109,13 +112,13 @@ def test_a_mini_batch_that_does_not_fit_is_solved_in_micro_batches(tiny, images)
     whole = snows.prune(tiny, images, snows.NM(1, 2), options)
     taken = []
 
-    def small(objective, *args, **settings):
+    def small(objective, *problem):
         if max(objective.examples.sizes) > 1:
             raise MemoryError
         taken.append([part.images for part in objective.mini_batches()])
-        return snows.solve.solver.solve(objective, *args, **settings)
+        return solve(objective, *problem)
 
-    parts = snows.prune(tiny, images, snows.NM(1, 2), options, solver=small)
+    parts = snows.prune(tiny, images, snows.NM(1, 2), options, algo=snows_with(small))
     assert taken == [[3, 2]] * 4
     for ours, reference in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(ours, reference)
@@ -125,19 +128,24 @@ def test_a_hungry_layer_does_not_cut_the_micro_batches_of_those_that_need_less()
     model = nn.Sequential(nn.Conv2d(2, 32, 3, padding=1), nn.ReLU(), nn.AvgPool2d(8), nn.Conv2d(32, 4, 1), nn.Flatten())
     images = torch.randn(32, 2, 16, 16, dtype=torch.float64)
 
-    def small(objective, *args, **settings):
-        if objective.window.layer.name == "0" and max(objective.examples.sizes) > 4:
+    def small(objective, *problem):
+        if objective.window.layers[0].name == "0" and max(objective.examples.sizes) > 4:
             raise MemoryError
-        return snows.solve.solver.solve(objective, *args, **settings)
+        return solve(objective, *problem)
 
     options = snows.Options(batch_size=32, schedule=0, sweeps=2, joint_steps=0, k_step=2)
     steps = []
     pruned = snows.prune(
-        randomise(model), images, snows.NM(1, 2), options, solver=small, on_step=lambda step, _: steps.append(step)
+        randomise(model),
+        images,
+        snows.NM(1, 2),
+        options,
+        algo=snows_with(small),
+        listener=lambda step, job: steps.append(step),
     )
     assert [layer.batch_size for layer in pruned.layers] == [4, 16, 4, 16]
     for count in range(4):  # and a run that goes on cuts them alike
-        again = snows.prune(model, images, snows.NM(1, 2), options, solver=small, finished=steps[:count])
+        again = snows.prune(model, images, snows.NM(1, 2), options, algo=snows_with(small), finished=steps[:count])
         assert [layer.batch_size for layer in again.layers] == [4, 16, 4, 16]
         assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), pruned.model.parameters(), strict=True))
 
@@ -145,8 +153,8 @@ def test_a_hungry_layer_does_not_cut_the_micro_batches_of_those_that_need_less()
 def test_micro_batches_do_not_depend_on_the_machine(monkeypatch):
     network, images, sizes = Network(cnn()), torch.randn(64, 8, 32, 32, dtype=torch.float64), []
     for free in (2**33, 2**36, 2**42):
-        monkeypatch.setattr(snows.calibration.plan, "free_memory", lambda device, free=free: free)
-        monkeypatch.setattr(snows.calibration.plan, "MICRO_BATCH", 2**22)
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(memory, "MICRO_BATCH", 2**22)
         streams = Streams(network, [images], "cpu")
         for layer in network.layers:
             streams.fit(streams.plan.need([layer], 4))
@@ -167,7 +175,7 @@ def test_a_budget_has_room_for_all_that_a_job_holds():
     for device in (2**31, 2**33, 2**36):
         for vectors in (0, 2**30):
             budget = Budget(device, device, vectors, asked=True)
-            uses = budget.features("host") + budget.micro_batch + vectors + budget.inverses(2**30)
+            uses = budget.features("host") + budget.micro_batch + vectors + budget.all_inverses
             assert uses + budget.kept(vectors) <= device or vectors > device // 2
 
 
@@ -189,12 +197,12 @@ def test_a_budget_that_one_image_fits_solves_every_layer(share):
 @pytest.mark.parametrize("algo", ["SNOWS", "SparseGPT", "MP"])
 def test_a_run_that_goes_on_cuts_its_micro_batches_as_it_would_have(tiny, images, algo, monkeypatch):
     """Whatever sets the layers, and where masks are chosen in turn."""
-    monkeypatch.setattr(snows.calibration.plan, "MICRO_BATCH", 24000)
+    monkeypatch.setattr(memory, "MICRO_BATCH", 24000)
     options, steps = snows.Options(schedule=0, sweeps=1, joint_steps=0, batch_size=20), []
     images = images.repeat(4, 1, 1, 1)
     job = dict(mask_alg="SparseGPT", algo=algo)
     whole = snows.prune(
-        tiny, images, snows.NM(1, 2), options, **job, on_step=lambda step, _: steps.append(copy.deepcopy(step))
+        tiny, images, snows.NM(1, 2), options, **job, listener=lambda step, job: steps.append(copy.deepcopy(step))
     )
     sizes = [layer.batch_size for layer in whole.layers]
     assert len(set(sizes)) > 1
@@ -205,19 +213,21 @@ def test_a_run_that_goes_on_cuts_its_micro_batches_as_it_would_have(tiny, images
 
 
 def test_a_layer_that_fits_in_no_way_does_not_cut_the_others_micro_batches(tiny, images):
-    def never(objective, *args, **settings):
-        if objective.window.layer.name == "grouped":
+    def never(objective, *problem):
+        if objective.window.layers[0].name == "grouped":
             raise MemoryError
-        return snows.solve.solver.solve(objective, *args, **settings)
+        return solve(objective, *problem)
 
-    pruned = snows.prune(tiny, images, snows.NM(1, 2), snows.Options(batch_size=5, joint_steps=0), solver=never)
+    pruned = snows.prune(
+        tiny, images, snows.NM(1, 2), snows.Options(batch_size=5, joint_steps=0), algo=snows_with(never)
+    )
     assert list(pruned.problems) == ["grouped"]
     assert {layer.batch_size for layer in pruned.layers} == {5}
 
 
 @pytest.mark.parametrize("mask_alg", ["MP", "Wanda", "OBS"])
 def test_what_does_not_fit_is_refused_before_scores_are_computed(tiny, images, mask_alg, monkeypatch):
-    monkeypatch.setattr(snows.masks.saliency, "scores", lambda *args: pytest.fail("computed"))
+    monkeypatch.setattr(snows.masks.choose, "scores", lambda *args: pytest.fail("computed"))
     with pytest.raises(snows.SnowsError, match="before anything was computed"):
         snows.prune(tiny, images, snows.NM(1, 2), snows.Options(memory_budget=1e-9), mask_alg=mask_alg)
 
@@ -230,7 +240,7 @@ def test_masks_and_checks_are_computed_in_the_precision_of_the_rest(tiny, images
         return scores(*args)
 
     before = torch.backends.cuda.matmul.fp32_precision
-    monkeypatch.setattr(snows.masks.saliency, "scores", watched)
+    monkeypatch.setattr(snows.masks.choose, "scores", watched)
     options = snows.Options(precision="highest", schedule=1, joint_steps=0)
     snows.prune(tiny, images, snows.Unstructured(0.5), options, mask_alg="Wanda")
     assert seen == {"ieee"}

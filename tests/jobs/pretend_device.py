@@ -20,8 +20,7 @@ from snows.calibration.streams import Streams
 from snows.masks.permute import permute
 from snows.network.layers import Network
 from snows.result import Step
-from snows.solve.layer import solve_layer
-from snows.solve.solver import solve
+from snows.solve.layer import update_layer
 from snows.zoo.evaluate import accuracy
 
 if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
@@ -193,8 +192,8 @@ def test_in_a_newton_step_inputs_and_targets_go_up_at_most_once(tiny, images, in
     layer = streams.network.layers[index]
     weight = streams.network.model.get_parameter(layer.parameter)
     copied.clear()
-    solution = solve_layer(layer, weight.abs() > weight.abs().mean(), streams, options, solve)
-    assert solution.products > 0
+    update = update_layer(layer, weight.abs() > weight.abs().mean(), streams, options)
+    assert update.stats.products > 0
     assert copied[torch.float64] <= 2 * images.nbytes  # the images of either stream; nothing that follows from them
     assert copied[torch.int8] > 0  # the signs of the probes
 
@@ -216,11 +215,11 @@ def test_a_job_on_a_device_goes_on_from_steps_on_the_host(tiny, images, job):
     how = {"mask_alg": mask_alg, "algo": algo, "layers": lambda name: name != "stem"}
     steps, reference = [], snows.prune(*job, **how)
 
-    def keep(step, model):
-        shift = None if step.shift is None else step.shift.cpu()
-        steps.append(Step(step.record, step.mask.cpu(), step.weight.cpu(), shift))
+    def keep(step, job):
+        bias_update = None if step.bias_update is None else step.bias_update.cpu()
+        steps.append(Step(step.record, step.mask.cpu(), step.weight.cpu(), bias_update))
 
-    snows.prune(*job, **how, device="pretend", on_step=keep)
+    snows.prune(*job, **how, device="pretend", listener=keep)
     assert len(steps) == len(reference.layers)
     for count in {1, len(steps) // 2, len(steps) - 4, len(steps) - 1}:
         resumed = snows.prune(*job, **how, device="pretend", finished=steps[:count])

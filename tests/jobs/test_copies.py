@@ -87,13 +87,13 @@ def test_a_job_holds_the_copy_at_work_and_the_dense_one_besides_the_callers(tied
     arguments, changes, expected = JOBS[job]
     counts, models = [], []
 
-    def count(*_):
+    def count(step, job):
         counts.append(held())
+        models.append(weakref.ref(job.network.model))
 
     pruned = snows.prune(
         *(tied, images, snows.NM(1, 2), fast(**changes)),
-        on_layer=count,
-        on_step=lambda step, model: models.append(weakref.ref(model)),
+        listener=count,
         **arguments,
     )
     assert set(counts) == {expected}
@@ -120,13 +120,13 @@ def test_what_comes_back_is_a_plain_copy_of_the_callers(tied, images, end):
     tied.stem.weight.requires_grad_(False)
     count = []
 
-    def stop(record, layers):
-        count.append(record)
+    def stop(step, job):
+        count.append(step)
         if len(count) == 3 and end != "finished":
             raise KeyboardInterrupt if end == "Ctrl-C" else ValueError
 
     try:
-        pruned = snows.prune(tied, images, snows.NM(1, 2), fast(), on_layer=stop)
+        pruned = snows.prune(tied, images, snows.NM(1, 2), fast(), listener=stop)
     except (Interrupted, Unfinished) as stopped:
         pruned = stopped.result
     model = pruned.model
@@ -149,7 +149,7 @@ def test_what_comes_back_is_a_plain_copy_of_the_callers(tied, images, end):
 def test_the_network_that_a_step_is_told_of_computes_what_comes_back(tied, images):
     logits = []
     pruned = snows.prune(
-        *(tied, images, snows.NM(1, 2), fast()), on_step=lambda step, model: logits.append(model(images))
+        *(tied, images, snows.NM(1, 2), fast()), listener=lambda step, job: logits.append(job.network.model(images))
     )
     assert torch.equal(logits[-1], pruned.model.eval()(images))
 

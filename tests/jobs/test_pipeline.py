@@ -1,5 +1,7 @@
 """Whole jobs on tiny networks: what is promised is what comes back."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -9,6 +11,9 @@ from torch import nn
 
 import snows
 from snows.calibration.streams import gather
+from snows.methods import snows_with
+from snows.solve.curvature import Curvature
+from snows.solve.solver import solve
 
 
 def fast(**changes):
@@ -125,10 +130,8 @@ def test_w_warm_starts_at_the_least_squares_solution(tiny, images):
 
 
 def test_what_a_warm_start_costs_is_counted(tiny, images, monkeypatch):
-    taken, product = [], snows.solve.objective.Linearisation.product
-    monkeypatch.setattr(
-        snows.solve.objective.Linearisation, "product", lambda self, vector: taken.append(0) or product(self, vector)
-    )
+    taken, matvec = [], Curvature.matvec
+    monkeypatch.setattr(Curvature, "matvec", lambda self, vector: taken.append(0) or matvec(self, vector))
     for warm in (False, True):
         taken.clear()
         pruned = snows.prune(tiny, images, snows.NM(1, 2), fast(w_warm=warm, batch_size=5))
@@ -217,12 +220,12 @@ def test_a_trace_that_froze_a_choice_is_refused(images):
 
 
 def test_ctrl_c_keeps_the_finished_layers(tiny, images):
-    def stop(record, layers):
-        if record.name == "grouped":
+    def stop(step, job):
+        if step.record.name == "grouped":
             raise KeyboardInterrupt
 
     with pytest.raises(snows.errors.Interrupted, match="after 2 layers") as stopped:
-        snows.prune(tiny, images, snows.NM(1, 2), fast(), on_layer=stop)
+        snows.prune(tiny, images, snows.NM(1, 2), fast(), listener=stop)
     partial = stopped.value.result
     assert [layer.name for layer in partial.layers] == ["stem", "grouped"]
     assert (partial.model.stem.weight[~partial.masks["stem"]] == 0).all()
@@ -264,16 +267,16 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(tiny, ima
         batch_size=5, joint_steps=0, preconditioner="none"
     )  # whose random probes depend on the micro-batches
     expected = snows.prune(tiny, images, snows.NM(1, 2), options)
-    linearise, sizes = snows.solve.objective.Objective.linearise, []
+    compute, sizes = Curvature.__init__, []
 
-    def small_memory(objective, weight):
+    def small_memory(self, objective, theta):
         largest = max(objective.examples.sizes)
-        if objective.window.layer.name == "grouped" and largest > 2:
+        if objective.window.layers[0].name == "grouped" and largest > 2:
             raise RuntimeError(failure) if isinstance(failure, str) else failure()
         sizes.append(largest)
-        return linearise(objective, weight)
+        compute(self, objective, theta)
 
-    monkeypatch.setattr(snows.solve.objective.Objective, "linearise", small_memory)
+    monkeypatch.setattr(Curvature, "__init__", small_memory)
     pruned = snows.prune(tiny, images, snows.NM(1, 2), options)
     assert set(sizes[:1]) == {5}
     assert set(sizes[1:]) == {2}
@@ -287,10 +290,10 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(tiny, ima
 
 def test_out_of_memory_with_one_image_ends_in_one_line_and_other_errors_are_not_hidden(tiny, images, monkeypatch):
     def fail(error):
-        def linearise(objective, weight):
+        def fails(self, objective, theta):
             raise error
 
-        monkeypatch.setattr(snows.solve.objective.Objective, "linearise", linearise)
+        monkeypatch.setattr(Curvature, "__init__", fails)
         snows.prune(tiny, images, snows.NM(1, 2), snows.Options(batch_size=5))
 
     with pytest.raises(snows.SnowsError, match="out of memory at layer stem with one image at a time"):
@@ -302,7 +305,8 @@ def test_out_of_memory_with_one_image_ends_in_one_line_and_other_errors_are_not_
 def test_a_schedule_reaches_the_target_through_nested_masks(tiny, images):
     seen = []
     options = fast(schedule=2, sweeps=2)
-    pruned = snows.prune(tiny, images, snows.Unstructured(0.6), options, on_layer=lambda r, n: seen.append((r, n)))
+    listener = lambda step, job: seen.append((step.record, job.turns))  # noqa: E731
+    pruned = snows.prune(tiny, images, snows.Unstructured(0.6), options, listener=listener)
     assert {n for _, n in seen} == {len(pruned.masks) * 4}
     for name, mask in pruned.masks.items():
         sparsities = [record.sparsity for record, _ in seen if record.name == name]
@@ -322,12 +326,11 @@ def test_a_schedule_reaches_the_target_through_nested_masks(tiny, images):
 def test_a_job_goes_on_from_its_finished_steps_to_the_same_bits(tiny, images, pattern, solved):
     """Through two sweeps and a schedule, whose masks are chosen from the weights on the way, and solved biases."""
     options, steps, names = fast(schedule=1, sweeps=2, w_warm=True), [], []
-    whole = snows.prune(tiny, images, pattern, options, on_step=lambda step, model: steps.append(step))
+    whole = snows.prune(tiny, images, pattern, options, listener=lambda step, job: steps.append(step))
     assert len(steps) == len(whole.layers) > 6
-    again = snows.prune(
-        tiny, images, pattern, options, finished=steps[:solved], on_step=lambda step, _: names.append(step.record.name)
-    )
-    assert names == [step.record.name for step in steps[solved:]]
+    told = lambda step, job: names.append((step.record.name, step.replayed))  # noqa: E731
+    again = snows.prune(tiny, images, pattern, options, finished=steps[:solved], listener=told)
+    assert names == [(step.record.name, number < solved) for number, step in enumerate(steps)]
     state = whole.model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.model.state_dict().items())
     assert all(torch.equal(mask, whole.masks[name]) for name, mask in again.masks.items())
@@ -335,17 +338,17 @@ def test_a_job_goes_on_from_its_finished_steps_to_the_same_bits(tiny, images, pa
 
 
 def test_a_job_goes_on_with_the_micro_batches_that_fitted(tiny, images, monkeypatch):
-    linearise, steps = snows.solve.objective.Objective.linearise, []
+    compute, steps = Curvature.__init__, []
 
-    def small_memory(objective, weight):
+    def small_memory(self, objective, theta):
         if max(objective.examples.sizes) > 2:
             raise MemoryError
-        return linearise(objective, weight)
+        compute(self, objective, theta)
 
     options = snows.Options(batch_size=5, joint_steps=0)
     with monkeypatch.context() as patched:
-        patched.setattr(snows.solve.objective.Objective, "linearise", small_memory)
-        whole = snows.prune(tiny, images, snows.NM(1, 2), options, on_step=lambda step, model: steps.append(step))
+        patched.setattr(Curvature, "__init__", small_memory)
+        whole = snows.prune(tiny, images, snows.NM(1, 2), options, listener=lambda step, job: steps.append(step))
     assert [step.record.batch_size for step in steps] == [2] * len(steps)
     again = snows.prune(tiny, images, snows.NM(1, 2), options, finished=steps[:2])
     assert [layer.batch_size for layer in again.layers] == [2] * len(steps)
@@ -355,7 +358,7 @@ def test_a_job_goes_on_with_the_micro_batches_that_fitted(tiny, images, monkeypa
 
 def test_finished_steps_of_another_job_are_refused(tiny, images):
     steps = []
-    snows.prune(tiny, images, snows.NM(1, 2), fast(), on_step=lambda step, model: steps.append(step))
+    snows.prune(tiny, images, snows.NM(1, 2), fast(), listener=lambda step, job: steps.append(step))
     with pytest.raises(snows.UsageError, match="is due, with its mask, and layer grouped"):
         snows.prune(tiny, images, snows.NM(1, 2), fast(), finished=steps[1:])
     steps[0].mask = ~steps[0].mask
@@ -363,40 +366,42 @@ def test_finished_steps_of_another_job_are_refused(tiny, images):
         snows.prune(tiny, images, snows.NM(1, 2), fast(), finished=steps)
 
 
-def broken_from(name, what, bad):
+class Spoilt(Curvature):
+    """One whose gradient or products are not finite."""
+
+    def __init__(self, what, bad, *problem):
+        super().__init__(*problem)
+        self.what, self.bad = what, bad
+        if what == "gradient":
+            self.gradient[0] = bad
+
+    def matvec(self, vector):
+        return vector * self.bad if self.what == "product" else super().matvec(vector)
+
+
+def broken_from(name, what, bad, patch):
     """A solver to which one layer's loss, gradient, product, preconditioner or solution is not finite."""
 
-    def broken(objective, weight, mask, precondition, **settings):
-        if objective.window.layer.name == name:
-            if what == "loss":
-                objective.coefficients = [bad] * len(objective.coefficients)
-            elif what == "step":
-                precondition = lambda residual: residual * bad  # noqa: E731
-            elif what in ("gradient", "product"):
-                linearise = objective.linearise
-
-                def spoil(at):
-                    here = linearise(at)
-                    if what == "gradient":
-                        here.gradient[0] = bad
-                    else:
-                        here.product = lambda vector: vector * bad
-                    return here
-
-                objective.linearise = spoil
-        solution = snows.solve.solver.solve(objective, weight, mask, precondition, **settings)
-        if what == "solution" and objective.window.layer.name == name:
-            solution.weight = solution.weight * bad
-        return solution
+    def broken(objective, theta, support, precondition, options):
+        if objective.window.layers[0].name != name:
+            return solve(objective, theta, support, precondition, options)
+        if what == "loss":
+            objective.coefficients = [bad] * len(objective.coefficients)
+        elif what == "step":
+            precondition = lambda residual: residual * bad  # noqa: E731
+        with patch.context() as patched:
+            patched.setattr("snows.solve.solver.Curvature", partial(Spoilt, what, bad))
+            theta, stats = solve(objective, theta, support, precondition, options)
+        return theta * bad if what == "solution" else theta, stats
 
     return broken
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("what", ["loss", "gradient", "product", "step", "solution"])
-def test_what_is_not_finite_leaves_one_layer_masked_and_the_job_goes_on(tiny, images, what, bad, caplog):
-    solver = broken_from("grouped", what, bad)
-    pruned = snows.prune(tiny, images, snows.NM(1, 2), fast(sweeps=1, joint_steps=2), solver=solver)
+def test_what_is_not_finite_leaves_one_layer_masked_and_the_job_goes_on(tiny, images, what, bad, caplog, monkeypatch):
+    solver = broken_from("grouped", what, bad, monkeypatch)
+    pruned = snows.prune(tiny, images, snows.NM(1, 2), fast(sweeps=1, joint_steps=2), algo=snows_with(solver))
     assert list(pruned.problems) == ["grouped"]
     assert "not finite" in pruned.problems["grouped"]
     assert "layer grouped keeps its masked weights" in caplog.text

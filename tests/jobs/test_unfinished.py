@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from torch.autograd import Function
 
 import snows
 from snows.errors import Interrupted, Unfinished
+from snows.methods import METHODS, snows_with
 from snows.result import JOINT
-from snows.solve.joint import JointObjective
-from snows.solve.solver import Solution, solve
+from snows.solve.curvature import Curvature
+from snows.solve.layer import update_layer
+from snows.solve.solver import SolveStats, solve
 
 
 class Square(Function):
@@ -104,7 +107,7 @@ def test_an_operation_without_a_derivative_costs_the_layers_in_front_of_it_alone
     options = fast(k_step=2, curvature=curvature, joint_steps=1, preconditioner=preconditioner)
     pruned = snows.prune(model, images, masks_of(model), options)
     assert list(pruned.problems) == ["third", JOINT]  # K = 2: behind `second` come sigmoid and `third`
-    for problem, advice in ((pruned.problems["third"], "--k_step"), (pruned.problems[JOINT], "--joint_steps 0")):
+    for problem, advice in ((pruned.problems["third"], "`k_step`"), (pruned.problems[JOINT], "`joint_steps` 0")):
         assert re.search(rf"torch cannot differentiate \S*{name},", problem)
         assert advice in problem
     assert "layer third keeps its masked weights" in caplog.text
@@ -136,20 +139,20 @@ def test_masks_by_the_loss_need_derivatives_too(images):
 
 def out_of_memory_at(monkeypatch, stuck):
     """Let no micro-batch fit where `stuck` says so of an objective; returns the sizes that were tried."""
-    linearise, tried = snows.solve.objective.Objective.linearise, []
+    compute, tried = Curvature.__init__, []
 
-    def small_memory(objective, weight):
+    def small_memory(self, objective, theta):
         if stuck(objective):
             tried.append(len(objective))
             raise torch.OutOfMemoryError
-        return linearise(objective, weight)
+        compute(self, objective, theta)
 
-    monkeypatch.setattr(snows.solve.objective.Objective, "linearise", small_memory)
+    monkeypatch.setattr(Curvature, "__init__", small_memory)
     return tried
 
 
 def test_a_layer_that_does_not_fit_keeps_its_masked_weights_and_the_job_goes_on(tiny, images, monkeypatch, caplog):
-    out_of_memory_at(monkeypatch, lambda objective: objective.window.layer.name == "grouped")
+    out_of_memory_at(monkeypatch, lambda objective: objective.window.layers[0].name == "grouped")
     pruned = snows.prune(tiny, images, snows.NM(1, 2), fast(joint_steps=1))
     assert list(pruned.problems) == ["grouped"]
     assert "out of memory with one image at a time" in pruned.problems["grouped"]
@@ -183,13 +186,13 @@ def test_a_stream_that_ran_out_of_memory_half_way_starts_again(tiny, images, mon
 
 
 def test_joint_steps_that_do_not_fit_are_left_out(tiny, images, monkeypatch, caplog):
-    tried = out_of_memory_at(monkeypatch, lambda objective: isinstance(objective, JointObjective))
+    tried = out_of_memory_at(monkeypatch, lambda objective: len(objective.window.layers) > 1)
     steps = []
     job = (tiny, images, snows.NM(1, 2))
-    pruned = snows.prune(*job, fast(joint_steps=2), on_step=lambda step, model: steps.append(step))
+    pruned = snows.prune(*job, fast(joint_steps=2), listener=lambda step, job: steps.append(step))
     assert tried == [3, 5]  # until there is one image in each
     assert list(pruned.problems) == [JOINT]
-    assert "--joint_steps 0" in pruned.problems[JOINT]
+    assert "`joint_steps` 0" in pruned.problems[JOINT]
     assert "the layers keep their weights: out of memory at the joint steps" in caplog.text
     alone = snows.prune(*job, fast())
     again = snows.prune(*job, fast(joint_steps=2), finished=steps[:6])  # and two more, behind an interruption
@@ -201,14 +204,14 @@ def test_joint_steps_that_do_not_fit_are_left_out(tiny, images, monkeypatch, cap
 
 @pytest.mark.parametrize("error", [RuntimeError("something else"), KeyError("what"), AssertionError()])
 def test_any_other_error_holds_the_finished_layers(tiny, images, error):
-    def breaks(objective, *args, **options):
-        if objective.window.layer.name == "gate":
+    def breaks(objective, *problem):
+        if objective.window.layers[0].name == "gate":
             raise error
-        return solve(objective, *args, **options)
+        return solve(objective, *problem)
 
     whole = snows.prune(tiny, images, snows.NM(1, 2), fast())
     with pytest.raises(Unfinished, match=f"unexpected {type(error).__name__} after 2 layers") as stopped:
-        snows.prune(tiny, images, snows.NM(1, 2), fast(), solver=breaks)
+        snows.prune(tiny, images, snows.NM(1, 2), fast(), algo=snows_with(breaks))
     assert stopped.value.__cause__ is error
     assert stopped.value.exit_code == 1
     partial = stopped.value.result
@@ -217,29 +220,29 @@ def test_any_other_error_holds_the_finished_layers(tiny, images, error):
         assert torch.equal(partial.model.get_submodule(name).weight, whole.model.get_submodule(name).weight)
     assert torch.equal(partial.model.gate.weight, tiny.gate.weight)
     with pytest.raises(type(error)):  # with nothing solved there is nothing to keep
-        snows.prune(tiny, images, snows.NM(1, 2), fast(), solver=breaks, layers=lambda name: name == "gate")
+        snows.prune(tiny, images, snows.NM(1, 2), fast(), algo=snows_with(breaks), layers=lambda name: name == "gate")
 
 
 def test_errors_that_the_user_can_mend_hold_the_finished_layers_too(tiny, images):
-    def wrong(objective, weight, *args, **options):
-        return Solution(weight) if objective.window.layer.name == "stem" else Solution(weight[:1])
+    def wrong(objective, theta, *problem):
+        return theta if objective.window.layers[0].name == "stem" else theta[:1], SolveStats()
 
-    with pytest.raises(snows.UsageError, match="the solver must return a weight") as stopped:
-        snows.prune(tiny, images, snows.NM(1, 2), fast(), solver=wrong)
+    with pytest.raises(snows.UsageError, match="the solver must return a theta") as stopped:
+        snows.prune(tiny, images, snows.NM(1, 2), fast(), algo=snows_with(wrong))
     assert [record.name for record in stopped.value.result.layers] == ["stem"]
 
 
 def test_an_unexpected_error_in_a_script_saves_the_finished_layers_and_says_how_to_go_on(script, tmp_path, monkeypatch):
-    def breaks(layer, *args):
+    def breaks(layer, *problem):
         if layer.name == "layer1.0.conv1":
             raise ValueError("something else")
-        return set_layer(layer, *args)
+        return update_layer(layer, *problem)
 
-    set_layer, folder = snows.pipeline.set_layer, tmp_path / "run"
+    folder = tmp_path / "run"
     flags = ["--k_step", 1, "--max_CG_iterations", 1, "--ngrads", 8, "--schedule", 0, "--joint_steps", 0]
     flags += ["--skip_evaluation", "--out_dir", folder]
     with monkeypatch.context() as patched:
-        patched.setattr(snows.pipeline, "set_layer", breaks)
+        patched.setitem(METHODS, "SNOWS", replace(METHODS["SNOWS"], update=breaks))
         _, err = script("CNN_pruning/unstr.py", *flags, code=1)
     assert len(err.strip().splitlines()) == 1
     assert "unexpected ValueError after 1 layers: something else" in err
@@ -265,16 +268,16 @@ def test_a_layer_that_a_later_sweep_solves_takes_part_in_the_joint_steps(tiny, i
     """And one that only the earlier sweep solved does not."""
     turns = []
 
-    def solver(objective, *args, **options):
+    def solver(objective, *problem):
         names = [layer.name for layer in objective.window.layers]
         turns.append(names)
         if names == (["grouped"] if len(turns) <= 4 else ["gate"]):
             raise FloatingPointError("the loss is not finite")
-        return solve(objective, *args, **options)
+        return solve(objective, *problem)
 
     steps = []
     job = (tiny, images, snows.NM(1, 2), fast(sweeps=2, joint_steps=1))
-    pruned = snows.prune(*job, solver=solver, on_step=lambda step, model: steps.append(step))
+    pruned = snows.prune(*job, algo=snows_with(solver), listener=lambda step, job: steps.append(step))
     assert turns[-1] == ["stem", "grouped", "fc"]
     assert set(pruned.problems) == {"grouped", "gate"}
     again = snows.prune(*job, finished=steps)
@@ -285,13 +288,12 @@ def test_a_layer_that_a_later_sweep_solves_takes_part_in_the_joint_steps(tiny, i
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("value", [1.0, 1e-30])
 def test_what_a_solver_does_off_the_support_is_undone_and_said(tiny, images, biases, value, caplog):
-    def careless(objective, weight, mask, *args, **options):
-        solution = solve(objective, weight, mask, *args, **options)
-        solution.weight = solution.weight + value * ~mask
-        return solution
+    def careless(objective, theta, support, *problem):
+        theta, stats = solve(objective, theta, support, *problem)
+        return theta + value * ~support, stats
 
     options = fast(biases=biases, joint_steps=1)
-    pruned = snows.prune(tiny, images, snows.NM(1, 2), options, solver=careless)
+    pruned = snows.prune(tiny, images, snows.NM(1, 2), options, algo=snows_with(careless))
     reference = snows.prune(tiny, images, snows.NM(1, 2), options)
     for name, mask in pruned.masks.items():
         assert not pruned.model.get_submodule(name).weight[~mask].any()
@@ -305,31 +307,32 @@ def test_what_a_solver_does_off_the_support_is_undone_and_said(tiny, images, bia
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda solution: solution.weight, "must return a snows.solve.solver.Solution, not Tensor"),
-        (lambda solution: None, "must return a snows.solve.solver.Solution, not NoneType"),
-        (lambda solution: Solution(None), "must return a snows.solve.solver.Solution"),
-        (lambda solution: Solution(solution.weight.flatten()), r"\(4, 19\).*not \(76,\)"),
-        (lambda solution: Solution(solution.weight[..., None]), r"not \(4, 19, 1\)"),
-        (lambda solution: Solution(solution.weight.float()), r"torch.float64.*not.*torch.float32"),
-        (lambda solution: Solution(solution.weight.to("meta")), "on cpu.*on meta"),
+        (lambda theta, stats: theta, r"must return \(theta, snows.solve.solver.SolveStats\), not Tensor"),
+        (lambda theta, stats: None, r"must return \(theta, snows.solve.solver.SolveStats\), not NoneType"),
+        (lambda theta, stats: (None, stats), "not NoneType, SolveStats"),
+        (lambda theta, stats: (theta, None), "not Tensor, NoneType"),
+        (lambda theta, stats: (theta.view(4, 19), stats), r"\(76,\).*not \(4, 19\)"),
+        (lambda theta, stats: (theta[1:], stats), r"not \(75,\)"),
+        (lambda theta, stats: (theta.float(), stats), r"torch.float64.*not.*torch.float32"),
+        (lambda theta, stats: (theta.to("meta"), stats), "on cpu.*on meta"),
     ],
 )
 def test_a_solver_that_gives_back_no_solution_is_told_so(tiny, images, spoil, message):
-    def solver(*args, **options):
-        return spoil(solve(*args, **options))
+    def solver(*problem):
+        return spoil(*solve(*problem))
 
     with pytest.raises(snows.UsageError, match=message):
-        snows.prune(tiny, images, snows.NM(1, 2), fast(), solver=solver)
+        snows.prune(tiny, images, snows.NM(1, 2), fast(), algo=snows_with(solver))
 
 
 def test_ctrl_c_in_the_joint_steps_keeps_all_the_layers(tiny, images):
-    def stops(objective, *args, **options):
-        if isinstance(objective, JointObjective):
+    def stops(objective, *problem):
+        if len(objective.window.layers) > 1:
             raise KeyboardInterrupt
-        return solve(objective, *args, **options)
+        return solve(objective, *problem)
 
     with pytest.raises(Interrupted, match="after 4 layers") as stopped:
-        snows.prune(tiny, images, snows.NM(1, 2), fast(joint_steps=1), solver=stops)
+        snows.prune(tiny, images, snows.NM(1, 2), fast(joint_steps=1), algo=snows_with(stops))
     alone = snows.prune(tiny, images, snows.NM(1, 2), fast())
     for ours, reference in zip(stopped.value.result.model.parameters(), alone.model.parameters(), strict=True):
         assert torch.equal(ours, reference)

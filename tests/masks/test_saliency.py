@@ -3,13 +3,15 @@
 import pytest
 import torch
 from helpers import randomise
+from references import build
 from torch import nn
 
 import snows
 from snows.calibration.stream import Stream
 from snows.masks.rules import rule_of
-from snows.masks.saliency import damped_inverse, scores
+from snows.masks.saliency import SALIENCIES, damped_inverse, scores
 from snows.network.layers import Network
+from snows.solve.curvature import Curvature
 
 LAYERS = ("stem", "grouped", "gate", "fc")
 
@@ -17,7 +19,7 @@ LAYERS = ("stem", "grouped", "gate", "fc")
 def scored(model, images, mask_alg, **changes):
     network = Network(model)
     stream = Stream(network, network.model, list(images.split(2)), "cpu")
-    return scores(mask_alg, network.layers, stream, snows.Options(**changes))
+    return scores(SALIENCIES[mask_alg], network.layers, stream, snows.Options(**changes))
 
 
 def inputs_of(model, images):
@@ -76,12 +78,10 @@ def test_obs_is_the_rise_of_the_loss_of_each_weight():
 
 def test_obs_follows_the_diagonal_of_the_k_step_hessian(tiny, images):
     """Of the last layer, where g is the same for every output and A is exact."""
-    from references import build
-
     objective, dense, _ = build(tiny, images, 3, 4, "hessian")  # fc, the last layer
-    here = objective.linearise(tiny.fc.weight.detach())
-    basis = torch.eye(dense.numel(), dtype=torch.float64).view(-1, *dense.shape)
-    diagonal = torch.stack([here.product(vector).flatten()[i] for i, vector in enumerate(basis)]).view(dense.shape)
+    here = Curvature(objective, dense)
+    basis = torch.eye(dense.numel(), dtype=torch.float64)
+    diagonal = torch.stack([here.matvec(vector)[i] for i, vector in enumerate(basis)]).view(tiny.fc.weight.shape)
     exact = tiny.fc.weight.detach().square() * diagonal
     got = scored(tiny, images, "OBS")["fc"]
     torch.testing.assert_close(got / got.sum(), exact / exact.sum())
@@ -160,7 +160,7 @@ def test_under_nm_obs_chooses_as_wanda_does(tiny, images, pattern):
 def test_a_job_whose_masks_images_choose_goes_on_to_the_same_result(tiny, images, mask_alg):
     options, steps = snows.Options(batch_size=2, schedule=1, sweeps=1), []
     job = (tiny, images, snows.NM(1, 4), options)
-    whole = snows.prune(*job, mask_alg=mask_alg, on_step=lambda step, model: steps.append(step))
+    whole = snows.prune(*job, mask_alg=mask_alg, listener=lambda step, job: steps.append(step))
     resumed = snows.prune(*job, mask_alg=mask_alg, finished=steps[:3])
     assert len(steps) == 3 * len(whole.masks)
     for name, weight in whole.model.named_parameters():
@@ -186,7 +186,7 @@ class Own(nn.Conv2d):
 @pytest.mark.parametrize("method", [{"mask_alg": "Wanda"}, {"algo": "SparseGPT"}], ids=str)
 def test_a_layer_that_hides_its_inputs_is_refused_by_name(images, method):
     model = nn.Sequential(Own(2, 4, 1), nn.Flatten(), nn.Linear(64, 2)).double()
-    with pytest.raises(snows.UsageError, match=r"inputs of every layer, and those of 0 cannot be unfolded.*--skip"):
+    with pytest.raises(snows.UsageError, match=r"inputs of every layer, and those of 0 cannot be unfolded.*`layers`"):
         snows.prune(model, images, snows.NM(1, 2), **method)
     pruned = snows.prune(model, images, snows.NM(1, 2), layers=lambda name: name != "0", **method)
     assert list(pruned.masks) == ["2"]
@@ -200,14 +200,14 @@ def test_inputs_that_are_not_finite_end_in_one_line(tiny, images):
 
 def test_the_scores_halve_the_micro_batch_where_memory_runs_out(tiny, images, monkeypatch, caplog):
     wanted = snows.prune(tiny, images, snows.NM(1, 2), snows.Options(batch_size=5), mask_alg="Wanda", algo="MP")
-    columns = snows.network.inputs.columns
+    columns = snows.network.inputs.input_columns
 
     def small_memory(module, x):
         if len(x) > 2:
             raise torch.OutOfMemoryError
         return columns(module, x)
 
-    monkeypatch.setattr(snows.masks.saliency, "columns", small_memory)
+    monkeypatch.setattr(snows.masks.saliency, "input_columns", small_memory)
     got = snows.prune(tiny, images, snows.NM(1, 2), snows.Options(batch_size=5), mask_alg="Wanda", algo="MP")
     assert all(torch.equal(got.masks[name], mask) for name, mask in wanted.masks.items())
     assert caplog.messages[-1] == "out of memory at the scores: going on with micro-batches of 2 images"

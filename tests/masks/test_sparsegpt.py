@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import snows
 from snows.masks.patterns import NM
-from snows.masks.saliency import RELATIVE_DAMPING
+from snows.masks.saliency import INVERSE_DAMPING
 from snows.masks.sparsegpt import choose_mask, update
 
 
@@ -29,7 +29,7 @@ def surgeon(weight, moment, choose):
     rows, result = weight.flatten(1)[:, order].clone(), torch.zeros_like(weight.flatten(1))
     for row, w in enumerate(rows):
         a = moment[row * len(moment) // len(rows)][order][:, order]
-        a = a + RELATIVE_DAMPING * a.diagonal().mean() * torch.eye(len(a), dtype=a.dtype)
+        a = a + INVERSE_DAMPING * a.diagonal().mean() * torch.eye(len(a), dtype=a.dtype)
         for j in range(len(w)):
             inverse = a[j:, j:].inverse()
             worth = torch.stack([w[i] ** 2 / a[i:, i:].inverse()[0, 0] for i in range(j, len(w))])

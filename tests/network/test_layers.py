@@ -43,9 +43,9 @@ def test_windows_compose_to_the_models_own_output(family):
     picked = network.layers[:: max(1, len(network.layers) // 5)]
     for layer in picked:
         stream.advance(layer.node)
-        window = Window(network, layer, k_step=10**6)
+        window = Window(network, [layer], k_step=10**6)
         weight = network.model.get_parameter(layer.parameter)
-        got = torch.cat([window(window.enter(stream[i]), weight)[-1] for i in range(len(stream))])
+        got = torch.cat([window(window.enter(stream[i]), [weight])[-1] for i in range(len(stream))])
         assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
@@ -54,8 +54,8 @@ def test_every_window_value_equals_the_models_feature(tiny, images):
     network = Network(tiny)
     stream = Stream(network, network.model, [images], "cpu")
     stream.advance(network.layers[0].node)
-    window = Window(network, network.layers[0], k_step=10)
-    features = window(window.enter(stream[0]), tiny.stem.weight)
+    window = Window(network, [network.layers[0]], k_step=10)
+    features = window(window.enter(stream[0]), [tiny.stem.weight])
 
     seen = []
     reference = copy.deepcopy(tiny)
@@ -86,7 +86,7 @@ def test_layers_come_in_execution_order_not_in_order_of_definition():
 
     network = Network(Backwards())
     assert [layer.name for layer in network.layers] == ["first", "last"]
-    assert len(Window(network, network.layers[0], 5).features) == 2
+    assert len(Window(network, [network.layers[0]], 5).features) == 2
 
 
 def test_a_window_runs_nothing_before_its_layer_and_a_stream_runs_each_module_once(tiny, images):
@@ -97,9 +97,9 @@ def test_a_window_runs_nothing_before_its_layer_and_a_stream_runs_each_module_on
     stream = Stream(network, network.model, [images], "cpu")
     for layer in network.layers:
         stream.advance(layer.node)
-        window = Window(network, layer, 2)
+        window = Window(network, [layer], 2)
         before = len(calls)
-        window(window.enter(stream[0]), network.model.get_parameter(layer.parameter))
+        window(window.enter(stream[0]), [network.model.get_parameter(layer.parameter)])
         called, order = calls[before:], ["stem", "relu", "grouped", "gate", "fc"]
         assert all(order.index(name) >= order.index(layer.name) for name in called if name != "relu")
         del calls[before:]
@@ -136,8 +136,8 @@ def test_in_place_operations_keep_their_meaning_without_writing():
     stream = Stream(network, network.model, [images], "cpu")
     stream.advance(network.nodes[-1])
     torch.testing.assert_close(stream[0][network.output], model(images))
-    window = Window(network, network.layers[0], 1)
-    pre, post = window({network.input: images}, model.conv.weight)
+    window = Window(network, [network.layers[0]], 1)
+    pre, post = window({network.input: images}, [model.conv.weight])
     torch.testing.assert_close(pre, model.conv(images))  # not overwritten by the ReLU behind it
     torch.testing.assert_close(post, model.conv(images).relu())
 
@@ -155,7 +155,7 @@ def test_a_weight_used_twice_is_one_layer_and_follows_both_uses():
     images = torch.randn(2, 2, 3, 3, dtype=torch.float64)
     network = Network(model)
     assert [layer.name for layer in network.layers] == ["conv"]
-    got = Window(network, network.layers[0], 1)({network.input: images}, weight)[-1]
+    got = Window(network, [network.layers[0]], 1)({network.input: images}, [weight])[-1]
     model.conv.weight.data = weight
     torch.testing.assert_close(got, model(images))
 
@@ -177,8 +177,8 @@ def test_weights_read_by_a_function_are_layers_and_standardised_weights_are_refu
     assert "goes into mean" in network.refused["standard"]
     stream = Stream(network, network.model, [images], "cpu")
     stream.advance(network.layers[0].node)
-    window = Window(network, network.layers[0], 1)
-    got = window(window.enter(stream[0]), weight)[-1]
+    window = Window(network, [network.layers[0]], 1)
+    got = window(window.enter(stream[0]), [weight])[-1]
     model.plain.weight.data = weight
     torch.testing.assert_close(got, model(images))
 
@@ -261,8 +261,8 @@ def test_a_batch_norm_over_tokens_is_no_part_of_the_linear_map_before_it(outputs
     network = Network(model)
     stream = Stream(network, network.model, [images], "cpu")
     stream.advance(network.layers[0].node)
-    window = Window(network, network.layers[0], k_step=9)
-    torch.testing.assert_close(window(window.enter(stream[0]), model[1].weight)[-1].flatten(1), model(images))
+    window = Window(network, [network.layers[0]], k_step=9)
+    torch.testing.assert_close(window(window.enter(stream[0]), [model[1].weight])[-1].flatten(1), model(images))
 
 
 IN_PLACE = {

@@ -54,8 +54,8 @@ def test_the_loss_of_the_returned_model_is_the_one_that_was_reported(images, sha
         streams.restart()
         streams.advance(next(each for each in streams.network.layers if each.name == name))
         here = next(each for each in streams.network.layers if each.name == name)
-        objective = reconstruction(here, streams.sparse, streams.dense, options.but(biases=False))
-        loss = objective.loss(pruned.model.get_parameter(layer.parameter)).item()
+        objective = reconstruction([here], streams.sparse, streams.dense, options.but(biases=False))
+        loss = objective.loss(objective.variables.pack([pruned.model.get_parameter(layer.parameter)])).item()
         assert loss == pytest.approx(pruned.layers[0].loss_after)
         assert pruned.layers[0].loss_after < pruned.layers[0].loss_before
 

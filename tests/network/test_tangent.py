@@ -161,15 +161,15 @@ def test_tangents_are_the_derivative_of_the_features(name, biases):
     stream = Stream(network, network.model, [images], "cpu")
     layer = network.layers[0]
     stream.advance(layer.node)
-    objective = reconstruction(layer, stream, stream, Options(k_step=9, targets="same", biases=biases))
-    unknown = objective.join(network.model.get_parameter(layer.parameter))
-    vector = torch.randn(unknown.shape, generator=generator, dtype=torch.float64)
+    objective = reconstruction([layer], stream, stream, Options(k_step=9, targets="same", biases=biases))
+    theta = objective.variables.pack([network.model.get_parameter(layer.parameter)])
+    vector = torch.randn(theta.shape, generator=generator, dtype=torch.float64)
 
     values, window = objective.inputs(0), objective.window
-    parameters = window.parameters(*objective.split(unknown))
+    parameters = window.parameters(*objective.variables.unpack(theta))
     tangents = Tangents(window, window.run(window.nodes, values, parameters), parameters)
 
-    _, expected = jvp(lambda w: tuple(objective.features(values, w)), unknown, vector)
+    _, expected = jvp(lambda w: tuple(objective.features(values, w)), theta, vector)
     assert len(expected) > 1
-    for ours, reference in zip(tangents(*objective.split(vector)), expected, strict=True):
+    for ours, reference in zip(tangents(*objective.variables.unpack(vector)), expected, strict=True):
         torch.testing.assert_close(ours, reference)

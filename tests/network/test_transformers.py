@@ -16,6 +16,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 import snows
 from snows.network.layers import Network
+from snows.solve.curvature import Curvature
 
 TINY = dict(img_size=8, patch_size=4, embed_dim=8, num_heads=2, num_classes=3)
 SWIN_V2 = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2}
@@ -74,11 +75,11 @@ def check_products(model, images, index, parameter):
     """Loss, gradient and both products of one layer against dense float64 matrices."""
     objective, _, weight = build(model, images, index, 99, "ggn")
     objective.coefficients = [0.0] * (len(objective.coefficients) - 1) + [0.7]  # the logits alone
-    n, coefficient = weight.numel(), objective.coefficients[-1]
+    n, coefficient, shape = weight.numel(), objective.coefficients[-1], model.get_parameter(parameter).shape
 
     def logits(w):
         with sdpa_kernel(SDPBackend.MATH):
-            return functional_call(model, {parameter: w}, (images,))
+            return functional_call(model, {parameter: w.view(shape)}, (images,))
 
     def loss(w):
         return coefficient * (logits(w) - model(images).detach()).square().sum()
@@ -88,10 +89,10 @@ def check_products(model, images, index, parameter):
     vector = torch.randn(n, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for curvature, matrix in (("ggn", 2 * coefficient * jacobian.T @ jacobian), ("hessian", hessian)):
         objective.options = objective.options.but(curvature=curvature)
-        here = objective.linearise(weight)
+        here = Curvature(objective, weight)
         torch.testing.assert_close(here.loss, loss(weight))
         torch.testing.assert_close(here.gradient, torch.autograd.functional.jacobian(loss, weight))
-        torch.testing.assert_close(here.product(vector.view_as(weight)).flatten(), matrix @ vector)
+        torch.testing.assert_close(here.matvec(vector), matrix @ vector)
 
 
 def test_torchvisions_attention_is_three_operations_as_timms_is():

@@ -8,8 +8,11 @@ from references import build_jointly, dense_reference, tiny_vit
 
 import snows
 from snows.calibration.streams import Streams
+from snows.methods import snows_with
 from snows.network.layers import Network
-from snows.solve.joint import JointObjective, layer_inverses
+from snows.solve.curvature import Curvature
+from snows.solve.joint import joint_objective
+from snows.solve.preconditioner import layer_inverses
 from snows.solve.solver import conjugate_gradients, solve
 
 ONE_STEP = dict(newton_steps=1, max_CG_iterations=1, cg_tolerance=0.0, damping=1e-3, batching=False)
@@ -18,38 +21,39 @@ ONE_STEP = dict(newton_steps=1, max_CG_iterations=1, cg_tolerance=0.0, damping=1
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("curvature", ["ggn", "hessian"])
 def test_products_equal_the_dense_matrix_of_all_the_layers(tiny, images, curvature, biases):
-    objective, dense, unknown = build_jointly(tiny, images, snows.Options(curvature=curvature, biases=biases))
+    objective, dense, theta = build_jointly(tiny, images, snows.Options(curvature=curvature, biases=biases))
     assert objective.loss(dense) < 1e-20
-    loss, gradient, hessian, gauss_newton = dense_reference(objective, unknown)
-    here = objective.linearise(unknown)
-    vector = torch.randn(unknown.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    loss, gradient, hessian, gauss_newton = dense_reference(objective, theta)
+    here = Curvature(objective, theta)
+    vector = torch.randn(theta.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(here.loss, loss)
     torch.testing.assert_close(here.gradient, gradient)
     matrix = hessian if curvature == "hessian" else gauss_newton
-    torch.testing.assert_close(here.product(vector), matrix @ vector)
+    torch.testing.assert_close(here.matvec(vector), matrix @ vector)
 
 
 def test_products_equal_the_dense_matrix_through_a_transformer():
     images = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    objective, _, unknown = build_jointly(tiny_vit(), images, layers=lambda name: name.startswith("blocks."))
-    _, gradient, _, gauss_newton = dense_reference(objective, unknown)
-    here = objective.linearise(unknown)
-    vector = torch.randn(unknown.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    objective, _, theta = build_jointly(tiny_vit(), images, layers=lambda name: name.startswith("blocks."))
+    _, gradient, _, gauss_newton = dense_reference(objective, theta)
+    here = Curvature(objective, theta)
+    vector = torch.randn(theta.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(here.gradient, gradient)
-    torch.testing.assert_close(here.product(vector), gauss_newton @ vector)
+    torch.testing.assert_close(here.matvec(vector), gauss_newton @ vector)
 
 
 def test_products_look_at_the_sampled_images_and_the_gradient_at_all(tiny, images):
-    whole, _, unknown = build_jointly(tiny, images, snows.Options(joint_images=0, curvature_images=1))  # a layer's own
+    whole, _, theta = build_jointly(tiny, images, snows.Options(joint_images=0, curvature_images=1))  # a layer's own
     some, _, _ = build_jointly(tiny, images, snows.Options(joint_images=1))
-    here, all_of_them = some.linearise(unknown), whole.linearise(unknown)
+    here, all_of_them = Curvature(some, theta), Curvature(whole, theta)
     torch.testing.assert_close((here.loss, here.gradient), (all_of_them.loss, all_of_them.gradient))
     assert len(images) == 5
     assert here.share == 2 / 5
-    vector = torch.ones_like(unknown)
-    expected = all_of_them._linearise(0)[1](vector)
-    torch.testing.assert_close(here.product(vector), 5 / 2 * expected)
-    assert solve(some, unknown, torch.ones_like(unknown), None, **ONE_STEP).products == pytest.approx(2 / 5)
+    vector = torch.ones_like(theta)
+    expected = all_of_them.operators[0].matvec(vector)
+    torch.testing.assert_close(here.matvec(vector), 5 / 2 * expected)
+    _, stats = solve(some, theta, torch.ones_like(theta), None, snows.Options(**ONE_STEP))
+    assert stats.products == pytest.approx(2 / 5)
 
 
 @pytest.mark.parametrize("targets", ["dense", "same"])
@@ -57,7 +61,7 @@ def test_targets_where_a_layer_in_front_is_pruned_and_not_solved(tiny, images, t
     network = Network(tiny)
     streams = Streams(network, list(images.split(2)), "cpu")
     network.model.stem.weight.data[0] = 0
-    objective = JointObjective(network.layers[1:], streams, snows.Options(targets=targets))
+    objective = joint_objective(network.layers[1:], streams, snows.Options(targets=targets))
     expected = tiny
     if targets == "same":
         expected = copy.deepcopy(tiny)
@@ -67,12 +71,12 @@ def test_targets_where_a_layer_in_front_is_pruned_and_not_solved(tiny, images, t
 
 
 def test_the_unknown_is_every_layer_in_order(tiny, images):
-    objective, _, unknown = build_jointly(tiny, images)
-    weights, shifts = objective.split(unknown)
+    objective, _, theta = build_jointly(tiny, images)
+    weights, updates = objective.variables.unpack(theta)
     assert [tuple(w.shape) for w in weights] == [(4, 2, 3, 3), (4, 2, 3, 3), (4, 4, 1, 1), (3, 4)]
-    assert [len(s) for s in shifts] == [4, 4, 4, 3]
-    assert torch.equal(objective.join(weights)[: 4 * 19].view(4, 19)[:, :18], weights[0].flatten(1))
-    assert unknown.numel() == sum(w.numel() for w in weights) + sum(s.numel() for s in shifts)
+    assert [len(update) for update in updates] == [4, 4, 4, 3]
+    assert torch.equal(objective.variables.pack(weights)[: 4 * 19].view(4, 19)[:, :18], weights[0].flatten(1))
+    assert theta.numel() == sum(w.numel() for w in weights) + sum(update.numel() for update in updates)
 
 
 def test_its_preconditioner_knows_the_layers_scales_and_saves_products(tiny, images):
@@ -84,8 +88,8 @@ def test_its_preconditioner_knows_the_layers_scales_and_saves_products(tiny, ima
     torch.testing.assert_close(matrix, matrix.T)
     assert torch.linalg.eigvalsh(matrix[mask][:, mask]).min() > 0
     assert not matrix[:, ~mask].any()
-    here = objective.linearise(start)
-    right_side, product = -here.gradient * mask, lambda v: here.product(v) * mask
+    here = Curvature(objective, start)
+    right_side, product = -here.gradient * mask, lambda v: here.matvec(v) * mask
     plain, found = (conjugate_gradients(product, right_side, each, 0.0, 1e-3, 300) for each in (None, inverse))
     assert found.iterations < 0.7 * plain.iterations
     # The model at equal effort: how far the quadratic falls in five products.
@@ -113,14 +117,14 @@ def test_the_joint_steps_lower_the_loss_on_the_masks_as_they_are(tiny, images, p
         layers = [layer for layer in network.layers if layer.name in both.masks]
         streams = Streams(network, [images], "cpu")
         network.model.load_state_dict(result.model.state_dict())
-        objective = JointObjective(layers, streams, snows.Options())
-        unknown = objective.join([network.model.get_parameter(layer.parameter) for layer in layers])
-        assert objective.loss(unknown).item() == pytest.approx(loss, rel=1e-9)
+        objective = joint_objective(layers, streams, snows.Options())
+        theta = objective.variables.pack([network.model.get_parameter(layer.parameter) for layer in layers])
+        assert objective.loss(theta).item() == pytest.approx(loss, rel=1e-9)
 
 
 def test_a_job_goes_on_inside_and_behind_the_joint_steps(tiny, images):
     options, steps = snows.Options(schedule=1), []
-    whole = snows.prune(tiny, images, snows.NM(2, 4), options, on_step=lambda step, model: steps.append(step))
+    whole = snows.prune(tiny, images, snows.NM(2, 4), options, listener=lambda step, job: steps.append(step))
     count = len(whole.masks)
     assert len(steps) == 3 * count
     for kept in (2 * count, 2 * count + 1, 3 * count):
@@ -134,18 +138,18 @@ def go_on(model, images, options, finished):
     """(the pruned network, the number of steps that were not finished yet)"""
     steps = []
     pruned = snows.prune(
-        model, images, snows.NM(2, 4), options, on_step=lambda step, _: steps.append(step), finished=finished
+        model, images, snows.NM(2, 4), options, listener=lambda step, job: steps.append(step), finished=finished
     )
-    return pruned, len(steps)
+    return pruned, sum(not step.replayed for step in steps)
 
 
 def test_joint_steps_that_are_not_finite_keep_the_weights(tiny, images, caplog):
-    def solver(objective, weight, *args, **options):
-        if isinstance(objective, JointObjective):
+    def solver(objective, *problem):
+        if len(objective.window.layers) > 1:
             raise FloatingPointError("a curvature product is not finite")
-        return snows.solve.solver.solve(objective, weight, *args, **options)
+        return solve(objective, *problem)
 
-    kept = snows.prune(tiny, images, snows.NM(2, 4), snows.Options(), solver=solver)
+    kept = snows.prune(tiny, images, snows.NM(2, 4), snows.Options(), algo=snows_with(solver))
     plain = snows.prune(tiny, images, snows.NM(2, 4), snows.Options(joint_steps=0))
     assert all(torch.equal(a, b) for a, b in zip(kept.model.parameters(), plain.model.parameters(), strict=True))
     assert "the layers keep their weights: a curvature product is not finite" in caplog.text
@@ -172,14 +176,14 @@ def test_a_layer_that_is_removed_altogether_takes_part(tiny, images):
 def test_running_out_of_memory_in_the_joint_steps_halves_the_micro_batch(tiny, images, caplog):
     tried = []
 
-    def solver(objective, weight, *args, **options):
-        if isinstance(objective, JointObjective):
+    def solver(objective, *problem):
+        if len(objective.window.layers) > 1:
             tried.append(len(objective))
             if len(tried) == 1:
                 raise MemoryError
-        return snows.solve.solver.solve(objective, weight, *args, **options)
+        return solve(objective, *problem)
 
-    pruned = snows.prune(tiny, images, snows.NM(2, 4), snows.Options(batch_size=4), solver=solver)
+    pruned = snows.prune(tiny, images, snows.NM(2, 4), snows.Options(batch_size=4), algo=snows_with(solver))
     assert tried == [2, 3]
     assert "out of memory at the joint steps" in caplog.text
     assert pruned.layers[-1].batch_size == 2

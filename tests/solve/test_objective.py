@@ -13,15 +13,17 @@ from references import build, dense_reference
 from torch import nn
 from torch.func import functional_call
 
-import snows.solve.objective
+import snows.memory
+import snows.solve.curvature
 from snows.calibration.stream import Stream
 from snows.errors import SnowsError
 from snows.network.derivatives import explained
 from snows.network.layers import Network
 from snows.network.tangent import Tangents
 from snows.options import Options
+from snows.solve.curvature import Curvature
 from snows.solve.objective import Objective, reconstruction
-from snows.solve.preconditioner import output_scale
+from snows.solve.preconditioner import output_metric
 
 
 @pytest.mark.parametrize("curvature", ["ggn", "hessian"])
@@ -30,7 +32,7 @@ from snows.solve.preconditioner import output_scale
 def test_products_equal_the_dense_matrix_at_every_support_size(tiny, images, curvature, index, k_step):
     objective, _, weight = build(tiny, images, index, k_step, curvature)
     loss, gradient, hessian, gauss_newton = dense_reference(objective, weight)
-    here = objective.linearise(weight)
+    here = Curvature(objective, weight)
     torch.testing.assert_close(here.loss, loss)
     torch.testing.assert_close(objective.loss(weight), loss)
     torch.testing.assert_close(here.gradient, gradient)
@@ -40,7 +42,7 @@ def test_products_equal_the_dense_matrix_at_every_support_size(tiny, images, cur
         vector = torch.zeros(weight.numel(), dtype=torch.float64)
         support = torch.randperm(weight.numel(), generator=generator)[:size]
         vector[support] = torch.randn(size, generator=generator, dtype=torch.float64)
-        torch.testing.assert_close(here.product(vector.view_as(weight)).flatten(), matrix @ vector)
+        torch.testing.assert_close(here.matvec(vector.view_as(weight)).flatten(), matrix @ vector)
 
 
 @pytest.mark.parametrize("layer", ["blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1"])
@@ -55,25 +57,26 @@ def test_products_through_attention(layer, curvature):
     index = [each.name for each in Network(model).layers].index(layer)
     objective, _, weight = build(model, images, index, 6, curvature)
     _, gradient, hessian, gauss_newton = dense_reference(objective, weight)
-    here = objective.linearise(weight)
+    here = Curvature(objective, weight)
     vector = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     matrix = hessian if curvature == "hessian" else gauss_newton
     torch.testing.assert_close(here.gradient, gradient)
-    torch.testing.assert_close(here.product(vector).flatten(), matrix @ vector.flatten())
+    torch.testing.assert_close(here.matvec(vector).flatten(), matrix @ vector.flatten())
 
 
 @pytest.mark.parametrize("index", [0, 1, 2, 3])  # a BatchNorm's bias, the same with a bias before it, two own biases
 def test_products_with_biases(tiny, images, index):
-    objective, dense, unknown = build(tiny, images, index, 5, "hessian", biases=True)
-    loss, gradient, hessian, _ = dense_reference(objective, unknown)
-    here = objective.linearise(unknown)
-    vector = torch.randn(unknown.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    objective, dense, theta = build(tiny, images, index, 5, "hessian", biases=True)
+    loss, gradient, hessian, _ = dense_reference(objective, theta)
+    here = Curvature(objective, theta)
+    vector = torch.randn(theta.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(here.loss, loss)
     torch.testing.assert_close(here.gradient, gradient)
-    torch.testing.assert_close(here.product(vector).flatten(), hessian @ vector.flatten())
+    torch.testing.assert_close(here.matvec(vector).flatten(), hessian @ vector.flatten())
     assert objective.loss(dense) < 1e-20
-    weight, shift = objective.split(unknown)
-    assert torch.equal(objective.join(weight, shift[:, None]), unknown)
+    (weight,), (update,) = objective.variables.unpack(theta)
+    assert torch.equal(torch.cat([weight.flatten(1), update[:, None]], dim=1).flatten(), theta)
+    assert torch.equal(objective.variables.pack([weight], 2.0).view(len(weight), -1)[:, -1], torch.full_like(update, 2))
 
 
 def test_gauss_newton_equals_the_hessian_where_the_residual_is_zero(tiny, images):
@@ -81,7 +84,7 @@ def test_gauss_newton_equals_the_hessian_where_the_residual_is_zero(tiny, images
     for curvature in ("ggn", "hessian"):
         objective, weight, _ = build(tiny, images, 0, 6, curvature)
         assert objective.loss(weight) < 1e-20
-        products.append(objective.linearise(weight).product(torch.ones_like(weight)))
+        products.append(Curvature(objective, weight).matvec(torch.ones_like(weight)))
     torch.testing.assert_close(*products, rtol=1e-7, atol=1e-12)
 
 
@@ -91,7 +94,7 @@ def test_sampled_curvature_is_that_of_the_sample_and_the_gradient_that_of_all_im
     sampled, _, _ = build(tiny, images, 0, 4, curvature, batch=1, curvature_images=2)
     chosen = sampled.sample(2)
     assert chosen == [0, 2]  # of five
-    here = sampled.linearise(weight)
+    here = Curvature(sampled, weight)
     loss, gradient, *_ = dense_reference(whole, weight)
     torch.testing.assert_close((here.loss, here.gradient), (loss, gradient))
     parts = [whole.on([i]) for i in chosen]
@@ -99,7 +102,7 @@ def test_sampled_curvature_is_that_of_the_sample_and_the_gradient_that_of_all_im
         part.coefficients = whole.coefficients
     matrix = sum(dense_reference(part, weight)[2 if curvature == "hessian" else 3] for part in parts)
     vector = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=weight.dtype)
-    torch.testing.assert_close(here.product(vector).flatten(), 5 / 2 * matrix @ vector.flatten())
+    torch.testing.assert_close(here.matvec(vector).flatten(), 5 / 2 * matrix @ vector.flatten())
     assert here.share == 2 / 5
 
 
@@ -121,12 +124,12 @@ def test_products_do_not_depend_on_the_micro_batch_nor_on_what_is_kept(tiny, ima
     none, some = (3, [-plenty] * 3, [False] * 2), (2, [plenty, plenty, 0, 0], [True, False, False])  # others take it
     for batch, free, kept in (whole, parts, none, some):
         left = iter(free)
-        monkeypatch.setattr(snows.solve.objective, "free_memory", lambda device, left=left: next(left))
+        monkeypatch.setattr(snows.memory, "free_memory", lambda device, left=left: next(left))
         objective, _, weight = build(tiny, images, 0, 4, "ggn", batch=batch)
         assert objective.images == 5
-        here = objective.linearise(weight)
-        assert [product is not None for product in here.products.values()] == kept
-        results.append((here.loss, here.gradient, here.product(torch.ones_like(weight))))
+        here = Curvature(objective, weight)
+        assert [operator is not None for operator in here.operators.values()] == kept
+        results.append((here.loss, here.gradient, here.matvec(torch.ones_like(weight))))
     for other in results[1:]:
         torch.testing.assert_close(other, results[0])
 
@@ -155,11 +158,13 @@ def test_targets_dense_are_the_dense_networks_own_features(tiny, images):
     seen = []
     dense_model.gate.register_forward_hook(lambda m, i, o: seen.append(o))
     dense_model(images)
-    objective = reconstruction(layer, *streams, Options(k_step=1, biases=False))
+    objective = reconstruction([layer], *streams, Options(k_step=1, biases=False))
     torch.testing.assert_close(objective.targets(0)[0], seen[0])
-    assert objective.loss(weight) > 1e-6
-    same = reconstruction(layer, *streams, Options(k_step=1, biases=False, targets="same"))
-    assert same.loss(dense_model.gate.weight) < 1e-20  # the dense network on the pruned network's features
+    assert objective.loss(objective.variables.pack([weight])) > 1e-6
+    same = reconstruction([layer], *streams, Options(k_step=1, biases=False, targets="same"))
+    assert (
+        same.loss(same.variables.pack([dense_model.gate.weight])) < 1e-20
+    )  # the dense network on the pruned network's features
     halved = functional_call(tiny, {"stem.weight": sparse_model.stem.weight}, images)
     assert not torch.allclose(halved, tiny(images))
 
@@ -175,14 +180,14 @@ def test_products_through_every_activation(activation, images):
     """Torch cannot differentiate the derivative of some activations: windows replace those by equal functions."""
     model = randomise(nn.Sequential(nn.Conv2d(2, 3, 1), activation(), nn.Conv2d(3, 2, 1)))
     objective, _, weight = build(model, images, 0, 2, "ggn")
-    expected = model[2](model[1](nn.functional.conv2d(images, weight, model[0].bias)))
-    got = torch.cat([objective.window(objective.inputs(i), weight)[-1] for i in objective.indices])
+    expected = model[2](model[1](nn.functional.conv2d(images, weight.view_as(model[0].weight), model[0].bias)))
+    got = torch.cat([objective.features(objective.inputs(i), weight)[-1] for i in objective.indices])
     torch.testing.assert_close(got, expected)
     _, gradient, _, gauss_newton = dense_reference(objective, weight)
-    here = objective.linearise(weight)
+    here = Curvature(objective, weight)
     torch.testing.assert_close(here.gradient, gradient)
     vector = torch.ones_like(weight)
-    torch.testing.assert_close(here.product(vector).flatten(), gauss_newton @ vector.flatten())
+    torch.testing.assert_close(here.matvec(vector).flatten(), gauss_newton @ vector.flatten())
 
 
 class HardSigmoid(nn.Module):
@@ -203,7 +208,7 @@ def test_an_operation_without_the_derivative_it_needs_is_named(images, curvature
     objective, _, weight = build(model, images, 0, 1, curvature)
     message = rf"cannot solve layer 0: torch cannot differentiate {name},"
     with pytest.raises(SnowsError, match=message), explained(objective.window):
-        objective.linearise(weight).product(weight)
+        Curvature(objective, weight).matvec(weight)
 
 
 def test_a_linearisation_lets_go_of_everything(tiny, images, monkeypatch):
@@ -216,11 +221,11 @@ def test_a_linearisation_lets_go_of_everything(tiny, images, monkeypatch):
             super().__init__(*args)
             alive.append(weakref.ref(self))
 
-    monkeypatch.setattr(snows.solve.objective, "Tangents", Watched)
+    monkeypatch.setattr(snows.solve.curvature, "Tangents", Watched)
     for module in (objective.window.model.relu, objective.window.model.fc):
         module.register_forward_hook(lambda m, i, output: alive.append(weakref.ref(output)))
-    here = objective.linearise(weight)
-    here.product(weight)
+    here = Curvature(objective, weight)
+    here.matvec(weight)
     assert any(reference() is not None for reference in alive)
     del here
     assert all(reference() is None for reference in alive)
@@ -244,8 +249,8 @@ def test_a_feature_that_takes_only_the_shape_has_no_derivative_and_does_no_harm(
         objective, _, weight = build(model, images, 0, 5, curvature)
         assert len(objective.targets(0)) == 3
         _, gradient, hessian, gauss_newton = dense_reference(objective, weight)
-        here, vector = objective.linearise(weight), torch.ones_like(weight)
+        here, vector = Curvature(objective, weight), torch.ones_like(weight)
         torch.testing.assert_close(here.gradient, gradient)
         matrix = hessian if curvature == "hessian" else gauss_newton
-        torch.testing.assert_close(here.product(vector).flatten(), matrix @ vector.flatten())
-        assert (output_scale(objective, weight, seed=0) > 0).all()
+        torch.testing.assert_close(here.matvec(vector).flatten(), matrix @ vector.flatten())
+        assert (output_metric(objective, *objective.variables.unpack(weight)[0], seed=0) > 0).all()

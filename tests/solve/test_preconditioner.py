@@ -6,8 +6,9 @@ from helpers import randomise
 from references import build
 from torch import nn
 
-from snows.network.inputs import columns
-from snows.solve.preconditioner import RowInverses, input_moment, output_scale, row_inverses
+from snows.network.inputs import input_columns
+from snows.solve.curvature import Curvature
+from snows.solve.preconditioner import RowInverses, input_moment, output_metric, row_inverses
 from snows.solve.solver import conjugate_gradients
 
 
@@ -30,7 +31,7 @@ def test_columns_are_what_the_weight_multiplies(layer):
     x = torch.randn(3, 5, 6, dtype=torch.float64) if linear else torch.randn(3, 6, 8, 7, dtype=torch.float64)
     groups = getattr(layer, "groups", 1)
     rows = layer.weight.flatten(1).unflatten(0, (groups, -1))  # (groups, out / groups, in)
-    product = (rows @ columns(layer, x)).flatten(0, 1) + layer.bias[:, None]  # (out, positions)
+    product = (rows @ input_columns(layer, x)).flatten(0, 1) + layer.bias[:, None]  # (out, positions)
     expected = layer(x).movedim(-1 if linear else 1, 0).flatten(1)
     torch.testing.assert_close(product, expected)
 
@@ -87,27 +88,29 @@ def test_a_singular_moment_still_gives_a_finite_preconditioner():
 def test_moments_equal_dense_sums(tiny, images):
     objective, _, _ = build(tiny, images, 1, 4, "ggn")
     batches = [objective.inputs(i) for i in range(len(objective))]
-    x = torch.cat([values[objective.window.layer.node.args[0]] for values in batches])
+    x = torch.cat([values[objective.window.layers[0].node.args[0]] for values in batches])
     patches = torch.nn.functional.unfold(x, 3, padding=1)  # (n, 4 * 9, positions)
     for group, moment in enumerate(input_moment(objective)):
         rows = patches[:, 18 * group : 18 * (group + 1)].transpose(0, 1).flatten(1)
         torch.testing.assert_close(moment, rows @ rows.T)
 
 
-def test_output_scale_estimates_the_diagonal_that_is_pulled_back(tiny, images):
+def test_output_metric_estimates_the_diagonal_that_is_pulled_back(tiny, images):
     objective, weight, _ = build(tiny, images, 0, 4, "ggn")
     expected = torch.zeros(4, dtype=torch.float64)
     for i in range(len(objective)):
         values = objective.inputs(i)
-        output = objective.window.output(values, weight)
+        output = objective.window.output(values, *objective.variables.unpack(weight)[0])
 
         def scaled(y, values=values):
-            parts = zip(objective.window.behind(values, y), objective.coefficients)
+            parts = zip(objective.window.after(values, y), objective.coefficients)
             return torch.cat([c**0.5 * f.flatten() for f, c in parts])
 
         jacobian = torch.autograd.functional.jacobian(scaled, output)  # (features, n, c, h, w)
         expected += jacobian.square().sum((0, 1, 3, 4))
-    estimates = torch.stack([output_scale(objective, weight, seed) for seed in range(300)])
+    estimates = torch.stack(
+        [output_metric(objective, *objective.variables.unpack(weight)[0], seed) for seed in range(300)]
+    )
     error = estimates.std(0) / 300**0.5
     assert ((estimates.mean(0) - expected).abs() < 4 * error + 1e-12).all()
 
@@ -116,13 +119,18 @@ def test_it_is_the_exact_inverse_with_k_0(tiny, images):
     """One product where plain CG needs many: every row's curvature is inverted on its own support."""
     objective, dense, _ = build(tiny, images, 2, 0, "ggn")
     mask = torch.rand(dense.shape, generator=torch.Generator().manual_seed(5)) < 0.7
-    here = objective.linearise(dense * mask)
+    here = Curvature(objective, dense * mask)
     moment = input_moment(objective)
-    exact = RowInverses(moment, output_scale(objective, dense, 0), mask, damping=1e-12)
+    exact = RowInverses(
+        moment,
+        output_metric(objective, *objective.variables.unpack(dense)[0], 0),
+        *objective.variables.rows(mask),
+        damping=1e-12,
+    )
     right_side = -here.gradient * mask
-    found = conjugate_gradients(lambda v: here.product(v) * mask, right_side, exact, 0.0, 1e-6, 50)
+    found = conjugate_gradients(lambda v: here.matvec(v) * mask, right_side, exact, 0.0, 1e-6, 50)
     assert found.iterations == 1
-    plain = conjugate_gradients(lambda v: here.product(v) * mask, right_side, None, 0.0, 1e-6, 50)
+    plain = conjugate_gradients(lambda v: here.matvec(v) * mask, right_side, None, 0.0, 1e-6, 50)
     assert plain.iterations > 2
     torch.testing.assert_close(found.step, plain.step, rtol=1e-3, atol=1e-5)
 
@@ -130,10 +138,10 @@ def test_it_is_the_exact_inverse_with_k_0(tiny, images):
 def test_it_saves_products_on_a_layer_with_depth(tiny, images):
     objective, dense, _ = build(tiny, images, 0, 6, "ggn")
     mask = torch.rand(dense.shape, generator=torch.Generator().manual_seed(5)) < 0.6
-    here = objective.linearise(dense * mask)
+    here = Curvature(objective, dense * mask)
     counts = [
         conjugate_gradients(
-            lambda v: here.product(v) * mask, -here.gradient * mask, precondition, 1e-6, 1e-4, 200
+            lambda v: here.matvec(v) * mask, -here.gradient * mask, precondition, 1e-6, 1e-4, 200
         ).iterations
         for precondition in (row_inverses(objective, dense * mask, mask, 0), None)
     ]

@@ -1,0 +1,109 @@
+"""The masks that a pattern chooses for a network's layers, or the caller's own, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from snows.calibration.streams import Streams, retry_on_out_of_memory
+from snows.errors import UsageError, by_reason, listed
+from snows.masks.patterns import NM, Pattern, Selection, are_masks
+from snows.masks.saliency import SALIENCIES, check_inputs, scores
+from snows.network.layers import Layer, Masks, Network
+from snows.options import Options
+
+
+def chosen_layers(network: Network, layers: Callable[[str], bool]) -> list[Layer]:
+    """The layers whose names are chosen.
+
+    Raises:
+        UsageError: there are none.
+    """
+    if not network.layers:
+        raise UsageError("nothing to prune: the model has no Conv2d or Linear layer.")
+    chosen = [layer for layer in network.layers if layers(layer.name)]
+    if not chosen:
+        raise UsageError(f"nothing to prune: no layer was selected of {listed(n.name for n in network.layers)}.")
+    return chosen
+
+
+def select(
+    network: Network,
+    layers: Callable[[str], bool],
+    mask_alg: str,
+    streams: Streams | None,
+    options: Options,
+    pattern: Pattern | Masks,
+) -> Selection:
+    """The masks of the chosen layers, chosen by the weights as they stand.
+
+    streams: needed where the saliency takes images; at the start of the network before and after.
+
+    Raises:
+        UsageError: there is nothing to prune, the pattern does not fit, or a layer hides what the saliency needs.
+    """
+    chosen, saliency = chosen_layers(network, layers), SALIENCIES[mask_alg]
+    weights = {layer.name: network.model.get_parameter(layer.parameter) for layer in chosen}
+    if isinstance(pattern, dict):
+        selection = check_user_masks(pattern, weights)
+    else:
+        if saliency.score is not None:
+            check_inputs(mask_alg, chosen, network)
+        if saliency.score is not None and (pattern.compares_layers or not saliency.sequential):
+            weights = measured(chosen, mask_alg, streams, options)
+        total = sum(p.numel() for p in network.model.parameters())
+        selection = pattern.select(weights, total, by_row=saliency.by_row)
+    if not selection.masks:
+        raise UsageError(f"nothing to prune: {by_reason(selection.left_dense)}.")
+    selection.left_dense |= {layer.name: "not selected" for layer in network.layers if layer not in chosen}
+    selection.pattern, selection.mask_alg, selection.layers = pattern, mask_alg, layers
+    return selection
+
+
+def measured(layers: list[Layer], mask_alg: str, streams: Streams, options: Options) -> dict[str, Tensor]:
+    """Layer name -> the scores of its weights, from one pass of the images."""
+    saliency, result = SALIENCIES[mask_alg], {}
+    streams.check_fits(layers, options)
+    depth = options.k_step if saliency.looks_ahead else 0
+    streams.fit(max(streams.plan.need([layer], depth) for layer in layers))
+    for attempt in retry_on_out_of_memory(streams, "the scores"):
+        with attempt:
+            result = scores(saliency, layers, streams.sparse, options)
+    streams.restart()
+    return result
+
+
+def without(pattern: Pattern | Masks, names: Iterable[str]) -> Pattern | Masks:
+    """Masks without those of some layers; a pattern as it is."""
+    if isinstance(pattern, dict):
+        return {name: mask for name, mask in pattern.items() if name not in names}
+    return pattern
+
+
+def layer_budget(layer: Layer, mask: Tensor, pattern: Pattern) -> NM | int:
+    """What SparseGPT's mask of a layer must keep to: its N:M, or as many weights removed as `mask` removes."""
+    return pattern.of(layer.name) if isinstance(pattern, NM) else int((~mask).sum())
+
+
+def check_user_masks(masks: Masks, weights: dict[str, Tensor]) -> Selection:
+    """The caller's own masks, checked against the prunable layers' weights.
+
+    Raises:
+        UsageError: a name that is no prunable layer, or what is no mask of zeros and ones of its weight's shape.
+    """
+    unknown = [name for name in masks if name not in weights]
+    if unknown:
+        raise UsageError(f"masks name {listed(unknown)}, which are not prunable layers; those are {listed(weights)}.")
+    other = [name for name, mask in masks.items() if not isinstance(mask, Tensor) or not are_masks([mask])]
+    if other:
+        raise UsageError(f"masks must be tensors of booleans, or of 0 and 1: {listed(other)}.")
+    misfits = [
+        f"{name}: {tuple(mask.shape)} for a weight {tuple(weights[name].shape)}"
+        for name, mask in masks.items()
+        if mask.shape != weights[name].shape
+    ]
+    if misfits:
+        raise UsageError(f"masks of the wrong shape: {listed(misfits)}.")
+    left_dense = {name: "no mask was given" for name in weights if name not in masks}
+    return Selection({name: mask.to(weights[name].device).bool() for name, mask in masks.items()}, left_dense)
