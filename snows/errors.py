@@ -38,7 +38,7 @@ class Unsolvable(SnowsError):
 
 
 class Unfinished(SnowsError):
-    """An error that nobody expected (its `__cause__`), behind the first solved layer; `result` holds the finished."""
+    """An error that nobody expected (its `__cause__`), after the first solved layer; `result` holds the finished."""
 
     def __init__(self, message: str, result):
         super().__init__(message)

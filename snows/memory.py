@@ -179,7 +179,7 @@ class Budget:
 
     @classmethod
     def of(cls, options: Options, device: torch.device | str, vectors: int = 0) -> Budget:
-        """What `memory_budget` leaves beside the networks and images that are in memory already, or what is free.
+        """What `memory_budget` leaves besides the networks and images that are in memory already, or what is free.
 
         vectors: bytes that the solver's vectors take at the most.
         """
@@ -191,13 +191,13 @@ class Budget:
 
     @property
     def micro_batch(self) -> int:
-        """Bytes for the linearisation of one micro-batch, with what comes and goes beside it."""
+        """Bytes for the linearisation of one micro-batch, with what comes and goes meanwhile."""
         return min(GPU_MICRO_BATCH if self.apart else MICRO_BATCH, self.device // 4)
 
     def kept(self, vectors: int) -> int:
-        """Bytes for what products need not compute again, beside the solver's vectors of the work at hand."""
-        beside = vectors + self.micro_batch + self.all_inverses + self.features("device")
-        return max(0, self.device - beside)
+        """Bytes for what products need not compute again, besides the solver's vectors of the work at hand."""
+        others = vectors + self.micro_batch + self.all_inverses + self.features("device")
+        return max(0, self.device - others)
 
     @property
     def layer_inverses(self) -> int:
@@ -219,9 +219,9 @@ class Budget:
         return self._half(self.device if place == "device" or not self.apart else self.host)
 
     def _half(self, total: int) -> int:
-        """Half of what is free; of a budget that was asked for, half of what the largest uses beside it leave."""
-        beside = self.vectors + self.micro_batch + self.all_inverses if self.asked else 0
-        return max(0, total - beside) // 2
+        """Half of what is free; of a budget that was asked for, half of what the largest other uses leave."""
+        others = self.vectors + self.micro_batch + self.all_inverses if self.asked else 0
+        return max(0, total - others) // 2
 
 
 def halved_to_fit(largest: int, need: int, room: int) -> int:

@@ -43,7 +43,7 @@ def snows_with(solver: Solver = solve) -> Method:
 
 
 def update_by_sparsegpt(layer: Layer, mask: Tensor, streams: Streams, options: Options) -> Update:
-    """SparseGPT's own update of the survivors, on any mask."""
+    """SparseGPT's own update of the surviving weights, on any mask."""
     return Update(sparsegpt.update(*sparsegpt_problem(layer, streams), mask))
 
 

@@ -1,4 +1,4 @@
-"""torch's modes: those that a caller may be in, set aside; how precisely a GPU multiplies, and to the same bits."""
+"""torch's modes: those that a caller may be in, switched off; how precisely a GPU multiplies, and to the same bits."""
 
 from __future__ import annotations
 

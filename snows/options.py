@@ -45,7 +45,7 @@ class Options:
         UsageError: a value outside its range or its choices.
     """
 
-    k_step: int = option(4, "counted operations behind each layer whose features are matched; 0: layer-wise", low=0)
+    k_step: int = option(4, "counted operations after each layer whose features are matched; 0: layer-wise", low=0)
     targets: str = option(
         "dense", "features to match: the dense network's own, or the dense network's on the same inputs (paper)",
         ("dense", "same"),
@@ -58,7 +58,7 @@ class Options:
         "rows", "preconditioner of CG: inverses of each output row's curvature on its support, or none (paper)",
         ("rows", "none"),
     )  # fmt: skip
-    biases: bool = option(True, "solve the bias (or BatchNorm shift) behind a layer with its weights; it is not pruned")
+    biases: bool = option(True, "solve the bias (or BatchNorm shift) after a layer with its weights; it is not pruned")
     sweeps: int = option(1, "passes over the layers at the target; all of them are sparse already", low=1, high=1000)
     schedule: int = option(
         2, "sparsities on the way to the target, a pass each; masks are chosen anew from the solved weights",

@@ -44,24 +44,22 @@ def prune(
 ) -> Pruned:
     """Prune a classifier in one shot and re-solve its surviving weights (the paper's SNOWS).
 
-    model: any nn.Module that torch.fx can trace and that maps images to one tensor, or its trace, a `Network`, which is
-        not traced again; neither is changed.
+    model: any nn.Module that torch.fx can trace and that maps images to one tensor, or its trace, a `Network`, which
+        is not traced again; neither is changed.
     calibration: images (n, channels, height, width) as the model wants them, or an iterable (a DataLoader) of such
         batches, bare or as (images, anything).
     pattern: Unstructured(...) or NM(...); or masks of your own, {layer name: boolean tensor, True where kept}, which
         stay as they are (options.schedule adds sweeps with the same masks); or what `choose_masks` has chosen.
     mask_alg: which weights survive, a name in snows.masks.saliency.SALIENCIES; see there.
-    algo: how the survivors are set: a name in snows.methods.METHODS, or a Method of your own.
+    algo: how the surviving weights are set: a name in snows.methods.METHODS, or a Method of your own.
     layers: which layers to prune, by name; the others stay dense.
     device: where to compute; a `Network` is on its own.
-    listener: called with every finished layer's step, newly solved or replayed, and the job as it stands, whose
-        `network.model` is the pruned model at work, to be looked at only.
-    finished: the steps that the listener was given by an earlier call with the same arguments, in order; they are
-        written back instead of solved again, and the job goes on after the last one, to the same result.
+    listener: called with each finished layer's step, and the job, whose `network.model` is to be looked at only.
+    finished: the steps that the listener was given by an earlier call with the same arguments, in order: they are
+        written back, not solved again, and the job goes on after the last one, to the same result.
 
-    A layer that cannot be solved (its loss, gradient, products or solution are not finite, torch has no derivative of
-    an operation after it, or it does not fit the memory) keeps its masked (or warm-started) weights; its record says
-    so, and the job goes on. So do all the layers where the joint steps cannot be taken.
+    A layer that cannot be solved (something is not finite, has no derivative, or does not fit the memory) keeps its
+    masked weights; its record says so, and the job goes on. So do all where the joint steps cannot be taken.
 
     Raises:
         TraceError: the model cannot be traced.

@@ -1,10 +1,10 @@
-"""Whether the line is the network, and its windows the line: asked with a few images, before anything is solved.
+"""Whether the trace computes what the model does, and its windows what the trace does: asked with a few images.
 
 A trace may have frozen what a weight decides, and a window replaces modules by what they are known to compute. Both are
 right at the weights that they were made at sooner than at others; so the weights are moved, by noise, and
 
-    the model's own logits   are compared with   those of the line,               all layers' weights moved;
-    the line's values        with                those of each layer's window,    the layer's weight and bias moved;
+    the model's own logits   are compared with   those of the trace,              all layers' weights moved;
+    the trace's values       with                those of each layer's window,    the layer's weight and bias moved;
     their tangents           with                those of the window's tangent pass.
 
 A window that fails calls its BatchNorms as they are; a layer for which that does not help is left dense.
@@ -21,13 +21,13 @@ from torch import Tensor, fx
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from snows.calibration.stream import Stream, laid_out
+from snows.calibration.stream import Stream, channels_last_on_cpu
 from snows.errors import TraceError, UsageError, first_line, listed
 from snows.memory import is_out_of_memory
 from snows.network.known import has_activation
 from snows.network.layers import Layer, Network
 from snows.network.tangent import Tangents, dual, tangent_of
-from snows.network.trace import Values, call
+from snows.network.trace import Values, run_node
 from snows.network.window import Window, differentiable
 
 log = logging.getLogger("snows")
@@ -36,7 +36,7 @@ IMAGES = 2  # that the weights are moved with
 MOVE = 0.3  # in units of a weight's root mean square
 TOLERANCE = 1e-2  # relative error: above rounding, even to a GPU's TF32, and below what any fault made
 OTHER = "its weight decides something in the model that the trace has frozen"
-WINDOW = "what lies behind it computes something else in the window than in the model"
+WINDOW = "what comes after it computes something else in the window than in the model"
 
 
 @torch.no_grad()
@@ -56,13 +56,13 @@ def check_trace(network: Network, images: Tensor, k_step: int) -> None:
         shape = "x".join(map(str, images.shape[1:]))
         raise UsageError(f"calibration images of {shape} do not run through the model: {first_line(error)}") from error
     tolerance = 1e-3 * own.nan_to_num(0, 0, 0).abs().max().item()
-    if not torch.allclose(line(network, images, {}), own, rtol=1e-3, atol=tolerance, equal_nan=True):
+    if not torch.allclose(run_trace(network, images, {}), own, rtol=1e-3, atol=tolerance, equal_nan=True):
         raise TraceError(
             "the traced model computes something else than the model: its forward pass depends on data, or writes into "
             "a view of a value that it reads again."
         )
     try:
-        check_line(network, images[:IMAGES])
+        check_weights(network, images[:IMAGES])
         check_windows(network, images[:IMAGES], k_step)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -83,11 +83,11 @@ def as_it_came(network: Network, images: Tensor, weights: dict[str, Tensor]) -> 
             module.inplace = False
 
 
-def line(network: Network, images: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """The logits as the line computes them; notes which counted nodes return something else than a tensor."""
-    values: Values = {network.input: laid_out(images, images.device)}
+def run_trace(network: Network, images: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """The logits as the trace computes them; notes which counted nodes return something else than a tensor."""
+    values: Values = {network.input: channels_last_on_cpu(images, images.device)}
     for node in network.nodes[1:-1]:
-        values[node] = value = call(node, network.model, values, weights)
+        values[node] = value = run_node(node, network.model, values, weights)
         if network.is_counted(node) and not is_feature(value):
             network.pairs.add(node)
         for read in node.all_input_nodes:
@@ -100,13 +100,13 @@ def is_feature(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def check_line(network: Network, images: Tensor) -> None:
-    """Refuse the layers whose weights (and biases) the line does not follow as the model does."""
+def check_weights(network: Network, images: Tensor) -> None:
+    """Refuse the layers whose weights (and biases) the trace does not follow as the model does."""
     generator = torch.Generator().manual_seed(0)
     moves = {layer.name: moved(network, (layer.parameter, layer.bias), generator) for layer in network.layers}
 
     def follows(weights: dict[str, Tensor]) -> bool:
-        return same(line(network, images, weights), as_it_came(network, images, weights))
+        return same(run_trace(network, images, weights), as_it_came(network, images, weights))
 
     if follows({name: weight for weights in moves.values() for name, weight in weights.items()}):
         return
@@ -140,7 +140,7 @@ def refuse(network: Network, name: str, reason: str) -> None:
 
 
 def window_holds(network: Network, name: str, k_step: int, stream: Stream) -> bool:
-    """Whether a layer's window, and its tangent pass, compute what the line does with its weight and bias moved."""
+    """Whether a layer's window, and its tangent pass, compute what the trace does with its weight and bias moved."""
     layer, generator = find(network, name), torch.Generator().manual_seed(1)
     stream.advance(layer.node)
     values, window = stream[0], Window(network, [layer], k_step)
@@ -170,23 +170,23 @@ def window_holds(network: Network, name: str, k_step: int, stream: Stream) -> bo
 
 
 def through(window: Window, values: Values, parameters: dict[str, Tensor]) -> Values:
-    """What every node of the line up to a window's end computes from the values at the cut, each called as it is."""
+    """What every node of the trace up to a window's end computes from the values at the cut, each called as it is."""
     network, values = window.network, dict(values)
     position = network.position.__getitem__
     end = max(position(stands_for(window, node)) for node in window.nodes)
     for node in network.nodes[1 : end + 1]:
         if node.op == "get_attr" or position(node) >= position(window.layers[0].node):
-            values[node] = call(node, network.model, values, parameters)
+            values[node] = run_node(node, network.model, values, parameters)
     return values
 
 
 def stands_for(window: Window, node: fx.Node) -> fx.Node:
-    """The node of the line whose value a window's node has: the BatchNorm's, where it is folded into a convolution."""
+    """The node of the trace whose value a window's node has: the BatchNorm's, where it is folded into a convolution."""
     return window.folded.get(node, node)
 
 
 def is_told(window: Window, node: fx.Node) -> bool:
-    """Whether a window's value can be had from the line: not that between a BatchNorm and its own activation."""
+    """Whether a window's value can be had from the trace: not that between a BatchNorm and its own activation."""
     return node not in window.folded or not has_activation(window.module(window.folded[node]))
 
 
@@ -208,7 +208,7 @@ def zeros(tangent: Tensor | None, feature: Tensor) -> Tensor:
 
 
 def same(found: Any, wanted: Any) -> bool:
-    """Whether two values agree but for rounding; where one is not finite in the line either, nothing can be told."""
+    """Whether two values agree but for rounding; where one is not finite in the trace either, nothing can be told."""
     pairs = zip(tree_leaves(found), tree_leaves(wanted), strict=True)
     told = ((ours, own) for ours, own in pairs if is_feature(own) and own.isfinite().all())
     return all(ours.shape == own.shape and bool((ours - own).norm() <= TOLERANCE * own.norm()) for ours, own in told)

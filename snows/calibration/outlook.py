@@ -45,7 +45,7 @@ def check_fits(budget: Budget, works: list[Work]) -> None:
         if work.need + work.vectors > budget.device:
             raise SnowsError(
                 f"out of memory before anything was computed: {work.name} needs about {gib(work.need)} for one image "
-                f"and {gib(work.vectors)} for the solver's vectors, and {gib(budget.device)} are left beside the "
+                f"and {gib(work.vectors)} for the solver's vectors, and {gib(budget.device)} are left besides the "
                 f"networks and the images: raise `memory_budget`, lower `k_step`, or leave the joint steps out "
                 f"(`joint_steps` 0)."
             )

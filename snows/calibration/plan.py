@@ -18,16 +18,16 @@ from torch import Tensor, fx
 
 from snows.calibration.staging import nbytes
 from snows.network.layers import Layer, Network
-from snows.network.trace import call
+from snows.network.trace import run_node
 from snows.network.window import Window
 
 LINEAR = (operator.add, torch.add, F.linear, F.conv2d)  # functions that keep no slope
-VECTORS = 12  # of the unknown's size that the solver holds at a time, its products' included
+VECTORS = 12  # of theta's size that the solver holds at a time, its products' included
 
 
 @dataclass
 class Plan:
-    """Bytes per image: of every node's output, and of what its linearisation keeps beside it."""
+    """Bytes per image: of every node's output, and of what its linearisation keeps in addition."""
 
     network: Network
     output: dict[fx.Node, int] = field(default_factory=dict)
@@ -39,16 +39,16 @@ class Plan:
     @classmethod
     @torch.no_grad()
     def of(cls, network: Network, images: Tensor, count: int) -> Plan:
-        """The plan for `count` images like these, of which one or two go through the line once."""
+        """The plan for `count` images like these, of which one or two go through the network once."""
         plan, few = cls(network, images=count), images[:2]
         values = {network.input: few}
         for node in network.nodes[:-1]:
             if node.op == "get_attr":
                 continue
             if node is not network.input:
-                values[node] = call(node, network.model, values, {})
+                values[node] = run_node(node, network.model, values, {})
             plan.output[node] = nbytes(values[node]) // len(few)
-            plan.kept[node] = kept_beside(network, node, values) // len(few)
+            plan.kept[node] = kept_for_derivative(network, node, values) // len(few)
             plan.passing = max(plan.passing, sum(plan.output[each] for each in values))
             for read in node.all_input_nodes:
                 if network.last_use[read] <= network.position[node]:
@@ -65,9 +65,9 @@ class Plan:
         return self.needs[key]
 
     def linearisation(self, window: Window) -> int:
-        """Bytes per image while a window is linearised: what is kept, and what comes and goes beside it.
+        """Bytes per image while a window is linearised: what is kept, and what comes and goes meanwhile.
 
-        Kept: the output of every node, and what its derivative needs besides. Beside it come and go, for all of the
+        Kept: the output of every node, and what its derivative needs besides. Meanwhile come and go, for all of the
         features, their targets, residuals and cotangents.
         """
         nodes = [node for node in window.nodes if node in self.output and not window.is_identity(node)]
@@ -95,7 +95,7 @@ class Plan:
         return VECTORS * size * next(self.network.model.parameters()).element_size()
 
 
-def kept_beside(network: Network, node: fx.Node, values: dict) -> int:
+def kept_for_derivative(network: Network, node: fx.Node, values: dict) -> int:
     """Bytes that the derivative of a node keeps besides its inputs and its output: slopes, attention weights."""
     if node.target is F.scaled_dot_product_attention:
         q, k = (values[each] for each in node.args[:2])

@@ -1,4 +1,4 @@
-"""Copies between the host and a GPU, through one buffer of pinned memory and beside the GPU's other work.
+"""Copies between the host and a GPU, through one buffer of pinned memory while the GPU does other work.
 
 A copy overlaps with computation only from pinned memory, of which torch's own allocator takes a power of two for each
 tensor and keeps it. Here everything passes through one buffer, as large as the largest micro-batch.
@@ -33,7 +33,7 @@ def nbytes(values: Any) -> int:
 
 
 def places(tensors: list[Tensor]) -> tuple[list[int], int]:
-    """(the byte at which each tensor begins, the bytes in all) where they lie one behind the other."""
+    """(the byte at which each tensor begins, the bytes in all) where they lie one after the other."""
     starts, end = [], 0
     for tensor in tensors:
         starts.append(end)
@@ -71,7 +71,7 @@ class Staging:
         self.asked: torch.cuda.Event | None = None  # over once what was asked of the device at the last upload is done
 
     def upload(self, values: Any) -> Upload:
-        """Begin to copy values of the host to the device, which is at most one upload's work behind."""
+        """Begin to copy values of the host to the device, which lags by at most one upload's work."""
         if self.asked is not None:
             self.asked.synchronize()  # else uploads that were used would wait on the device, outside of every budget
         self.asked = torch.cuda.Event()

@@ -57,7 +57,7 @@ class Held:
         weakref.finalize(self, store._give_back, place, size, path)
 
     def expect(self, names: Collection | None = None) -> None:
-        """Begin to move values to the device, to be read there next, where that can go on beside other work."""
+        """Begin to move values to the device, to be read there next, where that can go on during other work."""
         if self.place == "device" or self.store.staging is None:
             return
         try:

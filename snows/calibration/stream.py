@@ -1,4 +1,4 @@
-"""The calibration images on their way along the line of operations, held at a cut."""
+"""The calibration images on their way through the network, held at a cut."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, fx, nn
 from snows.calibration.store import Held, Store
 from snows.memory import is_gpu
 from snows.network.layers import Network
-from snows.network.trace import Values, call
+from snows.network.trace import Values, run_node
 
 
 class Stream:
-    """The calibration set at one cut of the line: what each micro-batch still needs further on.
+    """The calibration set at one cut of the network: what each micro-batch still needs further on.
 
     `advance` runs each node once for the whole job. Between its micro-batches the device holds what the store has room
     for there. Parameters are not among the values: whoever needs one reads it from the model.
@@ -69,7 +69,7 @@ class Stream:
             self.held[i] = None  # its room is free for what follows
             self.expect(i + 1)
             for step in steps:
-                values[step] = call(step, self.model, values, {})
+                values[step] = run_node(step, self.model, values, {})
                 for read in step.all_input_nodes:
                     if last_use[read] <= position[step]:
                         values.pop(read, None)
@@ -77,9 +77,9 @@ class Stream:
         self.cut = end
 
     def _images(self, index: int) -> Values:
-        return {self.network.input: laid_out(self.batches[index].to(self.device), self.device)}
+        return {self.network.input: channels_last_on_cpu(self.batches[index].to(self.device), self.device)}
 
 
-def laid_out(images: Tensor, device: torch.device | str) -> Tensor:
+def channels_last_on_cpu(images: Tensor, device: torch.device | str) -> Tensor:
     """Images with their channels last in memory on a CPU: convolutions keep that layout, and are faster in it."""
     return images if is_gpu(device) or images.ndim != 4 else images.to(memory_format=torch.channels_last)

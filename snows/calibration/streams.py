@@ -186,7 +186,9 @@ def micro_batches(network: Network, calibration: Tensor | Iterable, batch_size: 
 def gather(calibration: Tensor | Iterable) -> Tensor:
     """All calibration images as one tensor (n, channels, height, width) on the host."""
     if calibration is None:
-        raise UsageError("calibration images are needed by all but magnitude masks whose survivors stay as they are.")
+        raise UsageError(
+            "calibration images are needed by all but magnitude masks whose surviving weights stay as they are."
+        )
     if not isinstance(calibration, Tensor):
         if not isinstance(calibration, Iterable):
             raise UsageError(f"calibration must be a tensor or batches of images, not {type(calibration).__name__}.")

@@ -12,7 +12,7 @@ from snows.masks.patterns import NM, are_masks
 from snows.network.layers import Masks, Network
 from snows.zoo.classifiers import read_state
 
-MASK_OF = "_mask"  # behind a parameter's name: what torch.nn.utils.prune keeps in a checkpoint, and
+MASK_OF = "_mask"  # after a parameter's name: what torch.nn.utils.prune keeps in a checkpoint, and
 DENSE_OF = "_orig"  # the parameter as it was
 
 
@@ -21,15 +21,17 @@ def read_masks(path: Path, network: Network) -> Masks:
 
     The file (.safetensors, or what torch.save wrote) holds masks, 0 or 1 or boolean, True where a weight survives,
     under the names of layers or of their weights; or the checkpoint of a sparse network, whose zeros are the mask, and
-    where layers without a zero stay dense; or one that torch.nn.utils.prune left, with masks beside the weights. A mask
-    of ones removes nothing, but its layer's weights are solved with the others'.
+    where layers without a zero stay dense; or one that torch.nn.utils.prune left, with masks next to the weights. A
+    mask of ones removes nothing, but its layer's weights are solved with the others'.
 
     Raises:
         UsageError: the file is missing or damaged, or names, shapes or values do not fit; the message lists what.
     """
     state, prunable = read_state(path), {layer.parameter: layer.name for layer in network.layers}
     layer_of = {name: prunable.get(name.removesuffix(MASK_OF), name) for name in state}
-    masks = {name: tensor for name, tensor in state.items() if name in prunable.values() or is_mask_beside(name, state)}
+    masks = {
+        name: tensor for name, tensor in state.items() if name in prunable.values() or is_mask_of_weight(name, state)
+    }
     weights = {name: tensor for name, tensor in state.items() if name not in masks and not name.endswith(DENSE_OF)}
     if are_masks(state.values()):
         masks, weights = state, {}
@@ -46,8 +48,8 @@ def read_masks(path: Path, network: Network) -> Masks:
     return dict(named)
 
 
-def is_mask_beside(name: str, state: dict[str, Tensor]) -> bool:
-    """Whether torch.nn.utils.prune left this tensor, beside the parameter as it was, or someone without that."""
+def is_mask_of_weight(name: str, state: dict[str, Tensor]) -> bool:
+    """Whether torch.nn.utils.prune left this tensor, next to the parameter as it was, or someone without that."""
     parameter = name.removesuffix(MASK_OF)
     return name.endswith(MASK_OF) and (parameter + DENSE_OF in state or parameter.endswith("weight"))
 

@@ -80,7 +80,7 @@ class Unstructured:
 
     @property
     def compares_layers(self) -> bool:
-        """Whether how many weights a layer loses depends on its scores beside those of the others."""
+        """Whether how many weights a layer loses depends on its scores among those of the others."""
         return self.allocation == "global"
 
     def path(self, steps: int) -> list[Unstructured]:

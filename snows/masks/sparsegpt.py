@@ -1,7 +1,7 @@
 """SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774): masks and weights of one layer, column by column.
 
 Every output row w minimises its own  (w - w0)^T A (w - w0),  A being the second moment of the layer's input columns.
-In a fixed order of the columns, removing w_j is answered on the columns behind it by the optimal brain surgeon's step
+In a fixed order of the columns, removing w_j is answered on the columns after it by the optimal brain surgeon's step
 
     w_F  <-  w_F - w_j [A_F^-1]_:j / [A_F^-1]_jj,        F = {j, j + 1, ...},
 
@@ -44,7 +44,7 @@ def choose_mask(weight: Tensor, moment: Tensor, rule: NM | int) -> Tensor:
 
 
 def update(weight: Tensor, moment: Tensor, mask: Tensor) -> Tensor:
-    """The weight (out, in, ...) with a given mask, its survivors made up for what was removed in front of them."""
+    """The weight (out, in, ...) with a given mask, its survivors made up for what was removed before them."""
     kept = to_columns(mask, len(moment))
     new, _ = eliminate(weight, moment, lambda worth, start: kept[:, :, start : start + worth.shape[2]], BLOCK)
     return new

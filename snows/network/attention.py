@@ -1,6 +1,6 @@
 """torch's nn.MultiheadAttention, opened up into the linear maps and the attention that it is made of.
 
-The module hides its projections in one call. As operations of the line they are prunable layers like any other: the
+The module hides its projections in one call. As operations of their own they are prunable layers like any other: the
 queries', keys' and values' joint `in_proj`, one weight of 3 d rows, and `out_proj`.
 """
 

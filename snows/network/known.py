@@ -55,7 +55,7 @@ def has_activation(batch_norm: nn.Module) -> bool:
 
 
 def acts_elementwise(batch_norm: nn.Module) -> bool:
-    """Whether what a BatchNorm of a known kind does is, behind its affine map, done to every number alone."""
+    """Whether what a BatchNorm of a known kind does is, after its affine map, done to every number alone."""
     parts = [getattr(batch_norm, name, nn.Identity()) for name in ("drop", "act")] if has_activation(batch_norm) else []
     return all(is_plain(part, {*ELEMENTWISE_MODULES, nn.Identity, nn.Dropout}) for part in parts)
 
@@ -90,7 +90,7 @@ def multiplies_by_weight(module: nn.Module) -> bool:
         shape = (1, module.in_channels, *(d * (k - 1) + 1 for k, d in zip(module.kernel_size, module.dilation)))
     shapes = (shape, module.weight.shape, module.weight.shape)
     x, r, s = (torch.randn(each, generator=generator, device="cpu").to(module.weight) for each in shapes)
-    hooks, module._forward_hooks = module._forward_hooks, OrderedDict()  # behind the product: whatever they do
+    hooks, module._forward_hooks = module._forward_hooks, OrderedDict()  # after the product: whatever they do
     try:
         at_r, at_s, *around = (functional_call(module, {"weight": weight}, (x,)) for weight in (r, s, r + s, r - s))
     except Exception:  # whatever a forward pass raises of an input that is not its own

@@ -54,7 +54,7 @@ class Layer:
     """A prunable weight: the parameter `name` + ".weight", first used by `node`.
 
     shape is (out, in) for a linear map and (out, in / groups, kh, kw) for a convolution. `bias` is the parameter that
-    can take up a shift of the output: the layer's own bias, or that of the BatchNorm behind it.
+    can take up a change of the output: the layer's own bias, or that of the BatchNorm after it.
     """
 
     name: str
@@ -132,7 +132,7 @@ class Network:
         return self.model.get_submodule(node.target) if calls else None
 
     def is_counted(self, node: fx.Node) -> bool:
-        """Whether the paper counts this node as an operation. A BatchNorm behind a convolution is part of it."""
+        """Whether the paper counts this node as an operation. A BatchNorm after a convolution is part of it."""
         if node in self.pairs:
             return False  # but what is read of it is
         if node.op == "call_module":
@@ -170,7 +170,7 @@ class Network:
         """Convolutions whose only user is a BatchNorm with fixed statistics, their weight and bias read by no one else.
 
         Not one that multiplies by zero, as residual branches are initialised: its output tells nothing of its input.
-        Nor one behind a linear map, which takes tokens for channels where there are any.
+        Nor one after a linear map, which takes tokens for channels where there are any.
         """
         pairs = {}
         for node in self.nodes:

@@ -23,7 +23,7 @@ from torch.autograd import grad
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from snows.network.known import ELEMENTWISE, ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES, acts_elementwise, is_plain
-from snows.network.trace import Values, call
+from snows.network.trace import Values, run_node
 from snows.network.window import (
     BiasUpdates,
     Weights,
@@ -112,9 +112,9 @@ class Tangents:
         def rule(tangents, direction):
             parts = []
             if source in tangents:
-                parts.append(call(node, model, tangents, {**own, **no_bias}))
+                parts.append(run_node(node, model, tangents, {**own, **no_bias}))
             if x is not None:  # the layer itself, linear in its weight
-                parts.append(call(node, model, {source: x}, {**no_bias, **direction}))
+                parts.append(run_node(node, model, {source: x}, {**no_bias, **direction}))
             return total(parts)
 
         return rule

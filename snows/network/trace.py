@@ -105,9 +105,9 @@ def make_positional(graph: fx.Graph, model: nn.Module) -> None:
 
 
 def make_out_of_place(graph: fx.Graph, model: nn.Module) -> None:
-    """Replace every in-place operation, so that a value of the line never changes once it is computed.
+    """Replace every in-place operation, so that a value never changes once it is computed.
 
-    Without this a feature (a BatchNorm's output, say) is overwritten by the in-place ReLU behind it. Whoever reads the
+    Without this a feature (a BatchNorm's output, say) is overwritten by the in-place ReLU after it. Whoever reads the
     overwritten value later must read the result of the operation instead, which is what it would have seen.
     """
     position = {node: i for i, node in enumerate(graph.nodes)}
@@ -162,7 +162,7 @@ def on_a_copy(write: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return function
 
 
-def call(node: fx.Node, model: nn.Module, values: Values, parameters: dict[str, Tensor]) -> Any:
+def run_node(node: fx.Node, model: nn.Module, values: Values, parameters: dict[str, Tensor]) -> Any:
     """Run one node on the values of its inputs; `parameters` overrides the model's, by full name."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda read: value_of(read, model, values, parameters))
     match node.op:

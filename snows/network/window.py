@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from snows.network.known import has_activation
 from snows.network.layers import Layer, Network
-from snows.network.trace import Values, call, value_of
+from snows.network.trace import Values, run_node, value_of
 
 Weights = Sequence[Tensor]  # of the layers, in order
 BiasUpdates = Sequence[Tensor | None] | None  # (out,) of each layer; None: it has none; None for all: none has
@@ -125,7 +125,7 @@ class Window:
         """What the nodes compute that the window reads and the layer does not reach, from the values at the cut."""
         values = dict(values)
         for node in self.side_nodes:
-            values[node] = call(node, self.model, values, {})
+            values[node] = run_node(node, self.model, values, {})
         return {node: values[node] for node in self.side_inputs}
 
     def __call__(self, values: Values, weights: Weights, bias_updates: BiasUpdates = None) -> list[Tensor]:
@@ -164,7 +164,7 @@ class Window:
         """The first layer's own output at `weight`, (n, out, ...), before any BatchNorm."""
         values, (first, *_) = dict(values), self.layers
         for node in self.nodes[: self.nodes.index(first.node) + 1]:
-            values[node] = call(node, self.model, values, {first.parameter: weight})
+            values[node] = run_node(node, self.model, values, {first.parameter: weight})
         return values[first.node]
 
     def after(self, values: Values, output: Tensor) -> list[Tensor]:
@@ -187,7 +187,7 @@ class Window:
     def step(self, node: fx.Node, values: Values, parameters: dict[str, Tensor]) -> Any:
         """What one node computes from `values`, BatchNorms being folded or affine maps."""
         if node not in self.network.affine:
-            return call(node, self.model, values, parameters)
+            return run_node(node, self.model, values, parameters)
         module, x = self.module(node), values[node.args[0]]
         x = x if node in self.applied else normalise(module, x)
         if has_activation(module):

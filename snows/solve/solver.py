@@ -48,13 +48,11 @@ def conjugate_gradients(
 ) -> CGResult:
     """Approximately solve (B + lambda I) x = b, B given by `matvec`, b by `right_side`.
 
-    damping: lambda in units of the curvature along the first direction, p^T B p / p^T p, so that one value serves
-        layers of any scale.
+    damping: lambda in units of the curvature along the first direction, p^T B p / p^T p: one value for any scale.
     tolerance: stop once ||b - (B + lambda I) x|| <= tolerance * ||b||; the least is the type's own precision.
 
-    Stops at the first direction whose curvature is not positive and returns what it has; if that is the very first
-    direction, it returns a step along it, scaled by the size of its curvature. Stops, too, with what it has, when the
-    residual has become too small for the type to tell a direction from it.
+    Stops at the first direction whose curvature is not positive, and where the residual has become too small for the
+    type to tell a direction from it, with what it has; if that is the very first direction, with a step along it.
 
     Raises:
         FloatingPointError: the right side, a product or a preconditioned residual is NaN or infinite.

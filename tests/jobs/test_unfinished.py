@@ -164,7 +164,7 @@ def test_a_layer_that_does_not_fit_keeps_its_masked_weights_and_the_job_goes_on(
 
 def test_a_stream_that_ran_out_of_memory_half_way_starts_again(tiny, images, monkeypatch):
     """At its second micro-batch, on the way to `grouped`: the first one's values are those of another cut by then."""
-    advance, call = snows.calibration.stream.Stream.advance, snows.calibration.stream.call
+    advance, run_node = snows.calibration.stream.Stream.advance, snows.calibration.stream.run_node
 
     def stops(stream, node):
         seen = []
@@ -173,10 +173,10 @@ def test_a_stream_that_ran_out_of_memory_half_way_starts_again(tiny, images, mon
             seen.append(step)
             if node.name == "grouped" and seen.count(step) == 2:
                 raise MemoryError
-            return call(step, *args)
+            return run_node(step, *args)
 
         with monkeypatch.context() as patched:
-            patched.setattr(snows.calibration.stream, "call", no_memory)
+            patched.setattr(snows.calibration.stream, "run_node", no_memory)
             advance(stream, node)
 
     monkeypatch.setattr(snows.calibration.stream.Stream, "advance", stops)

@@ -15,7 +15,7 @@ import snows
 from snows.calibration.stream import Stream
 from snows.errors import TraceError
 from snows.network.layers import Network
-from snows.network.trace import call
+from snows.network.trace import run_node
 from snows.network.window import Window
 
 FAMILIES = {
@@ -303,7 +303,7 @@ def check_written(write, images):
     values, kept = {network.input: images}, {}
     torch.manual_seed(0)
     for node in network.nodes[1:-1]:
-        values[node] = call(node, network.model, values, {})
+        values[node] = run_node(node, network.model, values, {})
         kept[node] = copy.deepcopy(values[node].detach())
     for node, value in kept.items():
         torch.testing.assert_close(values[node], value, equal_nan=True, rtol=0, atol=0)
