@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -63,7 +63,7 @@ class Job:
         masks are sequential, these only say how many weights each layer loses.
         """
         stage, chosen = self.stages[sweep], self.selection
-        if sweep > 0:
+        if sweep > 0 and self.streams is not None:
             self.options = self.options.but(w_warm=False)
             self.streams.restart()
         if not self._is_new(sweep):
@@ -72,9 +72,9 @@ class Job:
             return dict(chosen.masks)
         return select(self.network, chosen.layers, chosen.mask_alg, self.streams, self.options, stage).masks
 
-    def layers_of(self, masks: Masks) -> list[Layer]:
-        """The layers that have a mask, in execution order."""
-        return [layer for layer in self.network.layers if layer.name in masks]
+    def layers_of(self, names: Collection[str]) -> list[Layer]:
+        """The layers of these names, in execution order."""
+        return [layer for layer in self.network.layers if layer.name in names]
 
     def replay(self, layer: Layer, sweep: int, mask: Tensor) -> Step | None:
         """What an earlier call finished of a layer, if it did; the streams pass over it."""
@@ -90,10 +90,11 @@ class Job:
         """A layer's mask and its surviving weights, in micro-batches that fit the memory, and what that took."""
         streams, place, started = self.streams, f"layer {layer.name}", time.perf_counter()
         forget_peak(self.network.device)
+        if streams is None:
+            return self._step(layer, sweep, mask, Update(self.network.masked(layer, mask)), 0.0)
         problem = ""
         try:
-            if streams is not None:
-                streams.fit(streams.plan.need([layer], self.options.k_step))
+            streams.fit(streams.plan.need([layer], self.options.k_step))
             if (budget := self._budget(layer, sweep, mask)) is not None:
                 for attempt in retry_on_out_of_memory(streams, place):
                     with attempt:
@@ -115,20 +116,21 @@ class Job:
         What was finished of them is taken over; where that is only some of the layers, all are solved, as they were.
         """
         layers, sweep = self.layers_of(self.masks.keys() - self.failed()), len(self.stages)
-        if not layers:
+        streams, update_jointly = self.streams, self.method.update_jointly
+        if not layers or streams is None or update_jointly is None:
             return []
         steps = [replace(step, replayed=True) for step in islice(self.finished, len(layers))]
         for layer, step in zip(layers, steps):
             check_finished(step, layer, sweep, self.masks[layer.name])
         if len(steps) == len(layers):
             return steps
-        started, streams = time.perf_counter(), self.streams
+        started = time.perf_counter()
         forget_peak(streams.device)
         advice = "raise `memory_budget`, or do without them: `joint_steps` 0"
         try:
             for attempt in retry_on_out_of_memory(streams, "the joint steps", advice):
                 with attempt:
-                    updates = self.method.update_jointly(layers, self.masks, streams, self.options)
+                    updates = update_jointly(layers, self.masks, streams, self.options)
         except Unsolvable as error:
             log.warning("the layers keep their weights: %s", error)
             stats = SolveStats(problem=error.problem)
@@ -148,7 +150,7 @@ class Job:
         layer = next(each for each in self.network.layers if each.name == step.record.name)
         weight = self.network.model.get_parameter(layer.parameter)
         weight.copy_(step.weight)
-        if step.bias_update is not None:
+        if step.bias_update is not None and layer.bias is not None:
             bias = self.network.model.get_parameter(layer.bias)
             bias.add_(step.bias_update.to(bias.device))
         self.masks[layer.name] = step.mask.to(weight.device)

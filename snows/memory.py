@@ -187,7 +187,8 @@ class Budget:
         free = [free_memory(place) for place in places]
         if asked:
             free = [min(left, asked - used_memory(place)) for left, place in zip(free, places)]
-        return cls(*(max(0, left) for left in free), vectors, bool(asked), torch.device(device).type != "cpu")
+        on_device, on_host = (max(0, left) for left in free)
+        return cls(on_device, on_host, vectors, bool(asked), torch.device(device).type != "cpu")
 
     @property
     def micro_batch(self) -> int:

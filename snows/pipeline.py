@@ -137,7 +137,7 @@ def prepared(
     if method.inverts_inputs:
         name = next((name for name, each in METHODS.items() if each is method), "the method")
         check_inputs(name, [layer for layer in network.layers if layer.name in selection.masks], network)
-    if solving:
+    if solving and streams is not None:
         log.info(streams.outlook(selection.masks, options))
     return Job(network, selection, method, options, streams if solving else None)
 
@@ -163,6 +163,6 @@ def chosen(
     pattern = without(wanted.pattern, lost)
     if not wanted.masks:
         return select(network, wanted.layers, wanted.mask_alg, streams, options, pattern), streams
-    masks = {name: mask.to(network.device) for name, mask in without(wanted.masks, lost).items()}
+    masks = {name: mask.to(network.device) for name, mask in wanted.masks.items() if name not in lost}
     left_dense = {**wanted.left_dense, **{name: network.refused[name] for name in lost}}
     return replace(wanted, masks=masks, left_dense=left_dense, pattern=pattern), streams

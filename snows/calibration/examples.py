@@ -55,8 +55,9 @@ class Examples:
 
     def targets(self, index: int) -> list[Tensor]:
         """Y_0 .. Y_K of micro-batch `index`, on the device."""
-        if self.held[index] is not None:
-            return list(self.held[index].get().values())
+        held = self.held[index]
+        if held is not None:
+            return list(held.get().values())
         with torch.no_grad():
             values = self.source[index]
             self.source.expect(index + 1)

@@ -82,11 +82,11 @@ class Staging:
         with torch.cuda.stream(self.up):
             for tensor, staged in zip(tensors, self._parts(tensors)):
                 staged.copy_(laid_flat(tensor))
-                there = torch.empty_like(staged, device=self.device, pin_memory=False)
-                moved.append(there.copy_(staged, non_blocking=True).as_strided(tensor.shape, tensor.stride()))
+                copy = torch.empty_like(staged, device=self.device, pin_memory=False)
+                moved.append(copy.copy_(staged, non_blocking=True).as_strided(tensor.shape, tensor.stride()))
             arrived.record(self.up)
-        self.busy, moved = arrived, iter(moved)
-        leaves = [next(moved) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.busy, there = arrived, iter(moved)
+        leaves = [next(there) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return Upload(tree_unflatten(leaves, spec), self.device, arrived)
 
     def download(self, values: Any) -> Any:

@@ -107,8 +107,8 @@ class Store:
         self.cache_dir, self.numbers = cache_dir, count()
         self._folder: Path | None = None
 
-    def put(self, values: Values, files: bool = True) -> Held | None:
-        """Hold values that are on the device; None where there is no room for them, and `files` are not wanted.
+    def put(self, values: Values, files: bool = True) -> Any:
+        """Values that are on the device, `Held`; None where there is no room for them, and `files` are not wanted.
 
         Raises:
             WriteError: the disk is full.

@@ -44,9 +44,10 @@ class Stream:
 
     def read(self, index: int, nodes: set[fx.Node] | None = None) -> Values:
         """The values of a micro-batch, on the device: all, or those of some nodes."""
-        if self.held[index] is None:
-            self.held[index] = self.store.put(self._images(index))
-        return self.held[index].get(nodes)
+        held = self.held[index]
+        if held is None:
+            self.held[index] = held = self.store.put(self._images(index))
+        return held.get(nodes)
 
     def expect(self, index: int, nodes: set[fx.Node] | None = None) -> None:
         """Begin to move a micro-batch's values to the device; those that were expected before are forgotten."""
@@ -65,8 +66,9 @@ class Stream:
         end = position[node]
         steps = [step for step in self.network.nodes[self.cut : end] if step.op != "get_attr"]
         for i in range(len(self) if steps else 0):
-            values = self._images(i) if self.held[i] is None else self.held[i].get()
-            self.held[i] = None  # its room is free for what follows
+            held, self.held[i] = self.held[i], None  # its room is free for what follows
+            values = self._images(i) if held is None else held.get()
+            del held
             self.expect(i + 1)
             for step in steps:
                 values[step] = run_node(step, self.model, values, {})

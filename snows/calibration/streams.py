@@ -64,7 +64,6 @@ class Streams:
     def restart(self) -> None:
         """Both streams at the start of the network, for a new sweep."""
         models = (self.network.model, self.dense_model)
-        self.sparse = self.dense = None  # what they hold is given back first
         self.sparse, self.dense = (
             Stream(self.network, model, self.batches, self.device, self.store) for model in models
         )

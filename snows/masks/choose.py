@@ -50,7 +50,7 @@ def select(
     else:
         if saliency.score is not None:
             check_inputs(mask_alg, chosen, network)
-        if saliency.score is not None and (pattern.compares_layers or not saliency.sequential):
+        if streams is not None and saliency.score is not None and (pattern.compares_layers or not saliency.sequential):
             weights = measured(chosen, mask_alg, streams, options)
         total = sum(p.numel() for p in network.model.parameters())
         selection = pattern.select(weights, total, by_row=saliency.by_row)
@@ -81,7 +81,7 @@ def without(pattern: Pattern | Masks, names: Iterable[str]) -> Pattern | Masks:
     return pattern
 
 
-def layer_budget(layer: Layer, mask: Tensor, pattern: Pattern) -> NM | int:
+def layer_budget(layer: Layer, mask: Tensor, pattern: Pattern) -> NM | int | None:
     """What SparseGPT's mask of a layer must keep to: its N:M, or as many weights removed as `mask` removes."""
     return pattern.of(layer.name) if isinstance(pattern, NM) else int((~mask).sum())
 

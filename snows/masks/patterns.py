@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class Selection:
 
     masks: Masks = field(default_factory=dict)
     left_dense: dict[str, str] = field(default_factory=dict)
-    pattern: Pattern | Masks | None = None
+    pattern: Any = None  # Pattern | Masks
     mask_alg: str = "MP"
     layers: Callable[[str], bool] = lambda name: True
 

@@ -53,7 +53,8 @@ def permute(
         owners = producers(network, layer)
         if owners:
             weight = result.model.get_parameter(layer.parameter)
-            order, before, after = best_order(weight, pattern.of(name), seed)
+            rule = pattern.of(name) or pattern
+            order, before, after = best_order(weight, rule, seed)
             if after > before:
                 reorder(result.model, layer, owners, order)
             result.kept[name] = (before, max(before, after))
@@ -68,7 +69,8 @@ def producers(network: Network, layer: Layer) -> list[str]:
     kind = type(network.module(layer.node))
     if kind not in BETWEEN or layer.groups != 1 or not is_private(network, layer.node.target):
         return []
-    owners, node = [], layer.node.all_input_nodes[0]
+    owners: list[str] = []
+    node = layer.node.all_input_nodes[0]
     while len(node.users) == 1:
         module = network.module(node)
         if type(module) is kind:

@@ -58,7 +58,8 @@ def scores(saliency: Saliency, layers: list[Layer], stream: Stream, options: Opt
     result = {}
     for layer in layers:
         stream.advance(layer.node)
-        result[layer.name] = saliency.score(layer, stream, options)
+        if saliency.score is not None:
+            result[layer.name] = saliency.score(layer, stream, options)
     return result
 
 

@@ -126,7 +126,7 @@ class Network:
         """A layer's weight where its mask keeps it, else zero, even where it was NaN."""
         return self.model.get_parameter(layer.parameter).where(mask, 0)
 
-    def module(self, node: Any) -> nn.Module | None:
+    def module(self, node: Any) -> Any:
         """The module that a node calls, or None."""
         calls = isinstance(node, fx.Node) and node.op == "call_module"
         return self.model.get_submodule(node.target) if calls else None
@@ -160,7 +160,7 @@ class Network:
         paths = (".".join(parts[: i + 1]) for i in range(len(parts)))
         reading = [node for path in paths for node in self.by_target.get(path, ())]
         found = {user for node in reading for user in (node.users if node.op == "get_attr" else [node])}
-        return sorted(found, key=self.position.get)
+        return sorted(found, key=self.position.__getitem__)
 
     def is_shared(self, parameter: str) -> bool:
         """Whether a parameter belongs to several modules (tied weights)."""
@@ -174,7 +174,7 @@ class Network:
         """
         pairs = {}
         for node in self.nodes:
-            producer = node.args[0] if node.args else None
+            producer: Any = node.args[0] if node.args else None
             if node not in self.affine or not is_plain(self.module(producer), [nn.Conv2d]):
                 continue
             read = [user for key in ("weight", "bias") for user in self.users(f"{producer.target}.{key}")]
@@ -220,7 +220,7 @@ class Network:
         """
         if node.target is F.linear:
             bias = node.args[2] if len(node.args) > 2 else None
-            name = bias.target if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
+            name: Any = bias.target if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
             readers = self.users(weight)
         elif is_plain(self.module(node), (nn.Conv2d, nn.Linear)):
             owner = self.batch_norm_of.get(node, node)

@@ -60,7 +60,7 @@ class Tangents:
 
     def __call__(self, weights: Weights, bias_updates: BiasUpdates = None) -> list[Tensor | None]:
         """One tangent (n, ...) for each feature; None where the feature does not depend on the weight's values."""
-        direction, tangents = self.window.direction(weights, bias_updates), {}
+        direction, tangents = self.window.direction(weights, bias_updates), dict[fx.Node, Tangent]()
         with torch.no_grad(), differentiable(), forward_mode.dual_level():
             for node, rule in self.rules.items():
                 tangent = rule(tangents, direction)

@@ -29,7 +29,7 @@ IN_PLACE_OPERATORS = {
 NO_TWINS = {"eq", "ne", "lt", "le", "gt", "ge", "not_equal", "less", "less_equal", "greater", "greater_equal"}
 NO_TWINS |= {"logical_not", "logical_and", "logical_or", "logical_xor", "bernoulli"}
 # What functions read, in order.
-INPUTS = dict.fromkeys((F.linear, F.conv2d), ("input", "weight", "bias"))
+INPUTS: dict[Any, tuple[str, ...]] = dict.fromkeys((F.linear, F.conv2d), ("input", "weight", "bias"))
 INPUTS |= {F.scaled_dot_product_attention: ("query", "key", "value"), F.hardsigmoid: ("input",)}
 ANY_LAYOUT = {"view": "reshape", "view_as": "reshape_as"}  # the same shapes, of values in any order in memory
 
@@ -127,7 +127,7 @@ def without_writing(node: fx.Node, model: nn.Module) -> fx.Node | None:
     if node.op == "call_module":  # the module itself is switched by the caller
         return overwritten if getattr(model.get_submodule(node.target), "inplace", False) is True else None
     if node.op == "call_method":
-        name, spaces = node.target, (Tensor,)
+        name, spaces = node.target, [Tensor]
     elif node.op == "call_function":
         name = getattr(node.target, "__name__", "")
         spaces = [space for space in NAMESPACES if getattr(space, name, None) is node.target]
@@ -144,7 +144,7 @@ def without_writing(node: fx.Node, model: nn.Module) -> fx.Node | None:
         write = getattr(spaces[0], name, None)
         twins = (getattr(space, name[:-1], None) for space in (spaces if node.op == "call_method" else NAMESPACES))
         twin = next(filter(callable, twins), None)
-        if twin is None or name[:-1] in NO_TWINS:  # zero_, copy_, fill_, ...
+        if write is not None and (twin is None or name[:-1] in NO_TWINS):  # zero_, copy_, fill_, ...
             node.op, node.target = "call_function", on_a_copy(write)
         else:
             node.target = name[:-1] if node.op == "call_method" else twin

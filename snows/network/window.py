@@ -82,11 +82,11 @@ class Window:
             if len(counted) > k_step:
                 break
         self.features = counted  # K + 1 nodes, or fewer near the end of the network
-        needed = set(counted)
+        wanted = set(counted)
         for node in reversed(network.nodes[start : network.position[counted[-1]] + 1]):
-            if node in needed:
-                needed.update(node.all_input_nodes)
-        needed = [n for n in network.nodes if n in needed]
+            if node in wanted:
+                wanted.update(node.all_input_nodes)
+        needed = [n for n in network.nodes if n in wanted]
         self.nodes = [n for n in needed if n in varying]
         side = [n for n in needed if n not in varying and network.position[n] > start]
         self.side_nodes = [n for n in side if n.op != "get_attr"]  # parameters are read where they are used
@@ -110,7 +110,7 @@ class Window:
             constants[f"{conv.target}.bias"] = shift if module.bias is None else shift + scale * module.bias
         return constants
 
-    def module(self, node: fx.Node) -> nn.Module | None:
+    def module(self, node: fx.Node) -> Any:
         """The module that a node calls, or None, with the window's weights."""
         return self.model.get_submodule(node.target) if node.op == "call_module" else None
 
@@ -142,8 +142,9 @@ class Window:
         for layer, weight, update in zip(self.layers, weights, bias_updates or [None] * len(weights), strict=True):
             scale = self.output_scale(layer)
             moved[layer.parameter] = weight if scale is None else weight * per_output(scale, weight)
-            if update is not None:
-                moved[self.biases[layer]] = update if scale is None else scale * update
+            bias = self.biases[layer]
+            if update is not None and bias is not None:
+                moved[bias] = update if scale is None else scale * update
         return moved
 
     def parameters(self, weights: Weights, bias_updates: BiasUpdates = None) -> dict[str, Tensor]:
@@ -203,7 +204,7 @@ class Window:
 def last_reads(nodes: list[fx.Node], keep: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """For each node, those of `nodes` that nothing reads any more once it has run, but for those to keep."""
     last = {read: node for node in nodes for read in node.all_input_nodes}
-    reads = {node: [] for node in nodes}
+    reads: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
     for read, node in last.items():
         if read in reads and read not in keep:
             reads[node].append(read)

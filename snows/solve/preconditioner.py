@@ -208,8 +208,8 @@ def pull_back(
 ) -> tuple[Tensor, ...]:
     """J^T C^1/2 u for random signs u, by each of the outputs that the features were computed from."""
     signs = [random_signs(f, generator) * c**0.5 for f, c in zip(features, coefficients)]
-    features, signs = zip(*((f, sign) for f, sign in zip(features, signs) if f.requires_grad))
-    return grad(features, outputs, signs)
+    pairs = [(f, sign) for f, sign in zip(features, signs) if f.requires_grad]
+    return grad([f for f, _ in pairs], outputs, [sign for _, sign in pairs])
 
 
 def generator_for(device: torch.device | str, seed: int) -> torch.Generator:

@@ -64,7 +64,8 @@ def conjugate_gradients(
     precondition = precondition or (lambda residual: residual)
     tolerance = max(tolerance, torch.finfo(right_side.dtype).eps)
     z = precondition(r)
-    p, rz, shift, residuals = z, dot(r, z), None, []
+    p, rz, shift = z, dot(r, z), None
+    residuals: list[float] = []
     for _ in range(max_iterations):
         bp, pp = matvec(p), dot(p, p)
         curvature = dot(p, bp)
