@@ -16,7 +16,8 @@ FLOORS = [
     ("zoo",),
     ("solve",),
     ("masks",),
-    ("result", "methods", "arguments"),
+    ("result", "methods"),
+    ("arguments",),
     ("job",),
     ("pipeline",),
     ("snows",),  # the package's own __init__

@@ -1,0 +1,101 @@
+"""Masks chosen once and handed on, a network traced once, and methods of one's own."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import randomise
+
+import snows
+from snows.methods import METHODS, Method
+from snows.network import layers as network_layers
+from snows.solve.layer import Update
+
+PATTERNS = [snows.NM(1, 2), snows.Unstructured(0.5)]
+
+
+def fast(**changes):
+    return snows.Options(**{"batch_size": 2, "schedule": 1, "joint_steps": 1, "max_CG_iterations": 3, **changes})
+
+
+def assert_same(one, other):
+    for (name, ours), reference in zip(one.model.named_parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(ours, reference), name
+    assert all(torch.equal(mask, other.masks[name]) for name, mask in one.masks.items())
+    assert one.left_dense == other.left_dense
+
+
+@pytest.mark.parametrize("mask_alg", ["MP", "Wanda", "SparseGPT", "OBS"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_masks_that_were_chosen_before_prune_to_the_same_bits(tiny, images, pattern, mask_alg):
+    how = dict(mask_alg=mask_alg, layers=lambda name: name != "fc")
+    whole = snows.prune(tiny, images, pattern, fast(), **how)
+    chosen = snows.choose_masks(tiny, images, pattern, fast(), **how)
+    assert "fc" not in chosen.masks
+    assert_same(snows.prune(tiny, images, chosen, fast()), whole)
+
+
+def test_magnitude_masks_need_no_images(tiny, images):
+    chosen = snows.choose_masks(tiny, None, snows.NM(1, 2))
+    pruned = snows.prune(tiny, images, snows.NM(1, 2), fast())
+    assert all(torch.equal(mask, pruned.masks[name]) for name, mask in chosen.masks.items())
+    assert_same(snows.prune(tiny, None, chosen, algo="MP"), snows.prune(tiny, None, snows.NM(1, 2), algo="MP"))
+
+
+def test_a_network_is_traced_and_checked_once_and_stays_as_it_is(tiny, images, monkeypatch):
+    traced, trace = [], network_layers.trace
+    monkeypatch.setattr(network_layers, "trace", lambda model: traced.append(model) or trace(model))
+    network = snows.Network(tiny)
+    before = copy.deepcopy(network.model.state_dict())
+    chosen = snows.choose_masks(network, images, snows.NM(1, 2), fast())
+    first, second = (snows.prune(network, images, chosen, fast()) for _ in range(2))
+    assert len(traced) == 1
+    assert_same(first, second)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.model.state_dict().items())
+    assert_same(first, snows.prune(tiny, images, snows.NM(1, 2), fast()))
+    assert type(first.model) is type(tiny)
+
+
+def test_masks_of_layers_that_cannot_be_followed_are_dropped(images):
+    class Decides(torch.nn.Module):
+        """Reads its first layer's weight where the trace does not see it."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Conv2d(2, 2, 1), torch.nn.Conv2d(2, 2, 1)
+
+        def forward(self, x):
+            scale = dict(self.first.named_parameters())["weight"].abs().mean()
+            return self.second(torch.tanh(self.first(x) * scale)).flatten(1)
+
+    model = randomise(Decides())
+    chosen = snows.choose_masks(model, None, snows.NM(1, 2))
+    assert set(chosen.masks) == {"first", "second"}
+    assert set(snows.choose_masks(model, images, snows.NM(1, 2)).masks) == {"second"}
+    pruned = snows.prune(model, images, chosen, fast())
+    assert set(pruned.masks) == {"second"}
+    assert "the trace has frozen" in pruned.left_dense["first"]
+
+
+def halve(layer, mask, streams, options):
+    return Update(streams.network.masked(layer, mask) / 2)
+
+
+def test_a_method_of_ones_own_sets_the_layers_and_its_options(tiny, images, monkeypatch):
+    mine = Method(halve, fixed=dict(sweeps=2, schedule=0))
+    pruned = snows.prune(tiny, images, snows.NM(1, 2), fast(sweeps=1), algo=mine)
+    for name, mask in pruned.masks.items():
+        expected = tiny.get_parameter(f"{name}.weight") * mask / 4  # in two sweeps, without joint steps
+        assert torch.equal(pruned.model.get_parameter(f"{name}.weight"), expected)
+    monkeypatch.setitem(METHODS, "halve", mine)
+    assert_same(snows.prune(tiny, images, snows.NM(1, 2), fast(), algo="halve"), pruned)
+    with pytest.raises(snows.UsageError, match="is not one of SNOWS, MP, MP\\+, SparseGPT, halve"):
+        snows.prune(tiny, images, snows.NM(1, 2), fast(), algo="third")
+
+
+def test_a_method_can_do_without_joint_steps(tiny, images):
+    alone = replace(METHODS["SNOWS"], update_jointly=None)
+    ours = snows.prune(tiny, images, snows.NM(1, 2), fast(), algo=alone)
+    assert_same(ours, snows.prune(tiny, images, snows.NM(1, 2), fast(joint_steps=0)))
+    assert not any(record.joint for record in ours.layers)
