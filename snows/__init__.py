@@ -1,5 +1,6 @@
 """SNOWS: one-shot pruning of vision networks by a Hessian-free second-order method (arXiv 2411.18376)."""
 
+from snows.cli.run_folder import load as load_run
 from snows.errors import SnowsError, TraceError, UsageError
 from snows.masks.patterns import NM, Selection, Unstructured
 from snows.network.layers import Network
@@ -19,6 +20,7 @@ __all__ = [
     "Unstructured",
     "UsageError",
     "choose_masks",
+    "load_run",
     "prune",
     "sparsity",
 ]

@@ -20,8 +20,8 @@ FLOORS = [
     ("arguments",),
     ("job",),
     ("pipeline",),
-    ("snows",),  # the package's own __init__
     ("cli",),
+    ("snows",),  # the package's own __init__
     ("run_folder", "report"),  # former names
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
