@@ -24,6 +24,7 @@ FOLDERS = "snows|CNN_pruning|VIT_pruning|bench|checkpoints|docs|results|tests"
 SALIENCY, METHODS, NETWORKS = "snows/masks/saliency.py", "snows/methods.py", "CNN_pruning/utils.py"  # of the recipes
 FAST = ["--k_step", "1", "--max_CG_iterations", "2", "--ngrads", "6", "--batch_size", "4", "--schedule", "0"]
 FAST += ["--joint_steps", "1", "--joint_CG_iterations", "2", "--skip_evaluation"]
+FEW_LAYERS = ["--target_sparsity", "0.2", "--skip", "layer1.*", "layer2.*"]
 
 
 def text_of(name):
@@ -76,7 +77,7 @@ def test_the_table_of_flags_is_what_the_scripts_take():
 def run(script, small, tmp_path):
     """The folder of a run with a network on tiny images."""
     network = ["--arch", "resnet20_cifar10", "--checkpoint", small / "resnet20.pt", "--dset", small / "images.npz"]
-    script("CNN_pruning/unstr.py", *network, *FAST, "--out_dir", tmp_path / "run")
+    script("CNN_pruning/unstr.py", *network, *FAST, *FEW_LAYERS, "--out_dir", tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -141,7 +142,7 @@ def test_a_mask_by_the_readmes_recipe_is_another_than_by_magnitude(followed, sma
 
 def test_a_method_by_the_readmes_recipe_takes_its_options(followed, small):
     flags = ["--arch", "resnet20_cifar10", "--checkpoint", small / "resnet20.pt"]
-    folder = followed(METHODS, *flags, "--algo", name_in(METHODS))
+    folder = followed(METHODS, *flags, *FEW_LAYERS, "--algo", name_in(METHODS))
     metrics = json.loads((folder / "metrics.json").read_text())
     wanted = re.search(r"k_step=(\d+)", recipes()[METHODS])[1]
     assert metrics["options"]["k_step"] == int(wanted)
@@ -149,7 +150,7 @@ def test_a_method_by_the_readmes_recipe_takes_its_options(followed, small):
 
 
 def test_a_network_by_the_readmes_recipe_has_its_depth(followed):
-    folder = followed(NETWORKS, "--arch", name_in(NETWORKS), "--random_weights")
+    folder = followed(NETWORKS, "--arch", name_in(NETWORKS), "--random_weights", "--algo", "MP")
     depth = int(re.search(r"ResNet\((\d+), ", recipes()[NETWORKS])[1])
     masks = safetensors.torch.load_file(folder / "masks.safetensors")
     assert len([name for name in masks if "downsample" not in name]) == depth
