@@ -54,6 +54,12 @@ def test_every_function_that_the_architecture_names_is_in_its_file():
     assert [pair for pair in named if not re.search(pattern.format(pair[1]), defined[pair[0]], re.MULTILINE)] == []
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name == "README.md" or name.startswith("docs/")])
+def test_everything_that_is_named_of_the_library_is_there(name):
+    named = set(re.findall(r"(?<!-m )\bsnows\.(\w+)(?![\w.])", text_of(name)))
+    assert {each for each in named if not hasattr(snows, each)} == set()
+
+
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 150
     assert len(README.encode()) <= 9000
