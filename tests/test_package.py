@@ -22,5 +22,5 @@ def test_without_a_checkout_a_network_that_ships_says_how_to_get_its_weights(mon
     monkeypatch.setattr(registry, "CHECKPOINTS", tmp_path / "checkpoints")
     build = registry.shipped(TinyCNN, None, "tiny.safetensors", accuracy=50.0)
     assert build(False).stated_accuracy is None
-    with pytest.raises(UsageError, match=r"tiny\.safetensors is not in .*checkpoint.*--checkpoint FILE"):
+    with pytest.raises(UsageError, match=r"tiny\.safetensors is not in .*a checkout, or give .* as `checkpoint`"):
         build(True)

@@ -30,7 +30,7 @@ def shipped(build: Callable[[], nn.Module], transform: Callable, file: str, accu
         if pretrained and not (CHECKPOINTS / file).exists():
             raise UsageError(
                 f"{file} is not in {CHECKPOINTS}: it ships in the folder checkpoints/ of the repository, not in the "
-                f"installed package. Run the scripts of a checkout, or give weights with --checkpoint FILE."
+                f"installed package. Run the scripts of a checkout, or give a file of weights as `checkpoint`."
             )
         if pretrained:
             load_checkpoint(classifier.model, CHECKPOINTS / file)
