@@ -116,17 +116,17 @@ def table(block: dict[str, dict[str, argparse.Action]]) -> str:
 
 
 def fill(text: str) -> str:
-    """The page with every block between `<!-- flags: BLOCK -->` and `<!-- end -->` written anew.
+    """The page with every block between `<!-- flags: BLOCK -->` and `<!-- end flags -->` written anew.
 
     Raises:
         KeyError: a group of flags has no block on the page, or a block no flags.
     """
     tables = {name: table(block) for name, block in flags().items()}
-    pattern = re.compile(r"<!-- flags: (.+?) -->\n.*?<!-- end -->", re.DOTALL)
+    pattern = re.compile(r"<!-- flags: (.+?) -->\n.*?<!-- end flags -->", re.DOTALL)
     missing = tables.keys() ^ set(pattern.findall(text))
     if missing:
         raise KeyError(f"blocks without flags, or flags without a block: {', '.join(sorted(missing))}")
-    return pattern.sub(lambda match: f"<!-- flags: {match[1]} -->\n{tables[match[1]]}\n<!-- end -->", text)
+    return pattern.sub(lambda match: f"<!-- flags: {match[1]} -->\n{tables[match[1]]}\n<!-- end flags -->", text)
 
 
 if __name__ == "__main__":
