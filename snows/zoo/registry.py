@@ -21,10 +21,17 @@ def shipped(build: Callable[[], nn.Module], transform: Callable, file: str, accu
     """The builder of a network whose weights ship with the repository.
 
     accuracy: percent of its test images, as checkpoints/train.py prints.
+
+    Raises (the builder): UsageError: an installed package has no weights beside it, and none were given.
     """
 
     def builder(pretrained: bool) -> Classifier:
         classifier = Classifier(build(), transform)
+        if pretrained and not (CHECKPOINTS / file).exists():
+            raise UsageError(
+                f"{file} is not in {CHECKPOINTS}: it ships in the folder checkpoints/ of the repository, not in the "
+                f"installed package. Run the scripts of a checkout, or give a file of weights as `checkpoint`."
+            )
         if pretrained:
             load_checkpoint(classifier.model, CHECKPOINTS / file)
             classifier.stated_accuracy = accuracy
