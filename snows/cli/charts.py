@@ -128,7 +128,7 @@ def residuals(records: Records) -> str:
 
 
 def accuracy_by_layer(records: Records, metrics: dict) -> str:
-    """The network's accuracy as it stood behind each step, all sweeps in a row."""
+    """The network's accuracy as it stood after each step, all sweeps in a row."""
 
     def plot(axes: Axes) -> None:
         values = [math.nan if record.accuracy is None else record.accuracy for record in records]
@@ -143,7 +143,7 @@ def accuracy_by_layer(records: Records, metrics: dict) -> str:
 
 
 def losses_of(runs: dict[str, Records]) -> str:
-    """Loss behind each layer in the last sweep of several runs."""
+    """Loss after each layer in the last sweep of several runs."""
 
     def plot(axes: Axes) -> None:
         names = list(dict.fromkeys(record.name for records in runs.values() for record in records))

@@ -92,7 +92,7 @@ def new_folder(path: Path | None, name: str) -> Path:
 
 
 def unlike_others(path: Path) -> Path:
-    """Create a folder of that name, with a number behind it where another run has taken it already."""
+    """Create a folder of that name, with a number after it where another run has taken it already."""
     for number in itertools.count(2):
         try:
             path.mkdir(parents=True)
