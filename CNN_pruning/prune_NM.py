@@ -14,8 +14,8 @@ from snows.cli.shell import shell
 def main():
     parser = flags.parser(__doc__, arch="resnet20_digits")
     flags.add_nm_flags(parser)
-    args = flags.parse(parser)
-    experiment.run(args, utils.KNOWN, flags.nm(args))
+    settings = flags.parse(parser, flags.nm)
+    experiment.run(settings, utils.KNOWN)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from snows.cli.shell import shell
 def main():
     parser = flags.parser(__doc__, arch="resnet20_digits")
     flags.add_unstructured_flags(parser, default=0.8)
-    args = flags.parse(parser)
-    experiment.run(args, utils.KNOWN, flags.unstructured(args))
+    settings = flags.parse(parser, flags.unstructured)
+    experiment.run(settings, utils.KNOWN)
 
 
 if __name__ == "__main__":

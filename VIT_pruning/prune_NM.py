@@ -15,8 +15,8 @@ def main():
     parser = flags.parser(__doc__, arch="vit_digits")
     flags.add_nm_flags(parser)
     utils.add_layer_flag(parser)
-    args = flags.parse(parser)
-    experiment.run(args, utils.KNOWN, flags.nm(args), layers=utils.chosen(args.layers_to_prune))
+    settings = flags.parse(parser, flags.nm)
+    experiment.run(settings, utils.KNOWN, layers=utils.chosen(settings.flags["layers_to_prune"]))
 
 
 if __name__ == "__main__":

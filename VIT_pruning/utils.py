@@ -38,7 +38,7 @@ def in_proj(name: str) -> bool:
 
 
 def out_proj(name: str) -> bool:
-    """The projection behind the attention (and not the one of the patches)."""
+    """The projection after the attention (and not the one of the patches)."""
     return "att" in name and not OUT_PROJ.isdisjoint(name.split("."))
 
 

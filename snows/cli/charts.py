@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.ticker
 from matplotlib.axes import Axes
@@ -41,8 +41,8 @@ def draw(plot, height: float, **subplots) -> str:
 
 def accuracy(runs: dict[str, dict]) -> str:
     """Bars of the accuracies that the metrics of each run hold: dense, masked only, solved."""
-    kinds = (("dense", "dense_accuracy", DENSE), ("masked only", "masked_accuracy", BEFORE))
-    kinds = (*kinds, ("solved", "accuracy", AFTER))
+    measured = [("dense", "dense_accuracy", DENSE), ("masked only", "masked_accuracy", BEFORE)]
+    kinds = [*measured, ("solved", "accuracy", AFTER)]
 
     def plot(axes: Axes) -> None:
         for i, metrics in enumerate(runs.values()):
@@ -67,7 +67,7 @@ def last_sweep(records: Records) -> list[LayerRecord]:
     return list({record.name: record for record in alone}.values())
 
 
-def bars(names: Sequence[str], values: dict[str, Sequence[float]], label: str, log: bool = False) -> str:
+def bars(names: Sequence[str], values: Mapping[str, Sequence[float]], label: str, log: bool = False) -> str:
     """Horizontal bars, one row per layer; several series share a row."""
     colors = [BEFORE, AFTER][-len(values) :]
 
@@ -120,7 +120,7 @@ def residuals(records: Records) -> str:
                 color = colors(places[record.name] / max(1, len(places) - 1))
                 axes.plot(range(len(curve) + 1), [1, *curve], color=color, linewidth=0.9, alpha=0.7)
         axes.set(yscale="log", xlabel="CG iterations", ylabel="relative residual")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(1, max(2, len(places))), colors)
         axes.figure.colorbar(scale, ax=axes, label="layer", ticks=matplotlib.ticker.MaxNLocator(6, integer=True))
 
@@ -128,7 +128,7 @@ def residuals(records: Records) -> str:
 
 
 def accuracy_by_layer(records: Records, metrics: dict) -> str:
-    """The network's accuracy as it stood behind each step, all sweeps in a row."""
+    """The network's accuracy as it stood after each step, all sweeps in a row."""
 
     def plot(axes: Axes) -> None:
         values = [math.nan if record.accuracy is None else record.accuracy for record in records]
@@ -143,7 +143,7 @@ def accuracy_by_layer(records: Records, metrics: dict) -> str:
 
 
 def losses_of(runs: dict[str, Records]) -> str:
-    """Loss behind each layer in the last sweep of several runs."""
+    """Loss after each layer in the last sweep of several runs."""
 
     def plot(axes: Axes) -> None:
         names = list(dict.fromkeys(record.name for records in runs.values() for record in records))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from snows.cli.flags import as_flags
 from snows.errors import by_reason
 from snows.result import JOINT, LayerRecord
 
@@ -65,7 +66,7 @@ def line(layer: LayerRecord) -> str:
     if layer.products and not layer.joint:
         text += f", {layer.seconds:6.1f} s"
     if layer.problem:
-        text += f"   not solved: {layer.problem}"
+        text += f"   not solved: {as_flags(layer.problem)}"
     if layer.accuracy is not None:
         text += f"   accuracy {percent(layer.accuracy)}"
     return text
@@ -90,11 +91,11 @@ def summary(metrics: dict, folder: Path) -> str:
     lines += [f"  {name:<12} {percent(metrics[acc]):>12} {metrics[zeros]:9.2%}" for name, acc, zeros in rows]
     lines += ["", f"  {metrics['seconds']:.0f} s, {metrics['curvature_products']:.0f} curvature products"]
     if metrics["left_dense"]:
-        reasons = {reason: [] for reason in metrics["left_dense"].values()}
+        reasons: dict[str, list[str]] = {reason: [] for reason in metrics["left_dense"].values()}
         for name, reason in metrics["left_dense"].items():
             reasons[reason].append(name)
         lines += ["  left dense:", *(f"    {kinds(names)}: {reason}" for reason, names in reasons.items())]
     lines += [f"  saved in {folder}"]
     if metrics["problems"]:
-        lines += [f"  not solved, weights as they were: {by_reason(metrics['problems'])}"]
+        lines += [f"  not solved, weights as they were: {as_flags(by_reason(metrics['problems']))}"]
     return "\n".join(lines)

@@ -1,17 +1,19 @@
-"""The scripts' command lines: the flags that every script shares, those of each kind of pattern, and --resume."""
+"""The scripts' command lines: the flags that all share, and those of each kind of pattern; messages that name them."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from snows import options
 from snows.cli.resume import resumed
-from snows.errors import UsageError
+from snows.cli.settings import PatternOf, RunSettings, check_mask_flags, from_flags
 from snows.masks.allocation import ALLOCATIONS
 from snows.masks.patterns import NM, Unstructured
 from snows.masks.rules import read_rules
@@ -110,18 +112,33 @@ def add_run_flags(flags: argparse.ArgumentParser) -> None:
     loudness.add_argument("--quiet", action="store_true", help="nothing per layer, only what the run ends with")
 
 
-def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:
-    """The flags of the command; with --resume, those that the run began with and those that have changed since.
+def parse(flags: argparse.ArgumentParser, pattern_of: PatternOf) -> RunSettings:
+    """The settings of the command; with --resume, those that the run began with and what has changed since.
 
-    `changed`: what this command changes, by flag: (before, now).
+    pattern_of: `unstructured` or `nm`, which make the pattern of its flags.
 
     Raises:
-        UsageError: --resume names no run of this script, or other flags contradict it.
+        UsageError: flags contradict each other; --resume names no run of this script, or other flags contradict it.
     """
-    argv = sys.argv[1:]
-    args = flags.parse_args(argv)
-    args.argv, args.resumes, args.changed = argv, [], {}
-    return args if args.resume is None else resumed(flags, args)
+    args = flags.parse_args()
+    if args.resume is not None:
+        return resumed(flags, args.resume, pattern_of)
+    check_mask_flags(args)
+    return from_flags(args, pattern_of, sys.argv[1:])
+
+
+@cache
+def names() -> set[str]:
+    """The names of the flags of all scripts, without the dashes."""
+    flags = parser("", "")
+    add_unstructured_flags(flags, default=0.0)
+    add_nm_flags(flags)
+    return set(re.findall(r"--(\w+)", flags.format_usage()))
+
+
+def as_flags(message: str) -> str:
+    """A message of the library, which names options as `batch_size`, as a shell's user knows them: --batch_size."""
+    return re.sub(r"`(\w+)`", lambda found: f"--{found[1]}" if found[1] in names() else found[0], message)
 
 
 def add_unstructured_flags(flags: argparse.ArgumentParser, default: float) -> None:
@@ -163,26 +180,3 @@ def add_nm_flags(flags: argparse.ArgumentParser) -> None:
 
 def nm(args: argparse.Namespace) -> NM:
     return NM(args.NM_N, args.NM_M, args.layer_sparsity)
-
-
-def check_mask_flags(args: argparse.Namespace) -> None:
-    """Refuse flags of the masks that contradict each other.
-
-    Raises:
-        UsageError: it names them.
-    """
-    choices = {"mask_alg": "MP", "permute": False}
-    choices |= {"max_layer_sparsity": None, "allocation": "global", "normalise": None}
-    if not hasattr(args, "NM_N"):
-        choices["layer_sparsity"] = {}  # for N:M, rules say what the masks are checked against
-    chosen = [f"--{flag}" for flag, none in choices.items() if getattr(args, flag, none) != none]
-    if args.masks is not None and chosen:
-        raise UsageError(f"--masks says which weights survive: leave {' and '.join(chosen)} out.")
-    if args.export_masks is not None and getattr(args, "permute", False):
-        raise UsageError("--export_masks would write masks of permuted channels, which fit no other network.")
-    if args.export_masks is not None and len(args.algo) * len(args.seed) > 1:
-        raise UsageError("--export_masks is for one run: give one --algo and one --seed.")
-    if args.export_masks is not None and not args.export_masks.parent.is_dir():
-        raise UsageError(f"--export_masks: there is no folder {args.export_masks.parent}.")
-    if args.export_masks is not None and args.export_masks.suffix != ".safetensors":
-        raise UsageError(f"--export_masks writes .safetensors: {args.export_masks} has another ending.")

@@ -1,7 +1,7 @@
 """The finished layers of a run, one file each, from which a run that was stopped goes on.
 
 steps/0000.safetensors, steps/0001.safetensors, ... in the run's folder: a layer's weight, its mask and the shift of its
-bias, and as metadata its record and a checksum of them all. Each is written whole or not at all, behind its layer.
+bias, and as metadata its record and a checksum of them all. Each is written whole or not at all, after its layer.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def read(path: Path) -> Step:
 
 
 def header(content: bytes) -> dict:
-    """What a safetensors file says of itself: the JSON behind the eight bytes that hold its length."""
+    """What a safetensors file says of itself: the JSON after the eight bytes that hold its length."""
     return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
 
 

@@ -7,6 +7,9 @@ With one run folder it writes report.html into it, as every run does at its end;
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import snows.cli.loading  # noqa: F401, since what follows takes seconds
+
 import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from pathlib import Path
 
 from snows.cli import charts
 from snows.cli.console import percent
+from snows.cli.flags import as_flags
 from snows.cli.journal import Journal
 from snows.cli.run_folder import read_json, write
 from snows.errors import UsageError
@@ -122,14 +126,14 @@ def sentence(run: Run) -> str:
 
 def unsolved(layers: list[LayerRecord]) -> str:
     """The layers that were not solved."""
-    lines = [f"<li>{escape(name)}: {escape(problem)}</li>" for name, problem in problems(layers).items()]
+    lines = [f"<li>{escape(name)}: {escape(as_flags(problem))}</li>" for name, problem in problems(layers).items()]
     return f'<div class="problem">Not solved, weights as they were:<ul>{"".join(lines)}</ul></div>' if lines else ""
 
 
 def comparison(runs: list[Run]) -> str:
     """What several runs reached, side by side, and the settings in which they differ."""
-    names = ("pattern", "algo", "seed", "dense_accuracy", "masked_accuracy", "accuracy", "sparsity")
-    names = (*names, "curvature_products", "seconds")
+    names = ["pattern", "algo", "seed", "dense_accuracy", "masked_accuracy", "accuracy", "sparsity"]
+    names += ["curvature_products", "seconds"]
     rows = [[run.name, *(show(run.metrics.get(name)) for name in names)] for run in runs]
     keys = dict.fromkeys(key for run in runs for key in run.arguments if key not in ("argv", "seed", "algo"))
     differing = [key for key in keys if len({str(run.arguments.get(key)) for run in runs}) > 1]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import fcntl
 import io
-import itertools
 import json
 import os
 import platform
@@ -19,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import timm
@@ -92,8 +92,10 @@ def new_folder(path: Path | None, name: str) -> Path:
 
 
 def unlike_others(path: Path) -> Path:
-    """Create a folder of that name, with a number behind it where another run has taken it already."""
-    for number in itertools.count(2):
+    """Create a folder of that name, with a number after it where another run has taken it already."""
+    number = 1
+    while True:
+        number += 1
         try:
             path.mkdir(parents=True)
             return path
@@ -173,7 +175,7 @@ def write_json(path: Path, record: dict | list) -> None:
     write(path, json.dumps(record, indent=2, default=str) + "\n")
 
 
-def read_json(path: Path, *names: str) -> dict | list:
+def read_json(path: Path, *names: str) -> Any:
     """A JSON file of a run; with names, an object that has them.
 
     Raises:
@@ -225,7 +227,7 @@ def unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def layer_rows(records: list[LayerRecord]) -> list[dict]:
     """One row per layer: the losses of each sweep (the first without a number), the effort summed over sweeps."""
-    rows = {}
+    rows: dict[str, dict] = {}
     for record in records:
         values = asdict(record)
         sweep, _ = values.pop("sweep"), values.pop("residuals")

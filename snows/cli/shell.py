@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from snows import memory
+from snows.cli.flags import as_flags
 from snows.errors import Interrupted, SnowsError, Terminated, Unfinished, exit_code, first_line
 
-SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+SIGNALS: dict[int, type[KeyboardInterrupt]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 asked: list[KeyboardInterrupt] = []  # the signals that this process was given, as what they raised
 
 
@@ -45,7 +46,7 @@ class Spoken(logging.Handler):
     """What the library has to say, as lines above a progress bar: warnings on stderr, the rest on stdout."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(record.getMessage(), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
+        tqdm.write(as_flags(record.getMessage()), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
 
 
 def told(error: BaseException) -> tuple[str, int]:
@@ -53,7 +54,7 @@ def told(error: BaseException) -> tuple[str, int]:
     if isinstance(error, Unfinished) and "--verbose" in sys.argv:
         traceback.print_exception(error)
     if isinstance(error, SnowsError) and not hides_out_of_memory(error):
-        return str(error), error.exit_code
+        return as_flags(str(error)), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", exit_code(error)
     if isinstance(error, BrokenPipeError):
@@ -72,7 +73,8 @@ def told(error: BaseException) -> tuple[str, int]:
 def hides_out_of_memory(error: BaseException) -> bool:
     """Whether an error says of memory that ran out that something else is wrong: that images do not fit a network."""
     cause = error.__cause__
-    return isinstance(error, SnowsError) and "out of memory" not in str(error) and memory.is_out_of_memory(cause)
+    told = isinstance(error, SnowsError) and "out of memory" not in str(error)
+    return told and cause is not None and memory.is_out_of_memory(cause)
 
 
 def fail(message: str, code: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def from_library(arch: str, pretrained: bool, num_classes: int | None = None) ->
     raise UsageError(f"unknown architecture '{arch}': neither torchvision nor timm has it (see timm.list_models()).")
 
 
-def with_statistics(transform: Callable, mean: list[float] | None, std: list[float] | None) -> Callable:
+def with_statistics(transform: Callable, mean: Sequence[float] | None, std: Sequence[float] | None) -> Callable:
     """The same transform with another normalisation, one number per channel.
 
     Raises:
@@ -64,11 +64,11 @@ def with_statistics(transform: Callable, mean: list[float] | None, std: list[flo
     if mean is None and std is None:
         return transform
     if mean is None or std is None or len(mean) != len(std) or min(std) <= 0:
-        raise UsageError("--mean and --std go together, one number per channel each, and a std is positive.")
+        raise UsageError("`mean` and `std` go together, one number per channel each, and a std is positive.")
     if isinstance(transform, v2.Compose) or hasattr(transform, "transforms"):
         kept = [t for t in transform.transforms if not is_normalisation(t)]
         return v2.Compose([*kept, v2.Normalize(mean, std)])
-    transform.mean, transform.std = mean, std  # torchvision's presets
+    vars(transform).update(mean=mean, std=std)  # torchvision's presets
     return transform
 
 

@@ -61,6 +61,6 @@ def count_correct(model: nn.Module, images: Tensor, labels: Tensor) -> int:
 def halved(images: int) -> int:
     """How many images to try at a time, where so many were too many."""
     if images == 1:
-        raise SnowsError("out of memory with one test image at a time: lower --test_batch_size, loaded besides.")
+        raise SnowsError("out of memory with one test image at a time: load fewer beside it (`test_batch_size`).")
     log.warning("out of memory with %d test images at a time: going on with %d", images, (images + 1) // 2)
     return (images + 1) // 2

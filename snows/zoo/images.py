@@ -1,4 +1,4 @@
-"""Images: the datasets that the scripts know, a seeded calibration sample, and test batches."""
+"""Images: the datasets known by name, a seeded calibration sample, and test batches."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,19 +31,21 @@ class Data:
 
     train: Dataset
     test: Dataset
-    workers: int = 0
+    num_workers: int = 0
 
-    def check_enough(self, count: int) -> None:
+    def check_enough(self, ngrads: int) -> None:
         """Refuse to draw more images than there are.
 
         Raises:
             UsageError: there are fewer.
         """
-        if not 0 < count <= len(self.train):
-            raise UsageError(f"cannot draw {count} calibration images (--ngrads) from {len(self.train)}.")
+        if not 0 < ngrads <= len(self.train):
+            raise UsageError(f"cannot draw {ngrads} calibration images (`ngrads`) from {len(self.train)}.")
 
-    def calibration(self, count: int, seed: int, mirror: bool = False, cache_dir: str = "") -> tuple[Tensor, list[int]]:
-        """(images (count, c, h, w), their indices): a seeded sample of the training set, without replacement.
+    def calibration(
+        self, ngrads: int, seed: int, mirror: bool = False, cache_dir: str = ""
+    ) -> tuple[Tensor, list[int]]:
+        """(images (ngrads, c, h, w), their indices): a seeded sample of the training set, without replacement.
 
         mirror: flip each image left to right with probability 1/2.
         cache_dir: the folder for images of more than a GiB; see snows/calibration/store.py.
@@ -50,18 +53,19 @@ class Data:
         Raises:
             UsageError: more images are asked for than there are.
         """
-        self.check_enough(count)
+        self.check_enough(ngrads)
         torch.manual_seed(seed)  # a transform that the user edits in may draw random numbers
         generator = torch.Generator().manual_seed(seed)
-        indices = torch.randperm(len(self.train), generator=generator, device="cpu")[:count].tolist()
-        images, done = None, 0
+        indices = torch.randperm(len(self.train), generator=generator, device="cpu")[:ngrads].tolist()
+        images: Any = None
+        done = 0
         for batch, _ in self.batches(Subset(self.train, indices), 64):
             if images is None:
-                images = room_for(torch.Size((count, *batch.shape[1:])), batch.dtype, cache_dir)
+                images = room_for(torch.Size((ngrads, *batch.shape[1:])), batch.dtype, cache_dir)
             images[done : done + len(batch)] = batch
             done += len(batch)
         if mirror:
-            chosen = torch.rand(count, generator=generator, device="cpu") < 0.5
+            chosen = torch.rand(ngrads, generator=generator, device="cpu") < 0.5
             images[chosen] = images[chosen].flip(-1)
         return images, indices
 
@@ -70,7 +74,7 @@ class Data:
         return self.batches(self.test, batch_size)
 
     def batches(self, dataset: Dataset, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels, loaded by `workers` processes.
+        """Images and labels, loaded by `num_workers` processes.
 
         Raises:
             SnowsError: the processes cannot be started or be heard. What an image raises, they only pass on.
@@ -78,13 +82,13 @@ class Data:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores
             try:
-                yield from DataLoader(dataset, batch_size, num_workers=self.workers, worker_init_fn=be_quiet)
+                yield from DataLoader(dataset, batch_size, num_workers=self.num_workers, worker_init_fn=be_quiet)
             except (OSError, RuntimeError, EOFError) as error:
-                if self.workers == 0 or str(error).startswith("Caught "):
+                if self.num_workers == 0 or str(error).startswith("Caught "):
                     raise
                 why = first_line(error).split(". ")[0]
                 raise SnowsError(
-                    f"the {self.workers} processes that load images fail: {why}. Lower --num_workers "
+                    f"the {self.num_workers} processes that load images fail: {why}. Lower `num_workers` "
                     f"(0: this process loads them), or raise the limits of open files (ulimit -n) and shared memory."
                 ) from error
 
@@ -112,35 +116,35 @@ def normalised(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
     return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 
-def load(name: str, transform: Callable, folder: Path, workers: int = 0) -> Data:
+def load(dset: str, transform: Callable, data_dir: Path, num_workers: int = 0) -> Data:
     """A dataset by name, by the path of an ImageFolder directory (train/, val/), or by the path of an .npz.
 
-    folder: where cifar10, cifar100 and imagenet lie, or are downloaded to (imagenet cannot be downloaded).
+    data_dir: where cifar10, cifar100 and imagenet lie, or are downloaded to (imagenet cannot be downloaded).
     An .npz holds x_train, y_train, x_test, y_test: uint8 images (n, h, w, c) or (n, h, w) and labels (n,).
 
     Raises:
         UsageError: no such dataset, directory or file, or not of that form.
     """
-    path = Path(name)
-    if name == "digits":
-        return Data(*digits(transform), workers)
-    if name in ("cifar10", "cifar100"):
-        kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+    path = Path(dset)
+    if dset == "digits":
+        return Data(*digits(transform), num_workers)
+    if dset in ("cifar10", "cifar100"):
+        kind = torchvision.datasets.CIFAR10 if dset == "cifar10" else torchvision.datasets.CIFAR100
         try:
-            parts = [kind(folder, train=train, download=True, transform=transform) for train in (True, False)]
+            train, test = (kind(data_dir, train=part, download=True, transform=transform) for part in (True, False))
         except (OSError, RuntimeError) as error:
             raise SnowsError(
-                f"cannot load {name} from {folder} nor download it there: {error}. Put the extracted "
-                f"{kind.base_folder} folder there (--data_dir), or give an .npz as --dset."
+                f"cannot load {dset} from {data_dir} nor download it there: {error}. Put the extracted "
+                f"{kind.base_folder} folder there (`data_dir`), or give an .npz as `dset`."
             ) from error
-        return Data(*parts, workers)
-    if name == "imagenet":
-        return Data(*image_folders(folder, transform), workers)
+        return Data(train, test, num_workers)
+    if dset == "imagenet":
+        return Data(*image_folders(data_dir, transform), num_workers)
     if path.is_dir():
-        return Data(*image_folders(path, transform), workers)
+        return Data(*image_folders(path, transform), num_workers)
     if path.suffix == ".npz":
-        return Data(*npz(path, transform), workers)
-    raise UsageError(f"dataset '{name}' is not one of {', '.join(DATASETS)}, nor an existing directory or .npz file.")
+        return Data(*npz(path, transform), num_workers)
+    raise UsageError(f"dataset '{dset}' is not one of {', '.join(DATASETS)}, nor an existing directory or .npz file.")
 
 
 def digits(transform: Callable) -> tuple[Arrays, Arrays]:
@@ -157,7 +161,7 @@ def image_folders(folder: Path, transform: Callable) -> tuple[Dataset, Dataset]:
     """train/ and val/ of a directory in ImageFolder layout; with only one of them, it serves as both."""
     found = [folder / part if (folder / part).is_dir() else None for part in ("train", "val")]
     if not any(found):
-        raise UsageError(f"{folder} has neither train/ nor val/ with one folder per class (--data_dir or --dset).")
+        raise UsageError(f"{folder} has neither train/ nor val/ with one folder per class (`data_dir` or `dset`).")
     train, val = (part or next(filter(None, found)) for part in found)
     try:
         return tuple(torchvision.datasets.ImageFolder(part, transform) for part in (train, val))
@@ -192,4 +196,5 @@ def npz(path: Path, transform: Callable) -> tuple[Arrays, Arrays]:
         if labels.dtype.kind not in "iu" or labels.min() < 0:
             raise UsageError(f"{path}: y_{part} must hold class numbers from 0 on, as integers.")
         arrays[f"x_{part}"], arrays[f"y_{part}"] = images, labels
-    return tuple(Arrays(arrays[f"x_{part}"], arrays[f"y_{part}"], transform) for part in ("train", "test"))
+    train, test = (Arrays(arrays[f"x_{part}"], arrays[f"y_{part}"], transform) for part in ("train", "test"))
+    return train, test

@@ -1,8 +1,7 @@
-"""What the scripts' --arch and --dset mean: networks known by name, torchvision's and timm's, and their images."""
+"""Networks and images by name: a caller's own networks, torchvision's and timm's, and the datasets that fit them."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from snows.errors import SnowsError, UsageError, first_line
-from snows.zoo.classifiers import Classifier, from_library, load_checkpoint, with_statistics
+from snows.zoo.classifiers import Classifier, from_library, load_checkpoint
 from snows.zoo.images import DATASETS, Data, load
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
@@ -40,26 +39,31 @@ def shipped(build: Callable[[], nn.Module], transform: Callable, file: str, accu
     return builder
 
 
-def load_classifier(args: argparse.Namespace, known: Known) -> Classifier:
-    """The network that --arch names, with its weights (--checkpoint, shipped, downloaded, or none) and its transform.
+def load_classifier(
+    arch: str,
+    known: Known,
+    checkpoint: Path | None = None,
+    random_weights: bool = False,
+    num_classes: int | None = None,
+    seed: int = 0,
+) -> Classifier:
+    """A network by name, among `known` or a library's, with its transform.
+
+    Its weights are those of the checkpoint, random ones drawn with the seed, or else those that ship or are downloaded.
 
     Raises:
         UsageError: an unknown name, or a checkpoint that does not fit. SnowsError: a download that failed.
     """
-    if args.checkpoint and args.random_weights:
-        raise UsageError("--checkpoint and --random_weights exclude each other.")
-    if args.num_classes is not None and args.arch in known:
-        raise UsageError(f"--num_classes is for torchvision's and timm's networks: {args.arch} has its own.")
-    pretrained = not (args.checkpoint or args.random_weights)
-    torch.manual_seed(args.seed[0])  # of random weights
-    if args.arch in known:
-        classifier = known[args.arch](pretrained)
-    else:
-        classifier = from_library(args.arch, pretrained, args.num_classes)
-    if args.checkpoint:
-        load_checkpoint(classifier.model, args.checkpoint)
+    if checkpoint and random_weights:
+        raise UsageError("`checkpoint` and `random_weights` exclude each other.")
+    if num_classes is not None and arch in known:
+        raise UsageError(f"`num_classes` is for torchvision's and timm's networks: {arch} has its own.")
+    pretrained = not (checkpoint or random_weights)
+    torch.manual_seed(seed)
+    classifier = known[arch](pretrained) if arch in known else from_library(arch, pretrained, num_classes)
+    if checkpoint:
+        load_checkpoint(classifier.model, checkpoint)
         classifier.stated_accuracy = None
-    classifier.transform = with_statistics(classifier.transform, args.mean, args.std)
     return classifier
 
 
@@ -68,20 +72,26 @@ def fetch(arch: str, download: Callable[[], dict]) -> dict:
     try:
         return download()
     except Exception as error:  # every hub and protocol raises its own
-        raise SnowsError(
-            f"cannot download the weights of {arch}: {error}. Give them with --checkpoint FILE instead."
-        ) from error
+        message = f"cannot download the weights of {arch}: {error}. Give a file of them as `checkpoint` instead."
+        raise SnowsError(message) from error
 
 
-def load_data(args: argparse.Namespace, classifier: Classifier) -> Data:
-    """The images of --dset, by default those that the name of --arch ends in, else ImageNet."""
-    if args.dset is None:
-        dataset = args.arch.rpartition("_")[2]
-        args.dset = dataset if dataset in DATASETS else "imagenet"
-    if args.dset == "digits" and not args.arch.endswith("_digits"):
+def default_dataset(arch: str) -> str:
+    """The dataset that a network's name ends in, else ImageNet."""
+    ending = arch.rpartition("_")[2]
+    return ending if ending in DATASETS else "imagenet"
+
+
+def load_data(arch: str, classifier: Classifier, dset: str, data_dir: Path, num_workers: int = 0) -> Data:
+    """The images of a dataset through the network's transform; see `snows.zoo.images.load`.
+
+    Raises:
+        UsageError: there is no such dataset, or the network cannot take its images. SnowsError: a download that failed.
+    """
+    if dset == "digits" and not arch.endswith("_digits"):
         raise UsageError("the digits are 8 x 8 grey images, which only the networks named ..._digits take.")
-    data = load(args.dset, classifier.transform, args.data_dir, args.num_workers)
-    check_fits(classifier.model, data, f"the images of {args.dset} do not fit {args.arch}")
+    data = load(dset, classifier.transform, data_dir, num_workers)
+    check_fits(classifier.model, data, f"the images of {dset} do not fit {arch}")
     return data
 
 

@@ -157,27 +157,26 @@ def test_a_run_goes_on_with_other_micro_batches_and_keeps_to_them(script, ended_
     assert (metrics["options"]["batch_size"], metrics["options"]["memory_budget"]) == (8, 1.5)
     assert metrics["finished"]
     assert [sorted(resume) for resume in saved["resumes"]] == [
-        ["batch_size", "behind", "num_workers", "test_batch_size"],
-        ["behind", "num_workers"],
-        ["batch_size", "behind", "memory_budget"],
+        ["after", "batch_size", "num_workers", "test_batch_size"],
+        ["after", "num_workers"],
+        ["after", "batch_size", "memory_budget"],
     ]
-    assert [resume["behind"] for resume in saved["resumes"]] == [3, 6, 9]
+    assert [resume["after"] for resume in saved["resumes"]] == [3, 6, 9]
 
 
 def test_micro_batches_that_ran_out_of_memory_are_cut_again_only_where_nothing_has_changed(tmp_path):
     """What `earlier` tells of each step is what the pipeline goes by."""
-    import argparse
-
     from snows.cli.resume import earlier
     from snows.result import LayerRecord, Step
 
     steps = [Step(LayerRecord(str(i), 0, (1,), 0.5), None, None) for i in range(4)]
     for resumes, fitted in (
         ([], [True] * 4),
-        ([{"behind": 2, "num_workers": 4}, {"behind": 3, "joint_steps": 0}], [True] * 4),
-        ([{"behind": 1, "device": "cpu"}, {"behind": 3, "batch_size": 2}], [False, False, False, True]),
+        ([{"after": 2, "num_workers": 4}, {"after": 3, "joint_steps": 0}], [True] * 4),
+        ([{"after": 1, "device": "cpu"}, {"after": 3, "batch_size": 2}], [False, False, False, True]),
+        ([{"behind": 2, "batch_size": 2}], [False, False, True, True]),  # as version 0.2 wrote it
     ):
-        assert [step.fitted for step in earlier(argparse.Namespace(resumes=resumes), steps)] == fitted
+        assert [step.fitted for step in earlier(resumes, steps)] == fitted
 
 
 def test_a_run_whose_joint_steps_fail_is_ended_without_them(script, tmp_path, monkeypatch):

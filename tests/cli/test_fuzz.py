@@ -87,7 +87,7 @@ SMALL += ["--joint_steps", "1", "--joint_CG_iterations", "1"]
 def try_command(script, odd, monkeypatch, words):
     """A command line ends well, or in one line with code 1 or 2; a folder it left is whole."""
     monkeypatch.chdir(odd)
-    monkeypatch.setattr("snows.cli.experiment.write_report", lambda folders, out: None)  # slow, and tested elsewhere
+    monkeypatch.setattr("snows.cli.one_run.write_report", lambda folders, out: None)  # slow, and tested elsewhere
     out = odd / f"run{len(list(odd.glob('run*')))}"
     captured, code = script.ended("CNN_pruning/unstr.py", *SMALL, "--out_dir", out, *words)
     torch.use_deterministic_algorithms(False)

@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from snows.cli import console as screen
-from snows.cli import report
+from snows.cli import console, report
 from snows.errors import UsageError
 from snows.result import LayerRecord
 
@@ -107,7 +106,7 @@ RECORD = LayerRecord("layer1.conv", 0, (4, 4), 0.5, 2.0, 0.25, 1, 5, 5.0, 0.1)
 def test_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, terminal, style, bar, lines):
     out = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
-    progress = screen.Progress("SNOWS", style, earlier=1)
+    progress = console.Progress("SNOWS", style, earlier=1)
     for _ in range(3):
         progress(RECORD, 3)
     progress.close()
@@ -119,7 +118,7 @@ def test_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, terminal, style, b
 def test_the_last_line_says_how_many_layers_were_not_solved(tmp_path):
     metrics = dict(algo="SNOWS", dense_accuracy=90.0, masked_accuracy=None, accuracy=80.0, dense_sparsity=0.0)
     metrics |= dict(sparsity=0.5, seconds=1.0, curvature_products=2.0, left_dense={"fc": "not selected"}, problems={})
-    assert screen.summary(metrics, tmp_path).splitlines()[-1] == f"  saved in {tmp_path}"
+    assert console.summary(metrics, tmp_path).splitlines()[-1] == f"  saved in {tmp_path}"
     metrics["problems"] = {"a": "the loss is not finite", "b": "the gradient is not finite"}
-    last = screen.summary(metrics, tmp_path).splitlines()[-1]
+    last = console.summary(metrics, tmp_path).splitlines()[-1]
     assert last == "  not solved, weights as they were: a: the loss is not finite; b: the gradient is not finite"

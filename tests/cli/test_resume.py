@@ -164,7 +164,7 @@ def test_a_full_tmpfs_ends_in_one_line_and_the_run_goes_on_when_there_is_room(wh
 
 @pytest.fixture
 def stopped(script, tmp_path, monkeypatch, whole):
-    """A copy of the folder of a run that was stopped behind its fifth layer."""
+    """A copy of the folder of a run that was stopped after its fifth layer."""
     original, append, count = whole.parent / "stopped", Journal.append, []
 
     def stop(journal, step):
@@ -213,7 +213,7 @@ def test_a_damaged_run_folder_ends_in_one_line(script, stopped, name, damage):
 
 
 def test_files_of_masks_and_of_rules_are_not_to_change(script, tmp_path, monkeypatch):
-    """A run stopped behind its second layer, whose file then says something else."""
+    """A run stopped after its second layer, whose file then says something else."""
     masks, rules, append = tmp_path / "masks.safetensors", tmp_path / "rules.json", Journal.append
     flags = [*SMALL, "--skip_evaluation"]
 

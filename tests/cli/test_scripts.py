@@ -400,7 +400,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(tmp_path, monkeypa
 
 
 def test_a_dense_accuracy_far_from_the_stated_one_is_warned_about(capsys):
-    from snows.cli.experiment import warn_if_far
+    from snows.cli.task import warn_if_far
 
     warn_if_far(88.0, 91.4)
     assert "wrong normalisation" in capsys.readouterr().err

@@ -16,8 +16,8 @@ from helpers import ROOT
 from torch import nn
 
 from snows.cli import run_folder
-from snows.cli.experiment import save_stopped
 from snows.cli.journal import Journal
+from snows.cli.one_run import save_stopped
 from snows.cli.shell import shell
 from snows.errors import SnowsError, WriteError
 from snows.result import Pruned
@@ -29,27 +29,42 @@ SMALL += ["--skip_evaluation"]
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
-@pytest.mark.parametrize("folder", ["CNN_pruning", "VIT_pruning"])
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_while_torch_is_imported_ends_in_one_line(tmp_path, folder, number):
-    """A torch that raises the signal as it is imported stands in front of the real one."""
-    (tmp_path / "torch.py").write_text(f"import os, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(9)\n")
+def signalled_at_import(tmp_path, library, number, *command):
+    """(exit code, stderr) of a command for which a library that raises the signal stands in front of the real one."""
+    (tmp_path / f"{library}.py").write_text(f"import os, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(9)\n")
     done = subprocess.run(
-        [sys.executable, ROOT / folder / "unstr.py"],
+        [sys.executable, *command],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
+        cwd=ROOT,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit "ignore"
     )
-    assert (done.returncode, done.stderr) == (SIGNALS[number], "error: interrupted\n")
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("folder", ["CNN_pruning", "VIT_pruning"])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_torch_is_imported_ends_in_one_line(tmp_path, folder, number):
+    ended = signalled_at_import(tmp_path, "torch", number, f"{folder}/unstr.py")
+    assert ended == (SIGNALS[number], "error: interrupted\n")
+
+
+@pytest.mark.parametrize("name", ["snows.report", "snows.cli.report"])
+def test_a_report_ends_in_one_line(tmp_path, name):
+    """Once torch is there, which the package imports before any of its modules is asked."""
+    ended = signalled_at_import(tmp_path, "matplotlib", signal.SIGINT, "-m", name, "nowhere")
+    assert ended == (130, "error: interrupted\n")
+    done = subprocess.run([sys.executable, "-m", name, "nowhere"], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr.count("\n"), done.stderr[:22]) == (2, 1, "error: nowhere holds n")
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_signals_while_a_stopped_run_is_saved_change_nothing(script, tmp_path, monkeypatch, number):
-    """One behind the second layer, and three more of either kind as it is saved."""
+    """One after the second layer, and three more of either kind as it is saved."""
     folder, append, save = tmp_path / "run", Journal.append, run_folder.save
 
-    def stop_behind_the_second(journal, step):
+    def stop_after_the_second(journal, step):
         append(journal, step)
         if len(journal) == 2:
             os.kill(os.getpid(), number)
@@ -60,7 +75,7 @@ def test_signals_while_a_stopped_run_is_saved_change_nothing(script, tmp_path, m
         return save(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Journal, "append", stop_behind_the_second)
+        patched.setattr(Journal, "append", stop_after_the_second)
         patched.setattr(run_folder, "save", stop_again)
         _, err = script("CNN_pruning/unstr.py", *SMALL, "--out_dir", folder, code=SIGNALS[number])
     assert len(err.strip().splitlines()) == 1
@@ -189,7 +204,7 @@ def test_out_of_memory_in_a_run_says_how_to_go_on(script, tmp_path, monkeypatch,
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr("snows.cli.experiment.prune", lambda *_, algo, **__: MASKED if algo == "MP" else fails())
+        patched.setattr("snows.cli.task.prune", lambda *_, algo, **__: MASKED if algo == "MP" else fails())
         MASKED = Pruned(nn.Linear(1, 1), {})
         _, err = script("CNN_pruning/unstr.py", *SMALL, "--out_dir", tmp_path / "run", code=1)
     assert len(err.strip().splitlines()) == 1
@@ -230,8 +245,8 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_fewer_images(batches
     assert all(count <= fitted[0] for count in fitted)  # what did not fit is not tried again
 
 
-def test_an_evaluation_that_cannot_hold_one_image_names_the_flag(batches):
-    with pytest.raises(SnowsError, match=r"^out of memory with one test image[^\n]*--test_batch_size[^\n]*$"):
+def test_an_evaluation_that_cannot_hold_one_image_names_the_option(batches):
+    with pytest.raises(SnowsError, match=r"^out of memory with one test image[^\n]*`test_batch_size`[^\n]*$"):
         accuracy(Hungry(0, OUT_OF_MEMORY[1]), batches)
     with pytest.raises(RuntimeError, match="of another kind"):
         accuracy(Hungry(0, RuntimeError("of another kind")), batches)
@@ -261,17 +276,17 @@ class Images(torch.utils.data.Dataset):
 
 def test_too_few_open_files_for_the_loading_processes_end_in_one_line(capfd):
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    data = Data(Images(), Images(), workers=4)
+    data = Data(Images(), Images(), num_workers=4)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 4, before[1]))
     try:
-        with pytest.raises(SnowsError, match=r"^the 4 processes that load images fail: [^\n]*--num_workers[^\n]*$"):
+        with pytest.raises(SnowsError, match=r"^the 4 processes that load images fail: [^\n]*`num_workers`[^\n]*$"):
             list(data.test_batches(2))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_what_an_image_raises_in_a_loading_process_is_passed_on(recwarn):
-    data = Data(Images(), Images(ValueError("a broken image")), workers=3)
+    data = Data(Images(), Images(ValueError("a broken image")), num_workers=3)
     images, indices = data.calibration(5, 0)
     assert images[:, 0, 0, 0].tolist() == indices
     with pytest.raises(ValueError, match="a broken image"):

@@ -1,0 +1,184 @@
+"""What the runs of one command share: the dense network, its images, what is pruned of it, and the accuracies."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from snows.cli import console
+from snows.cli.journal import checksum
+from snows.cli.resume import read_metrics
+from snows.cli.settings import RunSettings
+from snows.masks.files import check_pattern, read_masks
+from snows.masks.patterns import NM, Pattern, Selection
+from snows.masks.permute import permute
+from snows.masks.rules import check_patterns
+from snows.network.layers import Masks, Network
+from snows.pipeline import choose_masks, prune
+from snows.result import Pruned, sparsity
+from snows.zoo import evaluate
+from snows.zoo.classifiers import Classifier, with_statistics
+from snows.zoo.registry import Known, load_classifier, load_data
+
+Layers = Callable[[str], bool]  # whether to prune a layer, by its name
+FAR_FROM_STATED = 1.0  # percent points between measured and stated dense accuracy that call for a warning
+
+
+class Task:
+    """A dense network, its images, its layers to prune and the pattern; `common` is what metrics.json says of them."""
+
+    def __init__(self, settings: RunSettings, known: Known, layers: Layers):
+        self.settings = settings
+        self.layers = lambda name: layers(name) and not any(fnmatchcase(name, skipped) for skipped in settings.skip)
+        classifier = classifier_of(settings, known)
+        self.data = load_data(settings.arch, classifier, settings.dset, settings.data_dir, settings.num_workers)
+        if any(settings.needs_images(algo) for algo in settings.algo):
+            self.data.check_enough(settings.ngrads)
+        self.model = classifier.model
+        if isinstance(settings.pattern, NM) and settings.permute:
+            self.model = permuted(self.model, settings.pattern, self.layers)
+        if settings.skip:
+            check_patterns(settings.skip, [layer.name for layer in self.network.layers], "--skip")
+        self.pattern: Pattern | Masks = settings.pattern
+        if settings.masks is not None:
+            self.pattern = self.masks_of_file(settings.masks)
+        self.name = name_of(settings)
+        self.selections: dict[int | None, Selection] = {}  # by seed, the last
+        self.drawn: dict[int, tuple[Tensor, list[int]]] = {}
+        self.masked_accuracies: dict[int | None, float | None] = {}  # by seed; None: by magnitude, without images
+        self.common = self.measure(classifier.stated_accuracy)
+
+    @cached_property
+    def network(self) -> Network:
+        """The dense network, traced: the one place where it is."""
+        return Network(self.model, self.settings.device)
+
+    def masks_of_file(self, file: Path) -> Masks:
+        """The masks of --masks for the layers to prune."""
+        pattern = self.settings.pattern
+        masks = {name: mask for name, mask in read_masks(file, self.network).items() if self.layers(name)}
+        if isinstance(pattern, NM):
+            check_pattern(file, masks, pattern)
+        return masks
+
+    def measure(self, stated_accuracy: float | None) -> dict:
+        """Measure the dense and the masked network, or read what the run that goes on had measured; say so."""
+        settings, seed = self.settings, self.settings.seed[0]
+        measured = {} if settings.resume is None else read_metrics(settings.resume)
+        dense = measured["dense_accuracy"] if measured else self.accuracy(self.model)
+        print(f"{settings.arch} on {settings.dset}: dense accuracy {console.percent(dense)}, pattern {self.name}")
+        warn_if_far(dense, stated_accuracy)
+        chosen = self.selection(seed)
+        print(f"pruning {len(chosen.masks)} layers: {console.kinds(chosen.masks)}", flush=True)
+        if measured:
+            self.masked_accuracies[self.mask_seed(seed)] = measured["masked_accuracy"]
+        self.masked_accuracy(seed)
+        return {
+            "arch": settings.arch,
+            "dset": settings.dset,
+            "pattern": self.name,
+            "weights_checksum": checksum(self.model.state_dict().values()),
+            "masks_checksum": checksum([] if not isinstance(self.pattern, dict) else self.pattern.values()),
+            "dense_accuracy": dense,
+            "dense_sparsity": sparsity(self.model),
+            "left_dense": {**self.network.refused, **chosen.left_dense},
+        }
+
+    def mask_seed(self, seed: int) -> int | None:
+        """The seed that the masks depend on; None where no images choose them."""
+        return seed if self.settings.needs_images("MP") else None
+
+    def selection(self, seed: int) -> Selection:
+        """The masks that a seed's images choose: the one place where they are, once for each set of images."""
+        key = self.mask_seed(seed)
+        if key not in self.selections:
+            images = None if key is None else self.calibration(seed)[0]
+            settings, options = self.settings, self.settings.options_of(seed)
+            chosen = choose_masks(
+                *(self.network, images, self.pattern, options),
+                mask_alg=settings.mask_alg,
+                layers=self.layers,
+                device=settings.device,
+            )
+            self.selections = {key: chosen}
+        return self.selections[key]
+
+    def prune(self, algo: str, seed: int, images: Tensor | None, **hooks: Any) -> Pruned:
+        """The network, pruned on a seed's images: the one place where the command calls the library's `prune`."""
+        options, device = self.settings.options_of(seed), self.settings.device
+        return prune(self.network, images, self.selection(seed), options, algo=algo, device=device, **hooks)
+
+    def calibration(self, seed: int) -> tuple[Tensor, list[int]]:
+        """(images, their indices in the training set) that a seed draws; the last ones are kept."""
+        if seed not in self.drawn:
+            settings = self.settings
+            self.drawn.clear()  # before others take as much memory
+            self.drawn[seed] = self.data.calibration(settings.ngrads, seed, settings.mirror, settings.options.cache_dir)
+        return self.drawn[seed]
+
+    def masked_accuracy(self, seed: int) -> float | None:
+        """Percent of the masked network with nothing solved, measured once for each set of masks."""
+        key = self.mask_seed(seed)
+        if key not in self.masked_accuracies:
+            images = None if key is None else self.calibration(seed)[0]
+            skip = self.settings.skip_evaluation
+            self.masked_accuracies[key] = None if skip else self.accuracy(self.prune("MP", seed, images).model)
+        return self.masked_accuracies[key]
+
+    def accuracy(self, model: nn.Module) -> float | None:
+        """Percent of the test images; None with --skip_evaluation."""
+        if self.settings.skip_evaluation:
+            return None
+        batches = self.data.test_batches(self.settings.test_batch_size)
+        return evaluate.accuracy(model, batches, self.settings.device)
+
+
+def classifier_of(settings: RunSettings, known: Known) -> Classifier:
+    """The network of --arch with its weights and its transform."""
+    classifier = load_classifier(
+        settings.arch,
+        known,
+        settings.checkpoint,
+        settings.random_weights,
+        settings.num_classes,
+        seed=settings.options.seed,
+    )
+    classifier.transform = with_statistics(classifier.transform, settings.mean, settings.std)
+    return classifier
+
+
+def name_of(settings: RunSettings) -> str:
+    """What the pattern is called where a run is named."""
+    if settings.masks is not None:
+        return f"masks {settings.masks.stem}"
+    return str(settings.pattern) if settings.mask_alg == "MP" else f"{settings.pattern} by {settings.mask_alg}"
+
+
+def permuted(model: nn.Module, pattern: NM, layers: Layers) -> nn.Module:
+    """The same function with input channels in a better order; says what that is worth."""
+    result = permute(model, pattern, layers)
+    if not result.kept:
+        print("permuted nothing: the channels of every layer are tied to those of others, or cannot be followed")
+        return model
+    before, after = (sum(shares) / len(shares) for shares in zip(*result.kept.values()))
+    print(
+        f"permuted the inputs of {len(result.kept)} layers: {pattern} keeps {after:.1%} of their magnitude, not "
+        f"{before:.1%}; the others' channels are tied to those of other layers, or cannot be followed"
+    )
+    return result.model
+
+
+def warn_if_far(measured: float | None, stated: float | None) -> None:
+    """Warn where the dense accuracy is not what the weights are known for."""
+    if stated is not None and measured is not None and measured < stated - FAR_FROM_STATED:
+        print(
+            f"warning: these weights are stated to reach {stated:.2f} %, far above the {measured:.2f} % measured here. "
+            f"The usual cause is a wrong normalisation (--mean, --std) or another test set.",
+            file=sys.stderr,
+        )
