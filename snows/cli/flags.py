@@ -137,8 +137,12 @@ def names() -> set[str]:
 
 
 def as_flags(message: str) -> str:
-    """A message of the library, which names options as `batch_size`, as a shell's user knows them: --batch_size."""
-    return re.sub(r"`(\w+)`", lambda found: f"--{found[1]}" if found[1] in names() else found[0], message)
+    """A message of the library, which names options as `batch_size`, as a shell's user knows them: --batch_size.
+
+    What the library leaves out by `layers`, a function, the shell leaves out by --skip.
+    """
+    known = {name: f"--{name}" for name in names()} | {"layers": "--skip"}
+    return re.sub(r"`(\w+)`", lambda found: known.get(found[1], found[0]), message)
 
 
 def add_unstructured_flags(flags: argparse.ArgumentParser, default: float) -> None:

@@ -169,7 +169,7 @@ def test_micro_batches_that_ran_out_of_memory_are_cut_again_only_where_nothing_h
     from snows.cli.resume import earlier
     from snows.result import LayerRecord, Step
 
-    steps = [Step(LayerRecord(str(i), 0, (1,), 0.5), None, None) for i in range(4)]
+    steps = [Step(LayerRecord(name=str(i), sweep=0, shape=(1,), sparsity=0.5), None, None) for i in range(4)]
     for resumes, fitted in (
         ([], [True] * 4),
         ([{"after": 2, "num_workers": 4}, {"after": 3, "joint_steps": 0}], [True] * 4),

@@ -254,7 +254,7 @@ def try_spoiled_step(tmp_path, data):
     journal = Journal(tmp_path)
     journal.clear()
     weight = torch.arange(8.0).view(2, 4)
-    journal.append(Step(LayerRecord("a", 0, (2, 4), 0.5), weight > 3, weight, torch.ones(2)))
+    journal.append(Step(LayerRecord(name="a", sweep=0, shape=(2, 4), sparsity=0.5), weight > 3, weight, torch.ones(2)))
     (path,) = journal.folder.iterdir()
     path.write_bytes(data.draw(spoiled(path.read_bytes())))
     with refused_in_one_line():

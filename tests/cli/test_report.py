@@ -96,7 +96,18 @@ class Terminal(io.StringIO):
         return True
 
 
-RECORD = LayerRecord("layer1.conv", 0, (4, 4), 0.5, 2.0, 0.25, 1, 5, 5.0, 0.1)
+RECORD = LayerRecord(
+    name="layer1.conv",
+    sweep=0,
+    shape=(4, 4),
+    sparsity=0.5,
+    loss_before=2.0,
+    loss_after=0.25,
+    newton_steps=1,
+    cg_iterations=5,
+    products=5.0,
+    seconds=0.1,
+)
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,22 @@ def test_a_run_of_other_weights_or_images_does_not_go_on(script, stopped):
 
 
 def test_a_step_comes_back_as_it_was(tmp_path):
-    record = LayerRecord("a.b", 1, (2, 3), 0.5, 2.0, 1.0, 1, 2, 2.0, 0.1, 1000, 64, [[0.5, 0.25]], accuracy=91.2)
+    record = LayerRecord(
+        name="a.b",
+        sweep=1,
+        shape=(2, 3),
+        sparsity=0.5,
+        loss_before=2.0,
+        loss_after=1.0,
+        newton_steps=1,
+        cg_iterations=2,
+        products=2.0,
+        seconds=0.1,
+        peak_memory_bytes=1000,
+        batch_size=64,
+        residuals=[[0.5, 0.25]],
+        accuracy=91.2,
+    )
     generator = torch.Generator().manual_seed(0)
     weight, mask = torch.randn(2, 3, generator=generator), torch.rand(2, 3, generator=generator) < 0.5
     journal = Journal(tmp_path)
@@ -267,13 +282,13 @@ def test_a_step_comes_back_as_it_was(tmp_path):
         assert step.record == record
         assert torch.equal(step.weight, weight)
         assert torch.equal(step.mask, mask)
-        assert (step.shift is None) == (shift is None)
+        assert (step.bias_update is None) == (shift is None)
     journal.clear()
     assert len(journal) == 0
 
 
 STEP = Step(
-    LayerRecord("a", 1, (2, 2), 0.5, 2.0, 1.0),
+    LayerRecord(name="a", sweep=1, shape=(2, 2), sparsity=0.5, loss_before=2.0, loss_after=1.0),
     torch.tensor([[True, False], [False, True]]),
     torch.arange(4.0, dtype=torch.float64).view(2, 2),
     torch.ones(2),

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import snows
+from snows import methods
 from snows.cli import run_folder
-from snows.masks.saliency import MASK_ALGORITHMS
-from snows.solve.layer import ALGORITHMS
+from snows.masks.saliency import SALIENCIES
 
 N_M = st.sampled_from(
     [snows.NM(1, 2), snows.NM(1, 4), snows.NM(3, 4), snows.NM(1, 2, {"gate": "1:4", "stem": "dense"})]
@@ -24,7 +24,7 @@ SHARES = st.builds(
     normalise=st.booleans(),
     layer_sparsity=st.sampled_from([{}, {"gate": 0.5, "fc": "dense"}]),
 )
-METHODS = {"mask_alg": st.sampled_from(MASK_ALGORITHMS), "algo": st.sampled_from(ALGORITHMS)}
+METHODS = {"mask_alg": st.sampled_from(list(SALIENCIES)), "algo": st.sampled_from(list(methods.METHODS))}
 MODEL = randomise(TinyCNN())
 IMAGES = torch.randn(6, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
