@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from fnmatch import fnmatch
 
 import fill
 import pytest
@@ -74,3 +75,10 @@ def test_no_results_file_is_read_with_anything_but_the_standard_library():
     code = "import sys; import tables; tables.headline(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "bench", capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_every_results_file_is_described():
+    described = re.findall(r"^\| (`.*?) \|", (ROOT / "results" / "README.md").read_text(), re.MULTILINE)
+    names = [name.replace("…", "*") for cell in described for name in re.findall(r"`(\S+)`", cell)]
+    files = [file.stem for file in (ROOT / "results").glob("*.csv")]
+    assert [file for file in files if not any(fnmatch(file, name) for name in names)] == []
