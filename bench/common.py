@@ -81,7 +81,7 @@ def read(path: Path) -> list[dict]:
         rows = [{name: value(name, cell) for name, cell in row.items()} for row in csv.DictReader(file)]
     shared = {name: dicts for name, dicts in settings(path).items() if isinstance(dicts, list)}
     for row in rows:
-        row.update({name: dicts[row[name]] for name, dicts in shared.items() if row[name] is not None})
+        row.update({name: dicts[row[name]] for name, dicts in shared.items() if row.get(name) is not None})
     return rows
 
 
@@ -101,13 +101,15 @@ def write(path: Path, rows: list[dict], of: dict | None = None) -> None:
 
     shared, lines = {}, []
     for row in rows:
-        line = dict(row)
-        for name, dict_ in ((name, cell) for name, cell in row.items() if isinstance(cell, dict)):
-            kept = shared.setdefault(name, [])
-            if dict_ not in kept:
-                kept.append(dict_)
-            line[name] = kept.index(dict_)
-        lines.append({name: cell if isinstance(cell, str | None) else json.dumps(cell) for name, cell in line.items()})
+        line = {}
+        for name, cell in row.items():
+            if isinstance(cell, dict):
+                kept = shared.setdefault(name, [])
+                if cell not in kept:
+                    kept.append(cell)
+                cell = kept.index(cell)
+            line[name] = cell if isinstance(cell, str | None) else json.dumps(cell)
+        lines.append(line)
     columns = sorted(dict.fromkeys(name for line in lines for name in line), key=lambda name: name in shared)
     text = io.StringIO()
     table = csv.DictWriter(text, columns, lineterminator="\n")

@@ -24,9 +24,13 @@ def test_every_table_stands_on_a_page():
     assert found == tables.TABLES.keys()
 
 
-def test_the_pages_link_to_files_that_there_are():
-    for target in re.findall(r"\]\(([^)#:]+)\)", RESULTS_PAGE.read_text()):
-        assert (RESULTS_PAGE.parent / target).exists(), target
+def test_the_results_page_names_only_files_and_headings_that_there_are():
+    text = RESULTS_PAGE.read_text()
+    targets = [ROOT / "docs" / target for target in re.findall(r"\]\(([^)#:]+)\)", text)]
+    targets += [ROOT / script for script in re.findall(r"python (\S+\.py)", text)]
+    assert [str(target) for target in targets if not target.exists()] == []
+    headings = {re.sub(r"[^\w -]", "", line[3:]).lower().replace(" ", "-") for line in re.findall("^## .*", text, re.M)}
+    assert set(re.findall(r"\]\(#(.*?)\)", text)) == headings
 
 
 def test_the_headline_is_five_rows_of_a_network_each():
