@@ -31,8 +31,8 @@ def default(arch: str) -> str:
         ["masked only", run["masked_accuracy"], f"{run['sparsity']:.0%}"],
         ["SNOWS", run["accuracy"], f"{run['sparsity']:.0%}"],
     ]
-    spent = f"{run['seconds']:.0f} s, {run['curvature_products']:.0f} products."
-    return table(["", "accuracy %", "zeros"], rows) + f"\n\n{spent}"
+    spent = f"\n\n{run['seconds']:.0f} s, {run['curvature_products']:.0f} products."
+    return table(["", "accuracy %", "zeros"], rows) + spent
 
 
 def headline() -> str:
@@ -115,11 +115,10 @@ def ablation() -> str:
 
 def vit_ablation() -> str:
     """One row per setting, with the accuracy at each pattern."""
-    rows = load("vit_cifar10_ablation")
     first, cells = {}, {}
-    for row in rows:
-        base = first.setdefault(row["pattern"], row)
-        cells.setdefault(changed(row, base), {})[row["pattern"]] = row["accuracy"]
+    for row in load("vit_cifar10_ablation"):
+        settings = changed(row, first.setdefault(row["pattern"], row))
+        cells.setdefault(settings, {})[row["pattern"]] = row["accuracy"]
     lines = [[settings, *(found.get(pattern, "") for pattern in first)] for settings, found in cells.items()]
     return table(["settings", *(f"{pattern}, accuracy %" for pattern in first)], lines)
 
