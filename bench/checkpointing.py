@@ -4,11 +4,9 @@
 
 The ResNet-20 that ships (8 x 8 grey), one for 32 x 32 colour images, and torchvision's ViT-B/16 with random weights, of
 which the first block is pruned; random images where none ship. Each step is timed inside the one run that writes it, to
-the disk that holds --folder. Writes {"machine": ..., "environment": ..., "rows": [...]}.
+the disk that holds --folder. One row per network.
 """
 
-import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,19 +14,15 @@ from pathlib import Path
 
 import torch
 import torchvision
+from common import ROOT, Parser, Results
+from resnet_cifar import ResNet
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning")]
-
-from resnet_cifar import ResNet  # noqa: E402
-
-import snows  # noqa: E402
-from snows.cli import run_folder  # noqa: E402
-from snows.cli.journal import Journal  # noqa: E402
-from snows.cli.shell import shell  # noqa: E402
-from snows.zoo import images as data  # noqa: E402
-from snows.zoo.classifiers import load_checkpoint  # noqa: E402
+import snows
+from snows.cli.journal import Journal
+from snows.cli.shell import shell
+from snows.zoo import images as data
+from snows.zoo.classifiers import load_checkpoint
 
 ANY = lambda name: True  # noqa: E731
 
@@ -76,7 +70,8 @@ def measure(build: Callable, folder: Path, device: str) -> dict:
     size = sum(file.stat().st_size for file in journal.folder.iterdir())
     return {
         "images": len(images),
-        "options": vars(job["options"]),
+        "seed": job["options"].seed,
+        "options": {name: value for name, value in vars(job["options"]).items() if name != "seed"},
         "steps": len(seconds),
         "bytes_written": size,
         "writing_seconds": sum(seconds),
@@ -86,17 +81,15 @@ def measure(build: Callable, folder: Path, device: str) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser = Parser(__doc__, "checkpointing.csv", "--device")
     parser.add_argument("--folder", type=Path, default=ROOT, help="where the steps are written for the time of a run")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "checkpointing.json")
-    args = parser.parse_args()
-    environment, rows = run_folder.environment(args.device), []
+    args = parser.parse()
+    results, rows = Results(args.out, args.device), []
     for name, build in RUNS.items():
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             rows.append({"network": name, **measure(build, Path(folder), args.device)})
         print(f"{name}: {rows[-1]['share']:.2%} of {rows[-1]['run_seconds']:.0f} s", flush=True)
-    run_folder.write_json(args.out, {"machine": environment["machine"], "environment": environment, "rows": rows})
+    results.replace(rows)
 
 
 if __name__ == "__main__":

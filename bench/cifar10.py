@@ -1,37 +1,34 @@
-"""The README's figures on CIFAR-10: many settings, one results file per table.
+"""Accuracy on CIFAR-10: many patterns, methods and options, one results file per table.
 
     python bench/cifar10.py accuracy --checkpoint resnet20_cifar10.pt --dset cifar10.npz
     python bench/cifar10.py vit --dset cifar10.npz
 
 The checkpoint is the ResNet-20 of the WoodFisher, CHITA and SNOWS papers (normalisation mean = std = 0.5); `vit` takes
 the ViT that ships in checkpoints/. A row that the results file already holds is not measured again, so an interrupted
-table goes on where it stopped.
+table goes on where it stopped. A row's `flags` are the options that it sets, as the scripts take them.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning"), str(ROOT / "VIT_pruning")]
+from common import RESULTS, Parser, Results
+from networks import PATTERNS, Bench, weights
 
-from resnet_cifar import ResNet  # noqa: E402
-from rows import Results  # noqa: E402
-from vit_small import vit_cifar10  # noqa: E402
+import snows
+from snows import options
+from snows.cli.shell import shell
+from snows.zoo.evaluate import accuracy
 
-import snows  # noqa: E402
-from snows.cli.shell import shell  # noqa: E402
-from snows.zoo import images as data  # noqa: E402
-from snows.zoo.classifiers import load_checkpoint  # noqa: E402
-from snows.zoo.evaluate import accuracy  # noqa: E402
-
-PATTERNS = {f"unstructured {share}": snows.Unstructured(share) for share in (0.5, 0.6, 0.7, 0.8, 0.9)}
-PATTERNS |= {"2:4": snows.NM(2, 4), "1:4": snows.NM(1, 4), "4:8": snows.NM(4, 8)}
+TABLES = {  # name -> (network, results file)
+    "accuracy": ("resnet20_cifar10", "resnet20_cifar10_accuracy.csv"),
+    "ablation": ("resnet20_cifar10", "resnet20_cifar10_ablation.csv"),
+    "vit": ("vit_cifar10", "vit_cifar10.csv"),
+    "vit_ablation": ("vit_cifar10", "vit_cifar10_ablation.csv"),
+}
 LAYER_BY_LAYER = {"algo": "SNOWS", "joint_steps": 0}
 ACCURACY_RUNS = [{"algo": "MP"}, {"algo": "MP+"}, LAYER_BY_LAYER, {"algo": "SNOWS"}]
 METHODS = ("MP", "MP+", "layer-by-layer", "SNOWS")
 # Few images, so that a table takes minutes.
-ABLATED = {"images": 256, "k_step": 8, "sweeps": 1, "schedule": 0, "joint_steps": 0}
+ABLATED = {"images": 256, "sweeps": 1, "k_step": 8, "schedule": 0, "joint_steps": 0}
 ABLATED |= {"max_CG_iterations": 5, "cg_tolerance": 0.01}
 ABLATION = [{}, *({"k_step": k} for k in (0, 2, 4, 16))]  # each row changes one choice of the first, or two
 ABLATION += [{"targets": "same"}, {"curvature": "hessian"}, {"depth_weights": "mean"}, {"batching": True}]
@@ -49,9 +46,10 @@ VIT_JOINT = {"joint_steps": 4, "joint_CG_iterations": 20, "joint_images": 256}
 VIT_SHORT_STEPS = {"newton_steps": 2, "max_CG_iterations": 5}
 VIT_ABLATION = [{}, {"biases": False}, VIT_SHORT_STEPS, {"sweeps": 2}, {"schedule": 2}]
 VIT_ABLATION += [VIT_JOINT, {"schedule": 2, **VIT_JOINT}]
+CHANGES = ("newton_steps", "curvature_images", "joint_images")  # of SNOWS in `accuracy`, by flags of the same names
 
 
-def rows_of(table: str, images: int = 1024, changes: dict | None = None) -> list[dict]:
+def runs_of(table: str, images: int = 1024, changes: dict | None = None) -> list[dict]:
     """What each row of a table runs; `accuracy` with so many images, and SNOWS there with options changed."""
     if table == "accuracy":
         patterns = [pattern for pattern in PATTERNS if pattern != "4:8"]
@@ -66,106 +64,74 @@ def rows_of(table: str, images: int = 1024, changes: dict | None = None) -> list
 
 
 def method_of(run: dict) -> str:
-    """What `--methods` calls a row: in `accuracy`, SNOWS without joint steps has a name of its own."""
+    """What `--methods` calls a run: in `accuracy`, SNOWS without joint steps has a name of its own."""
     return "layer-by-layer" if LAYER_BY_LAYER.items() <= run.items() else run["algo"]
 
 
-class Bench:
-    """The dense network and its images; accuracies that several rows share are measured once."""
-
-    def __init__(self, vit: bool, checkpoint: Path, dset: Path, device: str):
-        self.model, self.device = vit_cifar10() if vit else ResNet(20, 10), device
-        self.layers = (lambda name: name.startswith("blocks.")) if vit else (lambda name: True)
-        load_checkpoint(self.model, checkpoint)
-        self.model.eval()  # a forward pass in training mode would change the BatchNorm statistics of the dense network
-        self.data = data.Data(*data.npz(dset, data.normalised((0.5,) * 3, (0.5,) * 3)))
-        self.test = list(self.data.test_batches(128))
-        self.dense_accuracy = accuracy(self.model, self.test, device)
-        self.masked_accuracies = {}
-
-    def masked_accuracy(self, pattern: str) -> float:
-        if pattern not in self.masked_accuracies:
-            masked = snows.prune(self.model, None, PATTERNS[pattern], algo="MP", layers=self.layers, device=self.device)
-            self.masked_accuracies[pattern] = accuracy(masked.model, self.test, self.device)
-        return self.masked_accuracies[pattern]
-
-    def measure(self, run: dict, seed: int) -> dict:
-        """One row's figures."""
-        row = dict(run)
-        pattern, algo, images = row.pop("pattern"), row.pop("algo"), row.pop("images")
-        options = snows.Options(**row, seed=seed)
-        calibration, _ = self.data.calibration(images, seed)
-        pruned = snows.prune(
-            self.model, calibration, PATTERNS[pattern], options, algo=algo, layers=self.layers, device=self.device
-        )
-        return {
-            "dense_accuracy": self.dense_accuracy,
-            "masked_accuracy": self.masked_accuracy(pattern),
-            "accuracy": accuracy(pruned.model, self.test, self.device),
-            "sparsity": pruned.sparsity,
-            "curvature_products": pruned.curvature_products,
-            "seconds": pruned.seconds,
-            "peak_memory_bytes": pruned.peak_memory_bytes,
-            "test_images": len(self.data.test),
-            "seed": seed,
-            "options": vars(options),
-        }
+def row_of(run: dict) -> dict:
+    """What tells a row from others: pattern, method, images, and the options that it sets as flags."""
+    row = {name: run[name] for name in ("pattern", "algo", "images")}
+    return {**row, "flags": " ".join(f"--{name} {value}" for name, value in run.items() if name not in row)}
 
 
-def markdown(rows: list[dict]) -> str:
-    """The rows as a Markdown table."""
-    header = ["run", "seed", "masked only", "accuracy", "zeros", "curvature products", "seconds"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for row in rows:
-        name = ", ".join(f"{k} {v}" if k not in ("pattern", "algo") else v for k, v in row["run"].items())
-        lines.append(
-            f"| {name} | {row['seed']} | {row['masked_accuracy']:.2f} | {row['accuracy']:.2f} | {row['sparsity']:.2%} "
-            f"| {row['curvature_products']:.0f} | {row['seconds']:.0f} |"
-        )
-    return "\n".join(lines)
+def options_of(flags: str, seed: int) -> snows.Options:
+    """The options that a row's flags give."""
+    parser = argparse.ArgumentParser()
+    options.add_flags(parser)
+    return options.from_flags(parser.parse_args(flags.split()), seed)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("accuracy", "ablation", "vit", "vit_ablation"))
-    parser.add_argument("--checkpoint", type=Path, help="weights of the ResNet-20 (required) or of the ViT")
-    parser.add_argument("--dset", type=Path, required=True, help="an .npz of CIFAR-10")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+def measure(bench: Bench, row: dict) -> dict:
+    """One row's figures."""
+    chosen = options_of(row["flags"], row["seed"])
+    calibration, _ = bench.data.calibration(row["images"], row["seed"])
+    job = dict(algo=row["algo"], layers=bench.layers, device=bench.device)
+    pruned = snows.prune(bench.model, calibration, PATTERNS[row["pattern"]], chosen, **job)
+    return {
+        "dense_accuracy": bench.dense_accuracy,
+        "masked_accuracy": bench.masked_accuracy(row["pattern"]),
+        "accuracy": accuracy(pruned.model, bench.test, bench.device),
+        "sparsity": pruned.sparsity,
+        "curvature_products": pruned.curvature_products,
+        "seconds": pruned.seconds,
+        "peak_memory_bytes": pruned.peak_memory_bytes,
+        "test_images": len(bench.data.test),
+        "options": {name: value for name, value in vars(chosen).items() if name != "seed"},
+    }
+
+
+def flags() -> Parser:
+    parser = Parser(__doc__, None, "--checkpoint", "--dset", "--device", "--seeds")
+    parser.add_argument("table", choices=TABLES)
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, help="only these rows")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these rows")
     parser.add_argument("--images", type=int, default=1024, help="calibration images of `accuracy` (default: 1024)")
-    parser.add_argument("--out", type=Path, help="default: results/NETWORK_cifar10_TABLE.json")
-    parser.add_argument(
-        "--newton_steps", type=int, help="of SNOWS in `accuracy`: rows of their own (default: the option's)"
-    )
-    parser.add_argument("--curvature_images", type=int, help="likewise")
-    parser.add_argument("--joint_images", type=int, help="likewise")
-    args = parser.parse_args()
-    vit = args.table.startswith("vit")
-    checkpoint = args.checkpoint or (ROOT / "checkpoints" / "vit_cifar10.safetensors" if vit else None)
-    if checkpoint is None:
-        parser.error("--checkpoint is required for the ResNet-20")
-    network, table = ("vit_cifar10", args.table.removeprefix("vit")) if vit else ("resnet20_cifar10_", args.table)
-    out = args.out or ROOT / "results" / f"{network}{table}.json"
-    results = Results(out, args.device, (checkpoint, args.dset))
-    changes = {
-        k: v for k in ("newton_steps", "curvature_images", "joint_images") if (v := getattr(args, k)) is not None
-    }
+    for name in CHANGES:
+        parser.add_argument(f"--{name}", type=int, help="of SNOWS in `accuracy`: rows of their own (default: none)")
+    return parser
+
+
+def main():
+    parser = flags()
+    args = parser.parse()
+    network, file = TABLES[args.table]
+    changes = {name: value for name in CHANGES if (value := getattr(args, name)) is not None}
     if changes and args.table != "accuracy":
         parser.error(f"--{next(iter(changes))} belongs to `accuracy`; the other tables have rows of their own for it")
-    runs = [
-        {"run": run, "seed": seed}
-        for run in rows_of(args.table, args.images, changes)
+    checkpoint = weights(network, args.checkpoint)
+    results = Results(args.out or RESULTS / file, args.device, (checkpoint, args.dset))
+    rows = [
+        {**row_of(run), "seed": seed}
+        for run in runs_of(args.table, args.images, changes)
         if run["pattern"] in (args.patterns or PATTERNS) and method_of(run) in (args.methods or METHODS)
         for seed in args.seeds
     ]
-    bench = Bench(vit, checkpoint, args.dset, args.device)
-    for _, run in results.claimed(runs):
-        row = {**run, **bench.measure(**run)}
-        results.add(row)
-        print(markdown([row]).splitlines()[-1], flush=True)
-    print(markdown(results.rows()))
+    bench = Bench(network, checkpoint, args.dset, args.device)
+    for position, row in results.claimed(rows):
+        found = measure(bench, row)
+        results.add({**row, **found})
+        name = " ".join(str(value) for value in row.values() if value != "")
+        print(f"{position}: {name}: {found['accuracy']:.2f} %", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,38 +5,34 @@
 
 The networks are those of bench/cifar10.py. Each row is written as soon as it is measured, and a row that the results
 file already holds is not measured again, so an interrupted grid goes on where it stopped, and the same command started
-once more measures other rows beside the first. A row that the network does not allow is left out, and said. Next to
-the results file lie the Markdown table (.md) and the plot (.png), of the rows with the same number of images and the
-same options.
+once more measures other rows beside the first. A row that the network does not allow is left out, and said. At the end
+it prints a table and draws a plot of the rows with the same number of images and the same options.
 """
 
 import argparse
-import io
 import itertools
 import statistics
-from pathlib import Path
 
-from cifar10 import ROOT, Bench
-from rows import Results
+from common import Parser, Results, panels, save_figure
+from networks import Bench, weights
+from tables import MASKS, PATTERNS, WAYS, comparison, found, over_seeds
 
 import snows
 from snows import options
-from snows.cli import run_folder
 from snows.cli.shell import shell
 from snows.errors import UsageError
-from snows.masks.saliency import LAYER_WISE, MASK_ALGORITHMS
+from snows.masks.saliency import LAYER_WISE
 from snows.solve.layer import SETTLED
 from snows.zoo.evaluate import accuracy
 
-PATTERNS = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "1:4", "2:8")
+NETWORKS = {"resnet20": "resnet20_cifar10", "vit": "vit_cifar10"}
 ALONE = {"SparseGPT": "SparseGPT"}  # what a mask's own method does with the survivors; the others keep them as they are
-WAYS = ("alone", "MP+", "SNOWS")
 LOOKS = {
     "alone": {"linestyle": ":", "marker": "."},
     "MP+": {"linestyle": "--", "marker": "x"},
     "SNOWS": {"linestyle": "-", "marker": "D", "markersize": 4},
 }
-COLOURS = dict(zip(MASK_ALGORITHMS, ("tab:gray", "tab:orange", "tab:green", "tab:blue")))
+COLOURS = dict(zip(MASKS, ("tab:gray", "tab:orange", "tab:green", "tab:blue")))
 
 
 def pattern_of(text: str, mask: str) -> snows.NM | snows.Unstructured:
@@ -68,15 +64,15 @@ def algorithm(run: dict) -> str:
     return ALONE.get(run["mask"], "MP") if run["way"] == "alone" else run["way"]
 
 
-def settings(run: dict, images: int, chosen: snows.Options) -> dict:
-    """What a row's figures depend on besides: the options as its algorithm settles them, so that MP+ knows few."""
+def row_of(run: dict, images: int, chosen: snows.Options) -> dict:
+    """What tells a row from others: its run, and the options as its algorithm settles them, so that MP+ knows few."""
     settled = vars(chosen.but(**SETTLED.get(algorithm(run), {})))
-    return {"images": images, **{name: value for name, value in settled.items() if name != "seed"}}
+    return {**run, "images": images, "options": {name: value for name, value in settled.items() if name != "seed"}}
 
 
-def measure(bench: Bench, run: dict, images: int, chosen: snows.Options) -> dict:
+def measure(bench: Bench, run: dict, chosen: snows.Options) -> dict:
     """One row's figures."""
-    calibration, _ = bench.data.calibration(images, run["seed"])
+    calibration, _ = bench.data.calibration(run["images"], run["seed"])
     pruned = snows.prune(
         bench.model,
         calibration,
@@ -97,57 +93,20 @@ def measure(bench: Bench, run: dict, images: int, chosen: snows.Options) -> dict
     }
 
 
-def over_seeds(rows: list[dict], **wanted) -> list[float]:
-    """The accuracies of all the seeds of one cell."""
-    return [row["accuracy"] for row in rows if all(row["run"][key] == value for key, value in wanted.items())]
-
-
-def found(rows: list[dict], key: str, order: tuple[str, ...]) -> list[str]:
-    """The values that the rows have, known ones in their usual order and first."""
-    values = {row["run"][key] for row in rows}
-    return [value for value in order if value in values] + sorted(values - set(order))
-
-
-def table(rows: list[dict]) -> str:
-    """Accuracy in percent, mean and standard deviation over seeds: a line for each mask of each pattern."""
-    ways = found(rows, "way", WAYS)
-    lines = [["pattern", "mask", *ways], ["---"] * (2 + len(ways))]
-    for pattern, mask in itertools.product(found(rows, "pattern", PATTERNS), found(rows, "mask", MASK_ALGORITHMS)):
-        cells = [over_seeds(rows, pattern=pattern, mask=mask, way=way) for way in ways]
-        if any(cells):
-            lines.append([pattern, mask, *map(cell, cells)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def cell(accuracies: list[float]) -> str:
-    if not accuracies:
-        return ""
-    spread = f" ± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
-    return f"{statistics.mean(accuracies):.2f}{spread}"
-
-
-def plot(rows: list[dict]) -> bytes:
-    """Accuracy against sparsity as a PNG: unstructured sparsities on the left, N:M patterns on the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, gridspec_kw={"width_ratios": (3, 2)})
+def plot(rows: list[dict]):
+    """Accuracy against sparsity: unstructured sparsities on the left, N:M patterns on the right."""
+    figure, axes = panels(1, 2, 11, 4.5, sharey=True, gridspec_kw={"width_ratios": (3, 2)})
+    left, right = axes[0]
     legend = {}
-    for panel, nm in zip(axes, (False, True)):
-        legend = draw(panel, [row for row in rows if (":" in row["run"]["pattern"]) == nm]) | legend
+    for panel, nm in ((left, False), (right, True)):
+        legend = draw(panel, [row for row in rows if (":" in row["pattern"]) == nm]) | legend
         legend["dense"] = panel.axhline(rows[0]["dense_accuracy"], color="black", linewidth=0.8)
         panel.grid(alpha=0.3)
-    axes[0].set(xlabel="sparsity, % of all parameters", ylabel="accuracy, %")
-    axes[1].set(xlabel="pattern")
+    left.set(xlabel="sparsity, % of all parameters", ylabel="accuracy, %")
+    right.set(xlabel="pattern")
     place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
-    axes[1].legend(legend.values(), legend.keys(), fontsize="x-small", handlelength=4, **place)
-    figure.tight_layout()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    plt.close(figure)
-    return image.getvalue()
+    right.legend(legend.values(), legend.keys(), fontsize="x-small", handlelength=4, **place)
+    return figure
 
 
 def draw(panel, rows: list[dict]) -> dict:
@@ -155,7 +114,7 @@ def draw(panel, rows: list[dict]) -> dict:
 
     Sparsities are joined by lines. N:M patterns are not, as nothing lies between two: there masks stand side by side.
     """
-    patterns, masks = found(rows, "pattern", PATTERNS), found(rows, "mask", MASK_ALGORITHMS)
+    patterns, masks = found(rows, "pattern", PATTERNS), found(rows, "mask", MASKS)
     nm, drawn = any(":" in pattern for pattern in patterns), {}
     for mask, way in itertools.product(masks, found(rows, "way", WAYS)):
         cells = {pattern: over_seeds(rows, pattern=pattern, mask=mask, way=way) for pattern in patterns}
@@ -177,12 +136,10 @@ def draw(panel, rows: list[dict]) -> dict:
     return drawn
 
 
-def parser() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("network", choices=("resnet20", "vit"))
-    flags.add_argument("--checkpoint", type=Path, help="weights of the ResNet-20 (required) or of the ViT")
-    flags.add_argument("--dset", type=Path, required=True, help="an .npz of CIFAR-10")
-    flags.add_argument("--masks", nargs="+", default=list(MASK_ALGORITHMS), choices=MASK_ALGORITHMS)
+def parser() -> Parser:
+    flags = Parser(__doc__, "compare_{network}.csv", "--checkpoint", "--dset", "--device", "--seeds")
+    flags.add_argument("network", choices=NETWORKS)
+    flags.add_argument("--masks", nargs="+", default=list(MASKS), choices=MASKS)
     flags.add_argument(
         "--ways",
         nargs="+",
@@ -191,42 +148,36 @@ def parser() -> argparse.ArgumentParser:
         help="how the survivors are set: as the mask's own method does, by least squares, by SNOWS (default: all)",
     )
     flags.add_argument("--patterns", nargs="+", default=list(PATTERNS), help="N:M, or shares of all parameters")
-    flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     flags.add_argument("--images", type=int, default=2048, help="calibration images (default: 2048)")
-    flags.add_argument("--device", default="cpu")
-    flags.add_argument("--out", type=Path, help="results file (default: results/compare_NETWORK.json)")
+    flags.set_defaults(seeds=[0, 1, 2])
     options.add_flags(flags)
     return flags
 
 
 def main():
-    args = parser().parse_args()
-    if args.network == "resnet20" and args.checkpoint is None:
-        raise UsageError("--checkpoint is required for the ResNet-20.")
+    args = parser().parse()
     for pattern in args.patterns:
         pattern_of(pattern, "MP")
-    chosen = options.from_flags(args, seed=0)
-    out = args.out or ROOT / "results" / f"compare_{args.network}.json"
-    checkpoint = args.checkpoint or ROOT / "checkpoints" / "vit_cifar10.safetensors"
-    results = Results(out, args.device, (checkpoint, args.dset))
-    runs = [{"run": run, "settings": settings(run, args.images, chosen)} for run in grid(args)]
-    if results.missing(runs):
-        bench = Bench(args.network == "vit", checkpoint, args.dset, args.device)
-    for position, run in results.claimed(runs):
-        name = f"{position}: {' '.join(map(str, run['run'].values()))}"
+    network, chosen = NETWORKS[args.network], options.from_flags(args, seed=0)
+    checkpoint = weights(network, args.checkpoint)
+    results = Results(args.out, args.device, (checkpoint, args.dset))
+    rows = [row_of(run, args.images, chosen) for run in grid(args)]
+    if results.missing(rows):
+        bench = Bench(network, checkpoint, args.dset, args.device)
+    for position, row in results.claimed(rows):
+        name = f"{position}: {row['pattern']} {row['mask']} {row['way']} {row['seed']}"
         try:
-            figures = measure(bench, run["run"], args.images, chosen)
+            figures = measure(bench, row, chosen)
         except UsageError as error:  # a sparsity beyond what the network's prunable layers hold, say
             print(f"{name}: left out: {error}", flush=True)
             continue
-        results.add({**run, **figures})
+        results.add({**row, **figures})
         print(f"{name}: {figures['accuracy']:.2f} %, {figures['seconds']:.0f} s", flush=True)
-    shown = [row for row in results.rows() if row["settings"] == settings(row["run"], args.images, chosen)]
+    shown = [row for row in results.rows() if row_of(row, args.images, chosen).items() <= row.items()]
     if not shown:
         raise UsageError("no row could be measured.")
-    run_folder.write(out.with_suffix(".md"), table(shown))
-    run_folder.write(out.with_suffix(".png"), plot(shown))
-    print(table(shown))
+    save_figure(plot(shown), args.out, "png")
+    print(comparison(shown))
 
 
 if __name__ == "__main__":

@@ -4,36 +4,28 @@
     python bench/convergence.py vit_cifar10 --dset cifar10.npz
 
 Three layers, masked to 1:4 one at a time in the dense network, so that each system stands for itself. One Newton step
-of up to 100 products, plain and preconditioned; and several preconditioned steps of 5 products each. Writes {"machine":
-..., "rows": [...]} and a plot: the K-step loss after the line search, over products.
+of up to 100 products, plain and preconditioned; and several preconditioned steps of 5 products each. One row per
+point, a plot of them (the K-step loss after the line search, over products), and in a second file, NAME_needed.csv,
+after how many products each kind reaches what plain CG reaches after the most.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
+from common import Parser, Results, panels, save_figure, write
+from networks import NETWORKS, cifar10, trained, weights
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning"), str(ROOT / "VIT_pruning")]
+from snows import NM, Options
+from snows.calibration.stream import Stream
+from snows.cli.shell import shell
+from snows.network.layers import Layer, Network
+from snows.solve.objective import reconstruction
+from snows.solve.preconditioner import row_inverses
+from snows.solve.solver import backtrack, conjugate_gradients, dot, solve
 
-from resnet_cifar import ResNet  # noqa: E402
-from vit_small import vit_cifar10  # noqa: E402
-
-from snows import NM, Options  # noqa: E402
-from snows.calibration.stream import Stream  # noqa: E402
-from snows.cli import run_folder  # noqa: E402
-from snows.cli.shell import shell  # noqa: E402
-from snows.network.layers import Layer, Network  # noqa: E402
-from snows.solve.objective import reconstruction  # noqa: E402
-from snows.solve.preconditioner import row_inverses  # noqa: E402
-from snows.solve.solver import backtrack, conjugate_gradients, dot, solve  # noqa: E402
-from snows.zoo import images as data  # noqa: E402
-from snows.zoo.classifiers import load_checkpoint  # noqa: E402
-
-NETWORKS = {  # name -> (builder, three layers)
-    "resnet20_cifar10": (lambda: ResNet(20, 10), ["layer1.1.conv1", "layer2.1.conv2", "layer3.1.conv1"]),
-    "vit_cifar10": (vit_cifar10, ["blocks.0.attn.qkv", "blocks.2.attn.proj", "blocks.4.mlp.fc1"]),
+LAYERS = {
+    "resnet20_cifar10": ["layer1.1.conv1", "layer2.1.conv2", "layer3.1.conv1"],
+    "vit_cifar10": ["blocks.0.attn.qkv", "blocks.2.attn.proj", "blocks.4.mlp.fc1"],
 }
 PRODUCTS = (1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 70, 100)
 DAMPING = 1e-3
@@ -88,60 +80,48 @@ def curves(network: Network, layer: Layer, images: torch.Tensor, args: argparse.
     return rows
 
 
-def needed(rows: list[dict]) -> dict[str, dict[str, int | None]]:
+def needed(rows: list[dict]) -> list[dict]:
     """For each layer, the products after which each kind's loss is what plain CG reaches after the most."""
-    result = {}
+    result = []
     for layer in dict.fromkeys(row["layer"] for row in rows):
         of = {kind: [row for row in rows if (row["layer"], row["kind"]) == (layer, kind)] for kind in KINDS}
         goal = of["plain"][-1]["loss"]
         reached = {kind: [row["products"] for row in of[kind] if row["loss"] <= goal] for kind in KINDS}
-        result[layer] = {kind: min(products, default=None) for kind, products in reached.items()}
+        result.append({"layer": layer, **{kind: min(products, default=None) for kind, products in reached.items()}})
     return result
 
 
-def plot(rows: list[dict], path: Path) -> None:
+def plot(rows: list[dict]):
     """Loss over products, one panel per layer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     layers = list(dict.fromkeys(row["layer"] for row in rows))
-    figure, panels = plt.subplots(1, len(layers), figsize=(4 * len(layers), 3.5), layout="constrained")
-    for layer, axes in zip(layers, panels):
+    figure, axes = panels(1, len(layers), 4 * len(layers), 3.5)
+    for layer, panel in zip(layers, axes[0]):
         for kind in KINDS:
             curve = [row for row in rows if (row["layer"], row["kind"]) == (layer, kind)]
-            axes.loglog([row["products"] for row in curve], [row["loss"] for row in curve], ".-", label=kind)
-        axes.set_title(layer, fontsize=9)
-        axes.set_xlabel("products")
-    panels[0].set_ylabel("K-step loss")
-    panels[0].legend()
-    figure.savefig(path)
+            panel.loglog([row["products"] for row in curve], [row["loss"] for row in curve], ".-", label=kind)
+        panel.set_title(layer, fontsize=9)
+        panel.set_xlabel("products")
+    axes[0, 0].set_ylabel("K-step loss")
+    axes[0, 0].legend()
+    return figure
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, "convergence_{network}.csv", "--checkpoint", "--dset", "--device")
     parser.add_argument("network", choices=NETWORKS)
-    parser.add_argument("--checkpoint", type=Path, help="default: what ships in checkpoints/")
-    parser.add_argument("--dset", type=Path, required=True, help="an .npz of CIFAR-10")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--k_step", type=int, default=8)
     parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="default: results/convergence_NETWORK.json")
-    args = parser.parse_args()
-    build, names = NETWORKS[args.network]
-    model = build()
-    load_checkpoint(model, args.checkpoint or ROOT / "checkpoints" / f"{args.network}.safetensors")
-    images, _ = data.Data(*data.npz(args.dset, data.normalised((0.5,) * 3, (0.5,) * 3))).calibration(args.images, 0)
-    network = Network(model, args.device)
-    rows = [row for layer in network.layers if layer.name in names for row in curves(network, layer, images, args)]
-    out = args.out or ROOT / "results" / f"convergence_{args.network}.json"
-    environment = run_folder.environment(args.device)
-    summary = {"machine": environment["machine"], "environment": environment, "needed": needed(rows)}
-    run_folder.write_json(out, {**summary, "rows": rows})
-    plot(rows, out.with_suffix(".svg"))
-    print(summary["needed"])
+    args = parser.parse()
+    checkpoint = weights(args.network, args.checkpoint)
+    results = Results(args.out, args.device, (checkpoint, args.dset))
+    images, _ = cifar10(args.dset).calibration(args.images, 0)
+    network, chosen = Network(trained(args.network, checkpoint), args.device), LAYERS[args.network]
+    rows = [row for layer in network.layers if layer.name in chosen for row in curves(network, layer, images, args)]
+    results.replace(rows)
+    write(args.out.with_name(f"{args.out.stem}_needed.csv"), needed(rows))
+    save_figure(plot(rows), args.out)
+    print(*needed(rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -6,16 +6,14 @@
 The defaults at four costs: one pass over the layers; all passes; joint steps behind them; longer ones. Adam and L-BFGS
 (torch.optim) minimise the objective of the first, layer by layer, over the same images; their "products" are gradients,
 which cost about as much. held_out_loss is the squared error of the logits on the test images, relative to the dense
-network's. Writes {"machine": ..., "rows": [...]} and a plot; rows that the file already holds are not measured again.
+network's. One row per run, and a plot; rows that the file already holds are not measured again.
 """
 
-import argparse
 import itertools
-from pathlib import Path
 
 import torch
-from cifar10 import PATTERNS, ROOT, Bench
-from rows import Results
+from common import Parser, Results, panels, save_figure
+from networks import NETWORKS, PATTERNS, Bench, weights
 
 import snows
 from snows.cli.shell import shell
@@ -106,42 +104,31 @@ def measure(bench: Bench, name: str, pattern: str, seed: int, count: int) -> dic
     }
 
 
-def plot(rows: list[dict], path: Path) -> None:
+def plot(rows: list[dict]):
     """Accuracy over seconds, one panel per pattern, one point per run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     patterns = list(dict.fromkeys(row["pattern"] for row in rows))
-    figure, panels = plt.subplots(1, len(patterns), figsize=(4.5 * len(patterns), 3.5), layout="constrained")
-    for pattern, axes in zip(patterns, [panels] if len(patterns) == 1 else panels):
+    figure, axes = panels(1, len(patterns), 4.5 * len(patterns), 3.5)
+    for pattern, panel in zip(patterns, axes[0]):
         for name in METHODS:
             points = [row for row in rows if row["pattern"] == pattern and row["method"] == name]
-            axes.semilogx([p["seconds"] for p in points], [p["accuracy"] for p in points], "o", label=name)
-        axes.set_title(pattern)
-        axes.set_xlabel("seconds")
-        axes.set_ylabel("accuracy %")
-        axes.legend(fontsize=8)
-    figure.savefig(path)
+            panel.semilogx([p["seconds"] for p in points], [p["accuracy"] for p in points], "o", label=name)
+        panel.set_title(pattern)
+        panel.set_xlabel("seconds")
+        panel.set_ylabel("accuracy %")
+        panel.legend(fontsize=8)
+    return figure
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", choices=("resnet20_cifar10", "vit_cifar10"))
-    parser.add_argument("--checkpoint", type=Path, help="default: what ships in checkpoints/")
-    parser.add_argument("--dset", type=Path, required=True, help="an .npz of CIFAR-10")
+    parser = Parser(__doc__, "end_to_end_{network}.csv", "--checkpoint", "--dset", "--device", "--seeds")
+    parser.add_argument("network", choices=NETWORKS)
     parser.add_argument("--patterns", nargs="+", default=["2:4", "1:4"], choices=PATTERNS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--images", type=int, default=128)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="default: results/end_to_end_NETWORK.json")
-    args = parser.parse_args()
-    out = args.out or ROOT / "results" / f"end_to_end_{args.network}.json"
-    checkpoint = args.checkpoint or ROOT / "checkpoints" / f"{args.network}.safetensors"
-    results = Results(out, args.device, (checkpoint, args.dset))
-    bench = Bench(args.network == "vit_cifar10", checkpoint, args.dset, args.device)
+    args = parser.parse()
+    checkpoint = weights(args.network, args.checkpoint)
+    results = Results(args.out, args.device, (checkpoint, args.dset))
+    bench = Bench(args.network, checkpoint, args.dset, args.device)
     shared = {"network": args.network, "images": args.images}
     runs = [
         {**shared, "method": method, "pattern": pattern, "seed": seed}
@@ -151,7 +138,7 @@ def main():
         row = {**run, **measure(bench, run["method"], run["pattern"], run["seed"], args.images)}
         results.add(row)
         print(row, flush=True)
-    plot(results.rows(), out.with_suffix(".svg"))
+    save_figure(plot(results.rows()), args.out)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 bench/gpu.sh runs it with the data beside the checkout. Jobs: the ResNet-20 of the README's first command at full size
 (needs --checkpoint and --dset, else left out); a ViT-B/16 at 2:4, K = 3, 256 images, and a ResNet-50 at 2:4, both with
 random weights on random images, the latter once more with a small memory budget; one curvature product beside a large
-matrix product; and a small job on the CPU and on the device. Each row of {"rows": [...]} names its job.
+matrix product; and a small job on the CPU and on the device. Each row names its job, and leaves the figures of other
+jobs empty.
 """
 
 import argparse
@@ -16,25 +17,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
+from common import Parser, Results
+from resnet_cifar import ResNet
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
-import sys  # noqa: E402
-
-sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning")]
-
-from resnet_cifar import ResNet  # noqa: E402
-
-import snows  # noqa: E402
-from snows import memory  # noqa: E402
-from snows.calibration.streams import Streams  # noqa: E402
-from snows.cli import run_folder  # noqa: E402
-from snows.cli.shell import shell  # noqa: E402
-from snows.modes import precision  # noqa: E402
-from snows.network.layers import Network  # noqa: E402
-from snows.solve.objective import reconstruction  # noqa: E402
-from snows.zoo.classifiers import load_checkpoint  # noqa: E402
+import snows
+from snows import memory
+from snows.calibration.streams import Streams
+from snows.cli.shell import shell
+from snows.modes import precision
+from snows.network.layers import Network
+from snows.solve.objective import reconstruction
+from snows.zoo.classifiers import load_checkpoint
 
 
 def wait(device: str) -> None:
@@ -50,24 +45,25 @@ def copies(profiler: profile) -> float | None:
     return between / busy if busy else None
 
 
-def job(model, images, pattern, options, device: str) -> dict:
+def job(model, images, pattern, options, device: str) -> list[dict]:
     """A whole job: seconds, peak memory and products; and of one more like it, on few images, the share of copies."""
     pruned = snows.prune(model, images, pattern, options, device=device)
     with profile(activities=[ProfilerActivity.CUDA if memory.is_gpu(device) else ProfilerActivity.CPU]) as profiler:
         snows.prune(model, images[: len(images) // 4], pattern, options.but(schedule=0, joint_steps=0), device=device)
-    return {
+    row = {
         "images": len(images),
-        "options": vars(options),
         "seconds": pruned.seconds,
         "peak_memory_bytes": pruned.peak_memory_bytes,
         "products": pruned.curvature_products,
         "micro_batches": sorted({layer.batch_size for layer in pruned.layers}),
         "share_of_copies": copies(profiler),
-        "problems": pruned.problems,
+        "problems": "; ".join(f"{layer}: {reason}" for layer, reason in pruned.problems.items()),
+        "options": vars(options),
     }
+    return [row]
 
 
-def cifar(args: argparse.Namespace) -> dict:
+def cifar(args: argparse.Namespace) -> list[dict]:
     """0.7 unstructured, K = 20, 3,000 images, Newton steps on mini-batches of 512: the command users have."""
     model = ResNet(20, 10)
     load_checkpoint(model, args.checkpoint)
@@ -77,16 +73,16 @@ def cifar(args: argparse.Namespace) -> dict:
     return job(model, images, snows.Unstructured(0.7, 0.8), options, args.device)
 
 
-def vit(args: argparse.Namespace) -> dict:
+def vit(args: argparse.Namespace) -> list[dict]:
     options = snows.Options(k_step=3, batch_size=128)
     return job(network("vit_b_16"), images_for(args), snows.NM(2, 4), options, args.device)
 
 
-def resnet50(args: argparse.Namespace) -> dict:
+def resnet50(args: argparse.Namespace) -> list[dict]:
     return job(network("resnet50"), images_for(args), snows.NM(2, 4), snows.Options(), args.device)
 
 
-def staged(args: argparse.Namespace) -> dict:
+def staged(args: argparse.Namespace) -> list[dict]:
     """The ResNet-50 with a budget for a fraction of its features: what copies by way of the host cost."""
     options = snows.Options(memory_budget=args.budget)
     return job(network("resnet50"), images_for(args), snows.NM(2, 4), options, args.device)
@@ -115,7 +111,7 @@ def rate(work: Callable[[], object], device: str, times: int = 5) -> float:
     return counter.get_total_flops() / min(seconds) / 1e12
 
 
-def product(args: argparse.Namespace) -> dict:
+def product(args: argparse.Namespace) -> list[dict]:
     """A curvature product of a ViT-B/16's first MLP, on one micro-batch, beside a product of two matrices."""
     images = images_for(args)[: max(1, args.scale // 8)]
     streams = Streams(Network(network("vit_b_16"), args.device), [images], args.device)
@@ -123,37 +119,43 @@ def product(args: argparse.Namespace) -> dict:
     streams.advance(layer)
     objective = reconstruction(layer, streams.sparse, streams.dense, snows.Options(k_step=3))
     weight = objective.join(streams.network.model.get_parameter(layer.parameter))
-    here, vector, result = objective.linearise(weight), torch.ones_like(weight), {}
+    here, vector, rows = objective.linearise(weight), torch.ones_like(weight), []
     matrix = torch.randn(args.matrix, args.matrix, device=args.device)
     for name in ("highest", "tf32"):
         with precision(name):
-            result[name] = {
-                "product_tflops": rate(lambda: here.product(vector), args.device),
-                "matrix_tflops": rate(lambda: matrix @ matrix, args.device),
-            }
-    return result
+            row = {"precision": name, "product_tflops": rate(lambda: here.product(vector), args.device)}
+            rows.append({**row, "matrix_tflops": rate(lambda: matrix @ matrix, args.device)})
+    return rows
 
 
-def against_cpu(args: argparse.Namespace) -> dict:
+def against_cpu(args: argparse.Namespace) -> list[dict]:
     """The same small job on the CPU and on the device: seconds, and how far the networks they give are apart."""
     torch.manual_seed(0)
     model, images = ResNet(20, 10), torch.randn(args.scale, 3, 32, 32)
     jobs = {}
-    for place in ("cpu", args.device):
+    for place in dict.fromkeys(("cpu", args.device)):
         options = snows.Options(precision="highest")
         jobs[place] = snows.prune(model, images, snows.NM(1, 4), options, device=place)
-    ours, reference = jobs[args.device], jobs["cpu"]
     with torch.no_grad():
-        logits, expected, dense = (each.eval()(images) for each in (ours.model, reference.model, model))
-    return {
-        "seconds": {place: each.seconds for place, each in jobs.items()},
-        "same_masks": all(mask.equal(reference.masks[name]) for name, mask in ours.masks.items()),
-        "relative_difference_of_logits": ((logits - expected).norm() / expected.norm()).item(),
-        "relative_error": {
-            place: ((found - dense).norm() / dense.norm()).item()
-            for place, found in ((args.device, logits), ("cpu", expected))
-        },
-    }
+        dense = model.eval()(images)
+        logits = {place: found.model.eval()(images) for place, found in jobs.items()}
+    reference = jobs["cpu"]
+    return [
+        {
+            "place": place,
+            "images": len(images),
+            "seconds": found.seconds,
+            "same_masks": all(mask.equal(reference.masks[name]) for name, mask in found.masks.items()),
+            "relative_difference_of_logits": relative(logits[place], logits["cpu"]),
+            "relative_error": relative(logits[place], dense),
+        }
+        for place, found in jobs.items()
+    ]
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """How far tensors are apart, relative to the second."""
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 JOBS = {"cifar": cifar, "vit_b_16": vit, "resnet50": resnet50, "staged": staged}
@@ -161,25 +163,25 @@ JOBS |= {"product": product, "against_cpu": against_cpu}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
+    parser = Parser(__doc__, "gpu.csv", "--device")
     parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS)
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--dset", type=Path)
+    parser.add_argument("--checkpoint", type=Path, help="weights of the ResNet-20")
+    parser.add_argument("--dset", type=Path, help="an .npz of CIFAR-10")
     parser.add_argument("--scale", type=int, default=256, help="images of the ImageNet jobs (default: 256)")
     parser.add_argument("--budget", type=float, default=6, help="GiB of the job named staged (default: 6)")
     parser.add_argument("--matrix", type=int, default=8192, help="side of the matrices (default: 8192)")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu.json")
-    args = parser.parse_args()
+    parser.set_defaults(device="cuda")
+    args = parser.parse()
     snows.arguments.check_device(args.device)
-    rows = []
+    results, rows = Results(args.out, args.device), []
     for name in args.jobs:
         if name == "cifar" and not (args.checkpoint and args.dset):
             print("cifar: left out, it needs --checkpoint and --dset")
             continue
-        rows.append({"job": name, **JOBS[name](args)})
-        print(rows[-1], flush=True)
-        run_folder.write_json(args.out, {"environment": run_folder.environment(args.device), "rows": rows})
+        found = [{"job": name, **row} for row in JOBS[name](args)]
+        print(*found, sep="\n", flush=True)
+        rows += found
+        results.replace(rows)
 
 
 if __name__ == "__main__":

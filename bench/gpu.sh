@@ -8,4 +8,4 @@ for script in CNN_pruning/unstr.py VIT_pruning/prune_NM.py; do
     python "$script" --device cuda --out_dir "$(mktemp -d)/run"
     python "$script" --device cuda --precision highest --deterministic --out_dir "$(mktemp -d)/run"
 done
-python bench/products.py --device cuda --out results/products_gpu.json
+python bench/products.py --device cuda --out results/products_gpu.csv

@@ -3,10 +3,10 @@
     python bench/imagenet_random.py --dset imagenet_sample
 
 Random weights say nothing of accuracy; this checks that each run ends, that the loss falls at every solved layer and
-that the zeros are where they should be, and records time and memory in results/imagenet_random_weights.json.
+that the zeros are where they should be, and records time and memory: one row per network, which takes the place of the
+one before, and in a second file, NAME_layers.csv, one per layer.
 """
 
-import argparse
 import csv
 import json
 import subprocess
@@ -15,13 +15,10 @@ import tempfile
 from pathlib import Path
 
 import safetensors.torch
+from common import ROOT, Parser, Results, read, write
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
-
-from snows.cli import run_folder  # noqa: E402
-from snows.cli.shell import shell  # noqa: E402
-from snows.errors import SnowsError  # noqa: E402
+from snows.cli.shell import shell
+from snows.errors import SnowsError
 
 SHARED = "--ngrads 64 --batch_size 16 --NM_N 2 --NM_M 4 --sweeps 1 --schedule 0"
 CNN = f"CNN_pruning/prune_NM.py {SHARED} --k_step 1 --max_CG_iterations 2"
@@ -30,8 +27,8 @@ NETWORKS = ["mobilenet_v2", "timm/efficientnet_b0", "timm/densenet121", "timm/re
 NETWORKS = dict.fromkeys(NETWORKS, CNN) | {"vit_b_16": VIT}
 
 
-def measure(arch: str, dset: Path, device: str) -> dict:
-    """One run of the network's script and what its folder says."""
+def measure(arch: str, dset: Path, device: str) -> tuple[dict, list[dict]]:
+    """One run of the network's script and what its folder says: of the network, and of each layer."""
     script, *settings = NETWORKS[arch].split()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
@@ -48,42 +45,37 @@ def measure(arch: str, dset: Path, device: str) -> dict:
         weight = state[f"{name}.weight"] if f"{name}.weight" in state else state[f"{name}_weight"]
         groups = (weight != 0).movedim(1, -1).unflatten(-1, (-1, 4))
         assert (groups.sum(-1) <= 2).all(), name
-    return {
+    ratios = sorted(float(layer["loss_after"]) / float(layer["loss_before"]) for layer in layers)
+    row = {
         "network": arch,
         "settings": NETWORKS[arch],
         "images": metrics["calibration_images"],
         "layers_solved": len(layers),
-        "layers_whose_loss_fell": sum(float(x["loss_after"]) < float(x["loss_before"]) for x in layers),
-        "median_loss_ratio": sorted(float(x["loss_after"]) / float(x["loss_before"]) for x in layers)[len(layers) // 2],
+        "layers_whose_loss_fell": sum(ratio < 1 for ratio in ratios),
+        "median_loss_ratio": ratios[len(ratios) // 2],
         "sparsity": metrics["sparsity"],
-        "left_dense": metrics["left_dense"],
         "seconds": metrics["seconds"],
-        "layer_seconds": {layer["name"]: float(layer["seconds"]) for layer in layers},
-        "layer_peak_memory_bytes": {layer["name"]: int(layer["peak_memory_bytes"]) for layer in layers},
         "peak_memory_bytes": metrics["peak_memory_bytes"],
-        "machine": environment["machine"],
-        "torch": environment["torch"],
+        "environment": environment,
     }
+    figures = {"seconds": float, "peak_memory_bytes": int}
+    parts = [{"layer": each["name"], **{name: kind(each[name]) for name, kind in figures.items()}} for each in layers]
+    parts += [{"layer": name, "left_dense": reason} for name, reason in metrics["left_dense"].items()]
+    return row, [{"network": arch, **part} for part in parts]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, "imagenet_random_weights.csv", "--device")
     parser.add_argument("--dset", type=Path, required=True, help="a folder in ImageFolder layout")
-    parser.add_argument(
-        "--networks",
-        nargs="+",
-        default=list(NETWORKS),
-        choices=NETWORKS,
-        help="only these; the file keeps the others' rows",
-    )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "imagenet_random_weights.json")
-    args = parser.parse_args()
-    rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    chosen = "only these; the file keeps the others' rows"
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS, help=chosen)
+    args = parser.parse()
+    results, layers_file = Results(args.out, args.device), args.out.with_name(f"{args.out.stem}_layers.csv")
     for arch in args.networks:
-        rows = [row for row in rows if row["network"] != arch] + [measure(arch, args.dset, args.device)]
-        run_folder.write_json(args.out, {"rows": rows})
-        print(rows[-1], flush=True)
+        row, layers = measure(arch, args.dset, args.device)
+        results.replace([*(each for each in results.rows() if each["network"] != arch), row])
+        write(layers_file, [*(each for each in read(layers_file) if each["network"] != arch), *layers])
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,12 @@
 Networks with random weights on random images of 224 x 224 pixels, pruned 2:4. The layers that take most are the first
 ones, and the joint steps take all the layers at once: these are run, with one curvature product each, every run in a
 process of its own. What counts is anonymous memory (RssAnon), sampled every few milliseconds; pages of mapped files
-are the system's cache. Rows are added to a JSON file: {"rows": [...]}.
+are the system's cache. Rows are added to the results file, each with the commit that it was measured at.
 """
 
-import argparse
+import itertools
 import json
 import subprocess
-import sys
-import tempfile
 import threading
 import time
 import zlib
@@ -20,14 +18,11 @@ from pathlib import Path
 
 import torch
 import torchvision
+from common import ROOT, Parser, Results, one_run
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
-
-import snows  # noqa: E402
-from snows.cli import run_folder  # noqa: E402
-from snows.cli.shell import shell  # noqa: E402
-from snows.result import Step  # noqa: E402
+import snows
+from snows.cli.shell import shell
+from snows.result import Step
 
 FIRST = ("layer1.0.conv1", "layer1.0.conv2")
 BLOCK = tuple(f"encoder.layers.encoder_layer_0.{name}" for name in ("self_attention.in_proj", "mlp.0"))
@@ -89,36 +84,27 @@ def measure(job: str, images: int, budget: float) -> dict:
         "products": pruned.curvature_products,
         "micro_batch": pruned.layers[-1].batch_size,
         "weights": f"{zlib.crc32(weights):08x}",
-        "problems": pruned.problems,
+        "problems": "; ".join(f"{layer}: {reason}" for layer, reason in pruned.problems.items()),
     }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, "memory.csv")
     parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS)
     parser.add_argument("--images", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0, 8], help="GiB; 0: none (default: 0 8)")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "memory.json")
     parser.add_argument("--one", action="store_true", help="a single run in this process, its figures printed as JSON")
-    args = parser.parse_args()
+    args = parser.parse()
     if args.one:
         print(json.dumps(measure(args.jobs[0], args.images[0], args.budgets[0])))
         return
+    results = Results(args.out)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    for job in args.jobs:
-        for images in args.images:
-            for budget in args.budgets:
-                command = [sys.executable, __file__, "--one", "--jobs", job, "--images", images, "--budgets", budget]
-                with tempfile.TemporaryFile("w+") as errors:
-                    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=errors, text=True)
-                    errors.seek(0)
-                    failed = (errors.read().strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-                found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": failed}
-                row = {"commit": commit.stdout.strip(), "job": job, "images": images, "budget_gib": budget, **found}
-                rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
-                environment = run_folder.environment("cpu")
-                run_folder.write_json(args.out, {"rows": [*rows, {**row, "environment": environment}]})
-                print(row, flush=True)
+    for job, images, budget in itertools.product(args.jobs, args.images, args.budgets):
+        found = one_run(__file__, "--one", "--jobs", job, "--images", images, "--budgets", budget)
+        row = {"commit": commit.stdout.strip(), "job": job, "images": images, "budget_gib": budget, **found}
+        results.add(row)
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

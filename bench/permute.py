@@ -3,16 +3,14 @@
     python bench/permute.py --checkpoint resnet20_cifar10.pt --dset cifar10.npz [--images 256] [--seeds 0 1 2]
 
 The ResNet-20 and the ViT of bench/cifar10.py, magnitude masks, alone and with SNOWS in one pass. A row that the results
-file already holds is not measured again. Writes {"machine": ..., "rows": [...]}.
+file already holds is not measured again.
 """
 
-import argparse
 import itertools
-from pathlib import Path
 from statistics import mean
 
-from cifar10 import ROOT, Bench
-from rows import Results
+from common import Parser, Results
+from networks import NETWORKS, Bench, weights
 
 import snows
 from snows.cli.shell import shell
@@ -42,18 +40,14 @@ def measure(bench: Bench, pattern: snows.NM, permuted: bool, seed: int, images: 
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="weights of the ResNet-20")
-    parser.add_argument("--dset", type=Path, required=True, help="an .npz of CIFAR-10")
+    parser = Parser(__doc__, "permute.csv", "--checkpoint", "--dset", "--device", "--seeds")
     parser.add_argument("--images", type=int, default=256, help="calibration images (default: 256)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "permute.json")
-    args = parser.parse_args()
-    checkpoints = {"resnet20_cifar10": args.checkpoint, "vit_cifar10": ROOT / "checkpoints" / "vit_cifar10.safetensors"}
+    args = parser.parse()
+    given = {"resnet20_cifar10": args.checkpoint}
+    checkpoints = {network: weights(network, given.get(network)) for network in NETWORKS}
     results = Results(args.out, args.device, (*checkpoints.values(), args.dset))
     for network, checkpoint in checkpoints.items():
-        bench = Bench(network == "vit_cifar10", checkpoint, args.dset, args.device)
+        bench = Bench(network, checkpoint, args.dset, args.device)
         shared = {"network": network, "images": args.images}
         runs = [
             {**shared, "pattern": pattern, "permuted": permuted, "seed": seed}

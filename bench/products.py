@@ -1,32 +1,28 @@
-"""What a curvature product costs, in forward passes of its window: bench/products.py [--networks ...] [--out FILE]
+"""What a curvature product costs, in forward passes of its window.
+
+    python bench/products.py [--networks ...] [--device cuda] [--out FILE]
 
 The floor of a Gauss-Newton product is two forward-equivalents: one tangent pass and one backward pass. Forward passes
 and products are timed in turn, so that a busy machine slows both; the median of several rounds counts. Random weights:
-the cost does not depend on them. Writes {"machine": ..., "rows": [...]} and a plot beside it.
+the cost does not depend on them. One row per layer and curvature, and a plot.
 """
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 import torchvision
+from common import Parser, Results, panels, save_figure
+from resnet_cifar import ResNet
+from vit_small import vit_cifar10
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning"), str(ROOT / "VIT_pruning")]
-
-from resnet_cifar import ResNet  # noqa: E402
-from vit_small import vit_cifar10  # noqa: E402
-
-from snows.calibration.stream import Stream  # noqa: E402
-from snows.cli import run_folder  # noqa: E402
-from snows.cli.flags import whole  # noqa: E402
-from snows.cli.shell import shell  # noqa: E402
-from snows.network.layers import Layer, Network  # noqa: E402
-from snows.options import Options  # noqa: E402
-from snows.solve.objective import reconstruction  # noqa: E402
+from snows.calibration.stream import Stream
+from snows.cli.flags import whole
+from snows.cli.shell import shell
+from snows.network.layers import Layer, Network
+from snows.options import Options
+from snows.solve.objective import reconstruction
 
 NETWORKS = {  # name -> (builder, pixels, batch)
     "resnet20_cifar10": (lambda: ResNet(20, 10), 32, 128),
@@ -76,14 +72,9 @@ def measure(network: Network, layer: Layer, images: torch.Tensor, args: argparse
     }
 
 
-def plot(rows: list[dict], path: Path) -> None:
+def plot(rows: list[dict]):
     """The ratio of every measured layer, one column of points for each network and curvature."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, ((axes,),) = panels(1, 1, 8, 4.5)
     kinds = list(dict.fromkeys((row["network"], row["curvature"]) for row in rows))
     for x, kind in enumerate(kinds):
         ratios = [row["ratio"] for row in rows if (row["network"], row["curvature"]) == kind]
@@ -93,20 +84,18 @@ def plot(rows: list[dict], path: Path) -> None:
     axes.set_xticks(range(len(kinds)), [f"{network}\n{curvature}" for network, curvature in kinds], fontsize=8)
     axes.set_ylabel("forward passes per product (number: median)")
     axes.set_ylim(bottom=0)
-    figure.savefig(path)
+    return figure
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, "products.csv", "--device")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--curvatures", nargs="+", default=["ggn", "hessian"], choices=("ggn", "hessian"))
     parser.add_argument("--layers", type=whole(1), default=6, help="layers of each network, evenly spread (default: 6)")
     parser.add_argument("--k_step", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "products.json")
-    args = parser.parse_args()
-    rows = []
+    args = parser.parse()
+    results, rows = Results(args.out, args.device), []
     for name in args.networks:
         build, pixels, batch = NETWORKS[name]
         torch.manual_seed(0)
@@ -117,9 +106,8 @@ def main():
             for curvature in args.curvatures:
                 rows.append({"network": name, **measure(network, layer, images, args, curvature)})
                 print(f"{name:<18} {layer.name:<50} {curvature:<8} {rows[-1]['ratio']:.2f}", flush=True)
-    environment = run_folder.environment(args.device)
-    run_folder.write_json(args.out, {"machine": environment["machine"], "environment": environment, "rows": rows})
-    plot(rows, args.out.with_suffix(".svg"))
+    results.replace(rows)
+    save_figure(plot(rows), args.out)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,3 @@ def test_the_scripts_know_every_flag_of_the_readmes_commands():
             [sys.executable, ROOT / folder / script, "--help"], capture_output=True, text=True, check=True
         ).stdout
         assert all(word in help_text for word in words if word.startswith("--"))
-
-
-def test_every_table_is_what_the_results_files_hold():
-    import readme
-
-    assert readme.fill(README) == README
-    assert len(re.findall("<!-- end -->", README)) == len(readme.TABLES)

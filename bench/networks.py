@@ -1,0 +1,63 @@
+"""The networks for CIFAR-10 that several benches prune, and their images."""
+
+from pathlib import Path
+
+from common import ROOT
+from resnet_cifar import ResNet
+from torch import nn
+from vit_small import vit_cifar10
+
+import snows
+from snows.errors import UsageError
+from snows.zoo import images as data
+from snows.zoo.classifiers import load_checkpoint
+from snows.zoo.evaluate import accuracy
+
+NETWORKS = {"resnet20_cifar10": lambda: ResNet(20, 10), "vit_cifar10": vit_cifar10}
+HALF = (0.5,) * 3  # the mean and the deviation of the channels that both were trained with
+PATTERNS = {f"unstructured {share}": snows.Unstructured(share) for share in (0.5, 0.6, 0.7, 0.8, 0.9)}
+PATTERNS |= {"2:4": snows.NM(2, 4), "1:4": snows.NM(1, 4), "4:8": snows.NM(4, 8)}
+
+
+def weights(network: str, given: Path | None = None) -> Path:
+    """The file of a network's weights: the one that is given, or the one that ships.
+
+    Raises:
+        UsageError: neither.
+    """
+    ships = ROOT / "checkpoints" / f"{network}.safetensors"
+    if given is None and not ships.exists():
+        raise UsageError(f"--checkpoint is required for {network}: its weights do not ship.")
+    return given or ships
+
+
+def trained(network: str, checkpoint: Path) -> nn.Module:
+    """A network with its weights, in evaluation mode: training mode would change its BatchNorm statistics."""
+    model = NETWORKS[network]()
+    load_checkpoint(model, checkpoint)
+    return model.eval()
+
+
+def cifar10(file: Path) -> data.Data:
+    """Calibration and test images of an .npz, normalised as the networks expect."""
+    return data.Data(*data.npz(file, data.normalised(HALF, HALF)))
+
+
+class Bench:
+    """The dense network and its images; accuracies that several rows share are measured once."""
+
+    def __init__(self, network: str, checkpoint: Path, dset: Path, device: str):
+        self.model, self.device = trained(network, checkpoint), device
+        vit = network == "vit_cifar10"
+        self.layers = (lambda name: name.startswith("blocks.")) if vit else (lambda name: True)
+        self.data = cifar10(dset)
+        self.test = list(self.data.test_batches(128))
+        self.dense_accuracy = accuracy(self.model, self.test, device)
+        self.masked_accuracies = {}
+
+    def masked_accuracy(self, pattern: str) -> float:
+        """What magnitude masks alone leave."""
+        if pattern not in self.masked_accuracies:
+            masked = snows.prune(self.model, None, PATTERNS[pattern], algo="MP", layers=self.layers, device=self.device)
+            self.masked_accuracies[pattern] = accuracy(masked.model, self.test, self.device)
+        return self.masked_accuracies[pattern]

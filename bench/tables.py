@@ -1,0 +1,300 @@
+"""The tables of README.md and docs/: one function for each, from the CSV files in results/."""
+
+import itertools
+from statistics import mean, median, stdev
+
+from common import RESULTS, read
+
+PATTERNS = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "1:4", "2:8")  # of compare.py, in their usual order, as are these
+MASKS = ("MP", "Wanda", "SparseGPT", "OBS")
+WAYS = ("alone", "MP+", "SNOWS")
+
+
+def load(name: str) -> list[dict]:
+    """The rows of a results file."""
+    return read(RESULTS / f"{name}.csv")
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    """A Markdown table; floats with two digits."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        "| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in line) + " |" for line in lines
+    )
+
+
+def default(arch: str) -> str:
+    """A run without flags."""
+    run = next(row for row in load("defaults") if row["arch"] == arch)
+    rows = [
+        ["dense", run["dense_accuracy"], f"{run['dense_sparsity']:.0%}"],
+        ["masked only", run["masked_accuracy"], f"{run['sparsity']:.0%}"],
+        ["SNOWS", run["accuracy"], f"{run['sparsity']:.0%}"],
+    ]
+    spent = f"\n\n{run['seconds']:.0f} s, {run['curvature_products']:.0f} products."
+    return table(["", "accuracy %", "zeros"], rows) + spent
+
+
+def headline() -> str:
+    """What a newcomer should see first: five rows, each figure the mean over the seeds that there are."""
+    resnet = [row for row in load("resnet20_cifar10_accuracy") if row["images"] == 1024 and not row["flags"]]
+    vit = [row for row in load("compare_vit_2048") if row["mask"] == "MP"]
+    patterns = ("unstructured 0.8", "unstructured 0.9", "2:4", "1:4")
+    sources = [("ResNet-20", resnet, pattern, "algo", "MP") for pattern in patterns]
+    sources.append(("ViT", vit, "1:4", "way", "alone"))
+    lines, seeds, images = [], set(), {}
+    for network, rows, pattern, column, mask in sources:
+        ways = [[row for row in rows if (row["pattern"], row[column]) == (pattern, way)] for way in (mask, *WAYS[1:])]
+        lines.append([network, pattern, ways[0][0]["dense_accuracy"], *(average(way, "accuracy") for way in ways)])
+        seeds.add(len(ways[-1]))
+        images[network] = f"{rows[0]['images']:,} ({network})"
+    said = f"Accuracy in percent on {vit[0]['test_images']:,} test images of CIFAR-10; calibration images: "
+    said += f"{', '.join(images.values())}; SNOWS: means over {' or '.join(map(str, sorted(seeds)))} seeds."
+    return table(["network", "pattern", "dense", "mask only (MP)", "MP+", "SNOWS"], lines) + f"\n\n{said}"
+
+
+def accuracy() -> str:
+    """One row per pattern: every method's accuracy, its mean over the seeds and how far they spread."""
+    rows = load("resnet20_cifar10_accuracy")
+    zeros = {row["pattern"]: row["sparsity"] for row in rows}
+    columns = {"MP (mask only)": ("MP", ""), "MP+": ("MP+", "")}
+    columns |= {"SNOWS, layer by layer": ("SNOWS", "--joint_steps 0"), "**SNOWS**": ("SNOWS", "")}
+    cells = []
+    for pattern in sorted(zeros, key=lambda pattern: (":" in pattern, zeros[pattern])):  # unstructured first
+        found = [
+            [row for row in rows if (row["pattern"], row["images"], row["algo"], row["flags"]) == (pattern, 1024, *run)]
+            for run in columns.values()
+        ]
+        products = average(found[-1], "curvature_products")
+        cells.append([pattern, f"{zeros[pattern]:.2%}", *(spread(f) for f in found), products and round(products)])
+    others = {}
+    for row in rows:
+        if row["images"] != 1024:
+            others.setdefault((row["pattern"], quoted(flags(row))), []).append(row)
+    more = [f"{pattern}, {changes}: {spread(found)}." for (pattern, changes), found in others.items()]
+    return "\n\n".join([table(["pattern", "zeros", *columns, "products"], cells), *more])
+
+
+def average(rows: list[dict], figure: str) -> float | str:
+    """The mean of a figure; nothing where there is no row."""
+    return mean(row[figure] for row in rows) if rows else ""
+
+
+def spread(rows: list[dict]) -> str:
+    """The mean accuracy of some seeds, with the lowest, the highest and how many there are."""
+    found = [row["accuracy"] for row in rows]
+    if len(found) < 2:
+        return "".join(f"{each:.2f}" for each in found)
+    return f"{sum(found) / len(found):.2f} ({min(found):.2f} to {max(found):.2f}, {len(found)} seeds)"
+
+
+def flags(row: dict) -> list[str]:
+    """A row of cifar10.py as flags: the number of images first."""
+    words = row["flags"].split()
+    return [f"--images {row['images']}", *(f"{flag} {word}" for flag, word in zip(words[::2], words[1::2]))]
+
+
+def quoted(words: list[str]) -> str:
+    return ", ".join(f"`{word}`" for word in words)
+
+
+def changed(row: dict, first: dict) -> str:
+    """The flags of a row that the first of its table has not; for that one, all of them but the images."""
+    return quoted(flags(row)[1:] if row is first else [flag for flag in flags(row) if flag not in flags(first)])
+
+
+def ablation() -> str:
+    """One row per setting, each named by what it changes of the first."""
+    rows = load("resnet20_cifar10_ablation")
+    cells = [
+        [changed(row, rows[0]), row["accuracy"], round(row["curvature_products"]), round(row["seconds"])]
+        for row in rows
+    ]
+    return table(["settings", "accuracy %", "products", "seconds"], cells)
+
+
+def vit_ablation() -> str:
+    """One row per setting, with the accuracy at each pattern."""
+    first, cells = {}, {}
+    for row in load("vit_cifar10_ablation"):
+        settings = changed(row, first.setdefault(row["pattern"], row))
+        cells.setdefault(settings, {})[row["pattern"]] = row["accuracy"]
+    lines = [[settings, *(found.get(pattern, "") for pattern in first)] for settings, found in cells.items()]
+    return table(["settings", *(f"{pattern}, accuracy %" for pattern in first)], lines)
+
+
+def end_to_end() -> str:
+    """One row per method, in the order of their seconds."""
+    rows = sorted(load("end_to_end_resnet20_cifar10"), key=lambda row: row["seconds"])
+    cells = [
+        [row["method"], row["accuracy"], f"{row['held_out_loss']:.3f}", round(row["products"]), f"{row['seconds']:.1f}"]
+        for row in rows
+    ]
+    return table(["method", "accuracy %", "error of held-out logits", "products or gradients", "seconds"], cells)
+
+
+def convergence() -> str:
+    """One row per layer: loss and residual after few and many products, plain, preconditioned, in several steps."""
+    columns = [("plain", 15), ("plain", 100), ("preconditioned", 5), ("preconditioned", 10), ("preconditioned", 15)]
+    columns += [("several steps", 10), ("several steps", 15)]
+    cells = []
+    for network in ("resnet20_cifar10", "vit_cifar10"):
+        rows = load(f"convergence_{network}")
+        found = {(row["layer"], row["kind"], row["products"]): row for row in rows}
+        for layer in dict.fromkeys(row["layer"] for row in rows):
+            picked = [found.get((layer, *column)) for column in columns]  # steps end early where the loss stagnates
+            cells.append(
+                [f"`{layer}`", *("" if p is None else f"{p['loss']:.4f} ({p['residual']:.0e})" for p in picked)]
+            )
+    return table(["layer", *(f"{kind}, {count}" for kind, count in columns)], cells)
+
+
+def scaling() -> str:
+    """One row per quantity: the exponents of time and memory."""
+    names = {"images": "calibration images", "k_step": "K", "depth": "layers of the network"}
+    cells = [[names[row["varied"]], row["seconds"], row["peak_memory_bytes"]] for row in load("scaling_slopes")]
+    return table(["quantity", "exponent of the seconds", "exponent of the peak memory"], cells)
+
+
+def vit() -> str:
+    """One row per pattern: MP, MP+, SNOWS at each depth, and what share of the mask's loss of accuracy it recovers."""
+    rows = load("vit_cifar10")
+    found = {(row["pattern"], row["algo"], row["flags"] and row["options"]["k_step"]): row for row in rows}
+    columns = {"MP (mask only)": ("MP", ""), "MP+": ("MP+", "")}
+    columns |= {f"SNOWS, K = {k}": ("SNOWS", k) for k in (0, 3, 8)}
+    cells = []
+    for pattern in dict.fromkeys(row["pattern"] for row in rows):
+        mask, *_ = runs = [found.get((pattern, *column)) for column in columns.values()]
+        accuracies = ["" if run is None else run["accuracy"] for run in runs]
+        lost, solved = mask["dense_accuracy"] - mask["accuracy"], [a for a in accuracies[2:] if a != ""]
+        recovered = f"{(max(solved) - mask['accuracy']) / lost:.0%}" if solved else ""
+        cells.append([pattern, f"{mask['sparsity']:.2%}", *accuracies, recovered])
+    return table(["pattern", "zeros", *columns, "recovered"], cells)
+
+
+def permuted() -> str:
+    """One row per network and pattern: the magnitude kept, and the mean accuracy over the seeds, without and with."""
+    cells = {}
+    for row in load("permute"):
+        pair = cells.setdefault((row["network"], row["pattern"], row["layers_permuted"]), {False: [], True: []})
+        pair[row["permuted"]].append(row)
+    lines = []
+    for (network, pattern, layers), (without, with_) in ((key, pair.values()) for key, pair in cells.items()):
+        line = [f"`{network}`", pattern, layers]
+        for figure, digits in (("kept", ".1%"), ("masked_accuracy", ".2f"), ("accuracy", ".2f")):
+            line.append(" / ".join(format(average(rows, figure), digits) for rows in (without, with_)))
+        lines.append(line)
+    figures = ["magnitude kept", "MP, accuracy %", "SNOWS, accuracy %"]
+    return table(["network", "pattern", "layers permuted", *figures], lines)
+
+
+def networks() -> str:
+    """One row per network with random weights."""
+    cells = [
+        [
+            f"`{row['network']}`",
+            f"{row['layers_whose_loss_fell']} of {row['layers_solved']}",
+            f"{row['median_loss_ratio']:.3f}",
+            f"{row['sparsity']:.2%}",
+            round(row["seconds"]),
+            f"{row['peak_memory_bytes'] / 2**30:.1f}",
+        ]
+        for row in load("imagenet_random_weights")
+    ]
+    header = ["network", "layers whose loss fell", "median of loss after / before", "zeros", "seconds", "peak GiB"]
+    return table(header, cells)
+
+
+def products() -> str:
+    """One row per network and curvature: what a product costs, in forward passes of its window."""
+    kinds = {}
+    for row in load("products"):
+        kinds.setdefault((row["network"], row["curvature"], row["batch"]), []).append(row["ratio"])
+    names = {"ggn": "Gauss-Newton", "hessian": "exact Hessian"}
+    cells = [
+        [f"`{network}`", names[curvature], batch, median(ratios), f"{min(ratios):.2f} to {max(ratios):.2f}"]
+        for (network, curvature, batch), ratios in kinds.items()
+    ]
+    return table(["network", "curvature", "images", "median of its layers", "lowest to highest"], cells)
+
+
+def checkpointing() -> str:
+    """One row per network: the share of a run's time that keeping every finished layer takes."""
+    cells = [
+        [row["network"], row["steps"], f"{row['bytes_written'] / 2**20:.1f}", f"{row['share']:.2%}"]
+        for row in load("checkpointing")
+    ]
+    return table(["network", "layers written", "MiB written", "share of the run's time"], cells)
+
+
+def memory() -> str:
+    """One row per job and number of images: the host's peak before budgets held, and now."""
+    rows = load("memory")
+    old = rows[0]["commit"]
+    peaks = {
+        (row["commit"] == old, row["job"], row["budget_gib"], row["images"]): row.get("peak_bytes") for row in rows
+    }
+    jobs = dict.fromkeys(row["job"] for row in rows if row["commit"] != old)
+
+    def gib(before: bool, job: str, budget: float, images: int) -> str:
+        found = peaks.get((before, job, budget, images))
+        return "" if found is None else f"{found / 2**30:.1f}"
+
+    columns = ((True, 0, "before"), (True, 8, "before, 8 GiB asked"), (False, 0, "now"))
+    columns += ((False, 4, "now, 4 GiB asked"), (False, 8, "now, 8 GiB asked"))
+    counts = sorted({(list(jobs).index(job), images) for _, job, _, images in peaks})
+    names = [(list(jobs)[index], images) for index, images in counts]
+    cells = [
+        [job, images, *(gib(before, job, budget, images) for before, budget, _ in columns)] for job, images in names
+    ]
+    return table(["job", "images", *(name for *_, name in columns)], cells)
+
+
+def comparison(rows: list[dict]) -> str:
+    """Accuracy in percent, mean and standard deviation over seeds: a line for each mask of each pattern."""
+    ways, lines = found(rows, "way", WAYS), []
+    for pattern, mask in itertools.product(found(rows, "pattern", PATTERNS), found(rows, "mask", MASKS)):
+        cells = [over_seeds(rows, pattern=pattern, mask=mask, way=way) for way in ways]
+        if any(cells):
+            lines.append([pattern, mask, *map(deviation, cells)])
+    return table(["pattern", "mask", *ways], lines)
+
+
+def over_seeds(rows: list[dict], **wanted) -> list[float]:
+    """The accuracies of all the seeds of one cell."""
+    return [row["accuracy"] for row in rows if wanted.items() <= row.items()]
+
+
+def found(rows: list[dict], key: str, order: tuple[str, ...]) -> list[str]:
+    """The values that the rows have, known ones in their usual order and first."""
+    values = {row[key] for row in rows}
+    return [value for value in order if value in values] + sorted(values - set(order))
+
+
+def deviation(accuracies: list[float]) -> str:
+    """A mean and, of several, the standard deviation."""
+    if not accuracies:
+        return ""
+    return f"{mean(accuracies):.2f}" + (f" ± {stdev(accuracies):.2f}" if len(accuracies) > 1 else "")
+
+
+TABLES = {
+    "headline": headline,
+    "default": lambda: default("resnet20_digits"),
+    "vit_default": lambda: default("vit_digits"),
+    "accuracy": accuracy,
+    "ablation": ablation,
+    "vit": vit,
+    "vit_ablation": vit_ablation,
+    "end_to_end": end_to_end,
+    "convergence": convergence,
+    "scaling": scaling,
+    "compare_256": lambda: comparison(load("compare_resnet20")),
+    "compare_2048": lambda: comparison(load("compare_resnet20_2048")),
+    "compare_vit": lambda: comparison(load("compare_vit_2048")),
+    "permute": permuted,
+    "networks": networks,
+    "products": products,
+    "checkpointing": checkpointing,
+    "memory": memory,
+}
