@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import snows
 from snows.cli.journal import Journal
 from snows.cli.shell import shell
+from snows.job import Job
 from snows.zoo import images as data
 from snows.zoo.classifiers import load_checkpoint
 
@@ -61,12 +62,12 @@ def measure(build: Callable, folder: Path, device: str) -> dict:
     model, images, job = build()
     journal, seconds = Journal(folder), []
 
-    def keep(step: snows.result.Step, _: nn.Module) -> None:
+    def keep(step: snows.result.Step, job: Job) -> None:
         started = time.perf_counter()
         journal.append(step)
         seconds.append(time.perf_counter() - started)
 
-    pruned = snows.prune(model, images, device=device, on_step=keep, **job)
+    pruned = snows.prune(model, images, device=device, listener=keep, **job)
     size = sum(file.stat().st_size for file in journal.folder.iterdir())
     return {
         "images": len(images),

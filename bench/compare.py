@@ -21,8 +21,8 @@ import snows
 from snows import options
 from snows.cli.shell import shell
 from snows.errors import UsageError
-from snows.masks.saliency import LAYER_WISE
-from snows.solve.layer import SETTLED
+from snows.masks.saliency import SALIENCIES
+from snows.methods import METHODS
 from snows.zoo.evaluate import accuracy
 
 NETWORKS = {"resnet20": "resnet20_cifar10", "vit": "vit_cifar10"}
@@ -40,7 +40,7 @@ def pattern_of(text: str, mask: str) -> snows.NM | snows.Unstructured:
     if ":" in text:
         return snows.NM.parse(text)
     try:
-        return snows.Unstructured(float(text), normalise=mask in LAYER_WISE)
+        return snows.Unstructured(float(text), normalise=SALIENCIES[mask].layer_wise)
     except ValueError:
         raise UsageError(f"pattern '{text}' is neither N:M nor a sparsity.") from None
 
@@ -66,7 +66,7 @@ def algorithm(run: dict) -> str:
 
 def row_of(run: dict, images: int, chosen: snows.Options) -> dict:
     """What tells a row from others: its run, and the options as its algorithm settles them, so that MP+ knows few."""
-    settled = vars(chosen.but(**SETTLED.get(algorithm(run), {})))
+    settled = vars(chosen.but(**METHODS[algorithm(run)].fixed))
     return {**run, "images": images, "options": {name: value for name, value in settled.items() if name != "seed"}}
 
 

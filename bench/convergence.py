@@ -19,6 +19,7 @@ from snows import NM, Options
 from snows.calibration.stream import Stream
 from snows.cli.shell import shell
 from snows.network.layers import Layer, Network
+from snows.solve.curvature import Curvature
 from snows.solve.objective import reconstruction
 from snows.solve.preconditioner import row_inverses
 from snows.solve.solver import backtrack, conjugate_gradients, dot, solve
@@ -54,11 +55,11 @@ def curves(network: Network, layer: Layer, images: torch.Tensor, args: argparse.
     streams = [Stream(network, network.model, list(images.split(args.batch_size)), args.device) for _ in range(2)]
     for stream in streams:
         stream.advance(layer.node)
-    objective = reconstruction(layer, *streams, Options(k_step=args.k_step))
+    objective = reconstruction([layer], *streams, Options(k_step=args.k_step))
     weight = network.model.get_parameter(layer.parameter)
     mask = NM(1, 4).mask(weight)
-    unknown, support = objective.join(weight * mask), objective.join(mask, True)
-    here, precondition = objective.linearise(unknown), row_inverses(objective, unknown, support, seed=0)
+    theta, support = objective.variables.pack([weight * mask]), objective.variables.pack([mask], True)
+    here, precondition = Curvature(objective, theta), row_inverses(objective, theta, support, seed=0)
     gradient, rows = here.gradient * support, []
 
     def add(kind: str, products: float, residual: float, loss: float) -> None:
@@ -67,16 +68,16 @@ def curves(network: Network, layer: Layer, images: torch.Tensor, args: argparse.
         print(*rows[-1].values(), flush=True)
 
     for kind, known in zip(KINDS, (None, precondition)):
-        product = Replayed(lambda vector: here.product(vector) * support)
+        product = Replayed(lambda vector: here.matvec(vector) * support)
         for count in PRODUCTS:
             product.start()
             cg = conjugate_gradients(product, -gradient, known, DAMPING, 0.0, count)
-            search = backtrack(objective.loss, unknown, cg.step, here.loss, dot(gradient, cg.step))
+            search = backtrack(objective.loss, theta, cg.step, here.loss, dot(gradient, cg.step))
             add(kind, cg.iterations, cg.residuals[-1], search.loss.item())
-    limits = dict(max_CG_iterations=SHORT, cg_tolerance=0.0, damping=DAMPING, batching=False)
+    options = Options(max_CG_iterations=SHORT, cg_tolerance=0.0, damping=DAMPING, batching=False)
     for steps in STEPS:
-        found = solve(objective, unknown, support, precondition, newton_steps=steps, **limits)
-        add(KINDS[-1], found.products, found.residuals[-1][-1], found.loss_after)
+        _, stats = solve(objective, theta, support, precondition, options.but(newton_steps=steps))
+        add(KINDS[-1], stats.products, stats.residuals[-1][-1], stats.loss_after)
     return rows
 
 

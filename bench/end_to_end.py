@@ -3,7 +3,7 @@
     python bench/end_to_end.py resnet20_cifar10 --checkpoint resnet20_cifar10.pt --dset cifar10.npz
     python bench/end_to_end.py vit_cifar10 --dset cifar10.npz
 
-The defaults at four costs: one pass over the layers; all passes; joint steps behind them; longer ones. Adam and L-BFGS
+The defaults at four costs: one pass over the layers; all passes; joint steps after them; longer ones. Adam and L-BFGS
 (torch.optim) minimise the objective of the first, layer by layer, over the same images; their "products" are gradients,
 which cost about as much. held_out_loss is the squared error of the logits on the test images, relative to the dense
 network's. One row per run, and a plot; rows that the file already holds are not measured again.
@@ -17,8 +17,9 @@ from networks import NETWORKS, PATTERNS, Bench, weights
 
 import snows
 from snows.cli.shell import shell
+from snows.methods import snows_with
 from snows.solve.objective import Objective
-from snows.solve.solver import Solution
+from snows.solve.solver import SolveStats
 from snows.zoo.evaluate import accuracy
 
 EVALUATIONS = 40  # gradients of a first-order solver, per layer
@@ -28,17 +29,17 @@ ONE_PASS = snows.Options(schedule=0, joint_steps=0)
 def first_order(build):
     """A solver of one layer that drives a torch.optim optimiser with full gradients on the support."""
 
-    def solver(objective: Objective, weight: torch.Tensor, mask: torch.Tensor, precondition, **options) -> Solution:
-        variable = weight.clone().requires_grad_()
-        optimizer, losses, best = build([variable]), [], (float("inf"), weight)
+    def solver(objective: Objective, theta: torch.Tensor, support: torch.Tensor, *_) -> tuple[torch.Tensor, SolveStats]:
+        variable = theta.clone().requires_grad_()
+        optimizer, losses, best = build([variable]), [], (float("inf"), theta)
 
         def closure():
             nonlocal best
             loss, variable.grad = 0.0, torch.zeros_like(variable)
             with torch.enable_grad():
                 for i in range(len(objective)):
-                    features = objective.features(objective.inputs(i), variable * mask)
-                    part = objective.distance(features, objective.targets(i))
+                    features = objective.features(objective.inputs(i), variable * support)
+                    part = objective.feature_loss(features, objective.targets(i))
                     variable.grad += torch.autograd.grad(part, variable)[0]
                     loss = loss + part.detach()
             losses.append(loss.item())
@@ -51,7 +52,8 @@ def first_order(build):
             if len(losses) == before:
                 break
         loss, solution = best
-        return Solution(solution * mask, None, losses[0], loss, 1, 0, len(losses))
+        stats = SolveStats(losses[0], loss, newton_steps=1, products=len(losses))
+        return solution * support, stats
 
     return solver
 
@@ -65,11 +67,15 @@ METHODS = {  # name -> arguments of snows.prune
     "best, longer joint steps": {"options": snows.Options(joint_CG_iterations=20)},
     "paper, K = 4": {"options": snows.Options.preset("paper")},
     "paper, K = 8": {"options": snows.Options.preset("paper", k_step=8)},
-    "Adam": {"options": ONE_PASS, "solver": first_order(lambda p: torch.optim.Adam(p, lr=3e-3))},
+    "Adam": {"options": ONE_PASS, "algo": snows_with(first_order(lambda p: torch.optim.Adam(p, lr=3e-3)))},
     "L-BFGS": {
         "options": ONE_PASS,
-        "solver": first_order(
-            lambda p: torch.optim.LBFGS(p, max_eval=EVALUATIONS, max_iter=EVALUATIONS, line_search_fn="strong_wolfe")
+        "algo": snows_with(
+            first_order(
+                lambda p: torch.optim.LBFGS(
+                    p, max_eval=EVALUATIONS, max_iter=EVALUATIONS, line_search_fn="strong_wolfe"
+                )
+            )
         ),
     },
 }

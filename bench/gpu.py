@@ -28,6 +28,7 @@ from snows.calibration.streams import Streams
 from snows.cli.shell import shell
 from snows.modes import precision
 from snows.network.layers import Network
+from snows.solve.curvature import Curvature
 from snows.solve.objective import reconstruction
 from snows.zoo.classifiers import load_checkpoint
 
@@ -117,13 +118,13 @@ def product(args: argparse.Namespace) -> list[dict]:
     streams = Streams(Network(network("vit_b_16"), args.device), [images], args.device)
     layer = next(each for each in streams.network.layers if each.name.endswith("layer_0.mlp.0"))
     streams.advance(layer)
-    objective = reconstruction(layer, streams.sparse, streams.dense, snows.Options(k_step=3))
-    weight = objective.join(streams.network.model.get_parameter(layer.parameter))
-    here, vector, rows = objective.linearise(weight), torch.ones_like(weight), []
+    objective = reconstruction([layer], streams.sparse, streams.dense, snows.Options(k_step=3))
+    theta = objective.variables.pack([streams.network.model.get_parameter(layer.parameter)])
+    here, vector, rows = Curvature(objective, theta), torch.ones_like(theta), []
     matrix = torch.randn(args.matrix, args.matrix, device=args.device)
     for name in ("highest", "tf32"):
         with precision(name):
-            row = {"precision": name, "product_tflops": rate(lambda: here.product(vector), args.device)}
+            row = {"precision": name, "product_tflops": rate(lambda: here.matvec(vector), args.device)}
             rows.append({**row, "matrix_tflops": rate(lambda: matrix @ matrix, args.device)})
     return rows
 

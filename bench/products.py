@@ -22,6 +22,7 @@ from snows.cli.flags import whole
 from snows.cli.shell import shell
 from snows.network.layers import Layer, Network
 from snows.options import Options
+from snows.solve.curvature import Curvature
 from snows.solve.objective import reconstruction
 
 NETWORKS = {  # name -> (builder, pixels, batch)
@@ -47,17 +48,19 @@ def measure(network: Network, layer: Layer, images: torch.Tensor, args: argparse
     """Median seconds of a forward pass and of a product of one layer's window."""
     stream = Stream(network, network.model, [images], args.device)
     stream.advance(layer.node)
-    objective = reconstruction(layer, stream, stream, Options(k_step=args.k_step, targets="same", curvature=curvature))
-    weight = objective.join(network.model.get_parameter(layer.parameter).clone())
-    here, vector = objective.linearise(weight), torch.randn_like(weight)
+    objective = reconstruction(
+        [layer], stream, stream, Options(k_step=args.k_step, targets="same", curvature=curvature)
+    )
+    theta = objective.variables.pack([network.model.get_parameter(layer.parameter)])
+    here, vector = Curvature(objective, theta), torch.randn_like(theta)
     values = objective.inputs(0)
 
     @torch.no_grad()
     def forward():
-        objective.features(values, weight)
+        objective.features(values, theta)
 
     rounds = [
-        (seconds(forward, args.device), seconds(lambda: here.product(vector), args.device))
+        (seconds(forward, args.device), seconds(lambda: here.matvec(vector), args.device))
         for _ in range(args.rounds + 1)
     ]
     forwards, products = (statistics.median(column) for column in zip(*rounds[1:]))  # the first one warms up

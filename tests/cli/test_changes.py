@@ -2,12 +2,14 @@
 
 import json
 import multiprocessing
+from dataclasses import replace
 
 import pytest
 
 from snows.cli import run_folder
 from snows.cli.journal import Journal
 from snows.errors import SnowsError, UsageError
+from snows.methods import METHODS
 
 UNSTR = "CNN_pruning/unstr.py"
 SMALL = ["--k_step", "0", "--max_CG_iterations", "1", "--ngrads", "8", "--schedule", "0", "--preconditioner", "none"]
@@ -185,7 +187,7 @@ def test_a_run_whose_joint_steps_fail_is_ended_without_them(script, tmp_path, mo
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr("snows.pipeline.solve_jointly", fails)
+        patched.setitem(METHODS, "SNOWS", replace(METHODS["SNOWS"], update_jointly=fails))
         script(UNSTR, *SMALL, "--out_dir", folder, code=1)
     assert len(Journal(folder)) == LAYERS
     out, err = script(UNSTR, "--resume", folder, "--joint_steps", 0)
