@@ -19,7 +19,7 @@ def test_the_library_snippet_runs_as_it_stands(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "of all parameters are zero; left dense: {'0': '3 inputs are not a multiple of 4'}" in done.stdout
-    assert "LayerRecord(name='3'" in done.stdout
+    assert "name='3', sweep=0" in done.stdout
     assert (tmp_path / "sparse.pt").exists()
 
 
