@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from snows.arguments import check_arguments
 from snows.calibration.streams import Streams, micro_batches
+from snows.errors import UsageError, by_reason
 from snows.job import Job, Listener
 from snows.masks.choose import chosen_layers, select, without
 from snows.masks.patterns import Pattern, Selection
@@ -154,15 +155,20 @@ def chosen(
 
     images: whether they are looked at even if the masks are chosen without. They show which layers cannot be followed.
     """
+    saliency, streams, selection = SALIENCIES[wanted.mask_alg], None, wanted
     chosen_layers(network, wanted.layers)
-    streams, known = None, {layer.name for layer in network.layers}
-    if images or SALIENCIES[wanted.mask_alg].score is not None:
+    if not wanted.masks and saliency.score is None:  # what does not fit is said before an image is looked at
+        selection = select(network, wanted.layers, wanted.mask_alg, None, options, wanted.pattern)
+    known = {layer.name for layer in network.layers}
+    if images or saliency.score is not None:
         batches = micro_batches(network, calibration, options.batch_size, options.k_step)
         streams = Streams(network, batches, network.device, options, dense_model)
     lost = known - {layer.name for layer in network.layers}
     pattern = without(wanted.pattern, lost)
-    if not wanted.masks:
+    if not selection.masks or (lost and not wanted.masks):
         return select(network, wanted.layers, wanted.mask_alg, streams, options, pattern), streams
-    masks = {name: mask.to(network.device) for name, mask in wanted.masks.items() if name not in lost}
-    left_dense = {**wanted.left_dense, **{name: network.refused[name] for name in lost}}
-    return replace(wanted, masks=masks, left_dense=left_dense, pattern=pattern), streams
+    masks = {name: mask.to(network.device) for name, mask in selection.masks.items() if name not in lost}
+    left_dense = {**selection.left_dense, **{name: network.refused[name] for name in lost}}
+    if not masks:
+        raise UsageError(f"nothing to prune: {by_reason(left_dense)}.")
+    return replace(selection, masks=masks, left_dense=left_dense, pattern=pattern), streams

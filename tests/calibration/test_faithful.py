@@ -175,7 +175,7 @@ def check_layers(model, images):
         wanted, slope = jvp(logits, primals, moves)
         torch.testing.assert_close(found[network.output], wanted)
         assert window.features[-1] is network.output
-        torch.testing.assert_close(Tangents(window, found, parameters)(moves[0], shift)[-1], slope)
+        torch.testing.assert_close(Tangents(window, found, parameters)([moves[0]], [shift])[-1], slope)
     return network
 
 

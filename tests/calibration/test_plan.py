@@ -44,13 +44,13 @@ def test_what_a_micro_batch_needs_is_known_before_it_is_linearised(make, k_step)
     for layer in network.layers[:-1]:
         streams.advance(layer)
         objective = reconstruction([layer], streams.sparse, streams.dense, snows.Options(k_step=k_step))
-        weight = objective.join(0.5 * network.model.get_parameter(layer.parameter))
+        weight = objective.variables.pack([0.5 * network.model.get_parameter(layer.parameter)])
         targets = sum(y.nbytes for y in objective.targets(0))
         gc.collect()
         before = memory.used_memory("cpu")
         here = Curvature(objective, weight)
         kept = memory.used_memory("cpu") - before
-        assert here.products[0] is not None
+        assert here.operators[0] is not None
         need = 16 * streams.plan.need([layer], k_step)
         assert kept <= need <= max(6 * (kept + targets), 16 * streams.plan.passing, 16 * streams.plan.columns(layer))
         del objective, here
@@ -95,7 +95,7 @@ def test_targets_that_find_no_room_are_computed_again_to_the_same_bits(tiny, ima
         layer = network.layers[index]
         streams.advance(layer)
         objective = reconstruction([layer], streams.sparse, streams.dense, snows.Options())
-        theta = objective.join(0.5 * network.model.get_parameter(layer.parameter))
+        theta = objective.variables.pack([0.5 * network.model.get_parameter(layer.parameter)])
         here = Curvature(objective, theta)
         values.append([here.loss, here.gradient, here.matvec(theta), objective.loss(theta), *objective.targets(1)])
         held = [each is not None for each in objective.examples.held]

@@ -128,11 +128,11 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written_end_in_one_line(tmp_pat
     store = Store("cpu", host_bytes=0, cache_dir=str(tmp_path))
     with monkeypatch.context() as patched:
         patched.setattr(stores, "laid_flat", full)
-        with pytest.raises(WriteError, match=r"No space left on device.*--cache_dir"):
+        with pytest.raises(WriteError, match=r"No space left on device.*`cache_dir`"):
             store.put({"x": torch.arange(10)})
     assert os.listdir(store.folder) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(WriteError, match="--cache_dir"):
+    with pytest.raises(WriteError, match="`cache_dir`"):
         Store("cpu", host_bytes=0, cache_dir=str(tmp_path / "file")).put({"x": torch.arange(10)})
 
 
@@ -157,7 +157,7 @@ def test_many_images_lie_in_a_file_without_a_name(tmp_path, monkeypatch):
     assert small.shape == (2, 3)
     assert not (tmp_path / "none").exists()
     (tmp_path / "file").write_text("")
-    with pytest.raises(WriteError, match="--cache_dir"):
+    with pytest.raises(WriteError, match="`cache_dir`"):
         room_for(torch.Size((1000,)), torch.float32, str(tmp_path / "file"))
 
 

@@ -164,6 +164,6 @@ print(int(1e3 * max((a - b).abs().max() for a, b in weights)))  # their random p
 
 def test_a_budget_for_not_even_one_image_is_refused_before_anything_is_computed():
     model, images = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), torch.nn.Flatten()), torch.randn(4, 8, 16, 16)
-    message = r"before anything was computed: layer 0 needs about .* for one image .* raise --memory_budget, lower"
+    message = r"before anything was computed: layer 0 needs about .* for one image .* raise `memory_budget`, lower"
     with pytest.raises(SnowsError, match=message):
         snows.prune(model, images, snows.NM(1, 2), snows.Options(memory_budget=1e-6, joint_steps=0), listener=None)
