@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "CNN_pruning"), str(ROOT / "VIT_pruning")]
 
-from resnet_cifar import ResNet  # noqa: E402
-from vit_small import vit_cifar10, vit_digits  # noqa: E402
+from resnet_cifar import ResNet
+from vit_small import vit_cifar10, vit_digits
 
-from snows.cli.shell import shell  # noqa: E402
-from snows.zoo.evaluate import accuracy  # noqa: E402
-from snows.zoo.images import load, normalised  # noqa: E402
+from snows.cli.shell import shell
+from snows.zoo.evaluate import accuracy
+from snows.zoo.images import load, normalised
 
 
 @dataclass

@@ -47,28 +47,24 @@ def prune(
 
     model: any nn.Module that torch.fx can trace and that maps images to one tensor, or its trace, a `Network`, which
         is not traced again; neither is changed.
-    calibration: images (n, channels, height, width) as the model wants them, or an iterable (a DataLoader) of such
-        batches, bare or as (images, anything).
+    calibration: images (n, channels, height, width), or batches of them (a DataLoader), bare or as (images, anything).
     pattern: Unstructured(...) or NM(...); or masks of your own, {layer name: boolean tensor, True where kept}, which
-        stay as they are (options.schedule adds sweeps with the same masks); or what `choose_masks` has chosen.
+        stay as they are; or what `choose_masks` has chosen.
     mask_alg: which weights survive, a name in snows.masks.saliency.SALIENCIES; see there.
     algo: how the surviving weights are set: a name in snows.methods.METHODS, or a Method of your own.
-    layers: which layers to prune, by name; the others stay dense.
-    device: where to compute; a `Network` is on its own.
+    layers: which layers to prune, by name. device: where to compute; a `Network` is on its own.
     listener: called with each finished layer's step, and the job, whose `network.model` is to be looked at only.
     finished: the steps that the listener was given by an earlier call with the same arguments, in order: they are
         written back, not solved again, and the job goes on after the last one, to the same result.
 
-    A layer that cannot be solved (something is not finite, has no derivative, or does not fit the memory) keeps its
-    masked weights; its record says so, and the job goes on. So do all where the joint steps cannot be taken.
+    A layer that cannot be solved (not finite, no derivative, no memory) keeps its masked weights; its record says so,
+    and the job goes on. So do all where the joint steps cannot be taken.
 
     Raises:
         TraceError: the model cannot be traced.
-        UsageError: an argument is none of the above; the pattern, the masks or the calibration images do not fit the
-            model; a method needs what a layer hides; the solver gives back no solution; or `finished` is another's.
+        UsageError: an argument is none of the above, or does not fit the model; a method needs what a layer hides.
         SnowsError: what else the caller can mend; no layer at all can be solved.
-        Interrupted: Ctrl-C. Unfinished: any other error, once a layer is solved.
-            Of these and of any SnowsError, `result` holds the finished layers, the others still dense.
+        Interrupted: Ctrl-C. Unfinished: any other error, once a layer is solved. Their `result` holds what is finished.
     """
     options = Options() if options is None else options
     check_arguments(model, pattern, options, mask_alg, algo, layers, device)

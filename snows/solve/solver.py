@@ -54,18 +54,16 @@ def conjugate_gradients(
     Stops at the first direction whose curvature is not positive, and where the residual has become too small for the
     type to tell a direction from it, with what it has; if that is the very first direction, with a step along it.
 
-    Raises:
-        FloatingPointError: the right side, a product or a preconditioned residual is NaN or infinite.
+    Raises FloatingPointError where the right side, a product or a preconditioned residual is NaN or infinite.
     """
     x, bx, r = torch.zeros_like(right_side), torch.zeros_like(right_side), right_side
     norm = check_finite(right_side.norm(), "the gradient")
     if not norm > 0:
         return CGResult(x, bx, [])
     precondition = precondition or (lambda residual: residual)
-    tolerance = max(tolerance, torch.finfo(right_side.dtype).eps)
+    tolerance, residuals = max(tolerance, torch.finfo(right_side.dtype).eps), list[float]()
     z = precondition(r)
     p, rz, shift = z, dot(r, z), None
-    residuals: list[float] = []
     for _ in range(max_iterations):
         bp, pp = matvec(p), dot(p, p)
         curvature = dot(p, bp)
@@ -86,9 +84,9 @@ def conjugate_gradients(
                 alpha = rz / abs(steepness) if steepness else torch.ones_like(rz)
                 x, bx = alpha * p, alpha * bp
             return CGResult(x, bx, residuals, negative_curvature=True)
+        if residuals and not math.isfinite(residual + length):
+            break  # the curvature is too small to divide by
         if not math.isfinite(residual + length):
-            if residuals:  # the curvature is too small to divide by
-                break
             raise FloatingPointError("the step is not finite")
         x += alpha * p  # in place: of all layers together, each vector may take a large share of the memory
         bx += alpha * bp
