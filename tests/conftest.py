@@ -14,6 +14,16 @@ from helpers import ROOT, TinyCNN, randomise
 from resnet_cifar import ResNet
 
 
+@pytest.fixture(autouse=True)
+def same_log():
+    """Whatever a test runs of the shell, the log is as it was for the next."""
+    log = logging.getLogger("snows")
+    handlers, level = log.handlers, log.level
+    yield
+    log.handlers = handlers
+    log.setLevel(level)
+
+
 @pytest.fixture
 def tiny():
     return randomise(TinyCNN())
