@@ -16,7 +16,7 @@ from snows.calibration.streams import Streams, retry_on_out_of_memory
 from snows.errors import Interrupted, SnowsError, Unfinished, Unsolvable, UsageError, first_line
 from snows.masks import sparsegpt
 from snows.masks.choose import layer_budget, select
-from snows.masks.patterns import NM, Pattern, Selection
+from snows.masks.patterns import NM, Choice, Pattern, Selection
 from snows.masks.saliency import SALIENCIES
 from snows.memory import forget_peak, peak_memory
 from snows.methods import Method, sparsegpt_problem
@@ -40,20 +40,22 @@ class Job:
     """
 
     network: Network
-    selection: Selection  # the target's masks, and what chose them
+    choice: Choice
+    selection: Selection  # the target's masks
     method: Method
     options: Options
+    scoring: Options  # the caller's, which masks are chosen with whatever the method
     streams: Streams | None  # None: nothing looks at images
     finished: Iterator[Step] = field(default_factory=lambda: iter(()))  # of an earlier call, still to be written back
     masks: Masks = field(default_factory=dict)  # of the layers that are set, on the device
     layers: list[LayerRecord] = field(default_factory=list)
     unsolvable: str = ""  # why the first of the layers that do not fit, or have no derivatives, could not be solved
     started: float = field(default_factory=time.perf_counter)
-    earlier: float = 0.0  # seconds that the replayed steps took
+    earlier: float = 0.0  # seconds that replayed steps, and masks chosen before, took
 
     def __post_init__(self):
-        self.stages = stages(self.selection.pattern, self.options)
-        self.sequential = SALIENCIES[self.selection.mask_alg].sequential
+        self.stages = stages(self.choice.pattern, self.options)
+        self.sequential = SALIENCIES[self.choice.mask_alg].sequential
         self.turns = len(self.selection.masks) * (len(self.stages) + (self.options.joint_steps > 0))
 
     def begin(self, sweep: int) -> Masks:
@@ -62,15 +64,16 @@ class Job:
         A new stage's are chosen from the weights as the last one left them: its zeros, the smallest, stay zeros. Where
         masks are sequential, these only say how many weights each layer loses.
         """
-        stage, chosen = self.stages[sweep], self.selection
+        stage = self.stages[sweep]
         if sweep > 0 and self.streams is not None:
             self.options = self.options.but(w_warm=False)
             self.streams.restart()
         if not self._is_new(sweep):
             return dict(self.masks)
-        if sweep == 0 and stage is chosen.pattern:
-            return dict(chosen.masks)
-        return select(self.network, chosen.layers, chosen.mask_alg, self.streams, self.options, stage).masks
+        if sweep == 0 and stage is self.choice.pattern:
+            return dict(self.selection.masks)
+        choice = replace(self.choice, pattern=stage)
+        return select(self.network, choice, self.streams, self.scoring).masks
 
     def layers_of(self, names: Collection[str]) -> list[Layer]:
         """The layers of these names, in execution order."""
@@ -89,9 +92,9 @@ class Job:
     def solve(self, layer: Layer, sweep: int, mask: Tensor) -> Step:
         """A layer's mask and its surviving weights, in micro-batches that fit the memory, and what that took."""
         streams, place, started = self.streams, f"layer {layer.name}", time.perf_counter()
-        forget_peak(self.network.device)
         if streams is None:
             return self._step(layer, sweep, mask, Update(self.network.masked(layer, mask)), 0.0)
+        forget_peak(streams.device)
         problem = ""
         try:
             streams.fit(streams.plan.need([layer], self.options.k_step))
@@ -105,7 +108,9 @@ class Job:
                         update = self.method.update(layer, mask, streams, self.options)
                 return self._step(layer, sweep, mask, update, time.perf_counter() - started)
         except Unsolvable as error:
-            log.warning("layer %s keeps its masked weights: %s", layer.name, error)
+            log.warning(
+                "layer %s keeps its masked weights: %s", layer.name, str(error)
+            )  # a record would hold its frames
             problem, self.unsolvable = error.problem, self.unsolvable or str(error)
         update = Update(self.network.masked(layer, mask), stats=SolveStats(problem=problem))
         return self._step(layer, sweep, mask, update, time.perf_counter() - started)
@@ -132,7 +137,7 @@ class Job:
                 with attempt:
                     updates = update_jointly(layers, self.masks, streams, self.options)
         except Unsolvable as error:
-            log.warning("the layers keep their weights: %s", error)
+            log.warning("the layers keep their weights: %s", str(error))
             stats = SolveStats(problem=error.problem)
             updates = [Update(self.network.masked(layer, self.masks[layer.name]), stats=stats) for layer in layers]
         seconds = (time.perf_counter() - started) / len(layers)
@@ -157,6 +162,13 @@ class Job:
         self.layers.append(step.record)
         self.earlier += step.record.seconds if step.replayed else 0.0
 
+    def write_all(self, steps: list[Step]) -> Iterator[Step]:
+        """Write steps back, and give them one by one to be told of: their weights are not kept longer than that."""
+        for step in steps:
+            self.write_back(step)
+        while steps:
+            yield steps.pop(0)
+
     def failed(self) -> set[str]:
         """The layers that were not solved when it was last their turn."""
         return {name for name, problem in {each.name: each.problem for each in self.layers}.items() if problem}
@@ -173,6 +185,7 @@ class Job:
     @torch.no_grad()
     def result(self) -> Pruned:
         """A plain copy of the caller's model with the layers that are set, the others dense."""
+        self.streams = None  # the dense network and the features go before the network is copied once more
         model, masks = copied(self.network.original), {}
         for layer in self.layers_of(self.masks):
             for name in filter(None, (layer.parameter, layer.bias)):
@@ -222,7 +235,7 @@ class Job:
             shape=tuple(layer.shape),
             sparsity=zeros(update.weight),
             seconds=seconds,
-            peak_memory_bytes=peak_memory(self.network.device),
+            peak_memory_bytes=0 if self.streams is None else peak_memory(self.network.device),
             batch_size=0 if self.streams is None else self.streams.batch_size,
             joint=joint,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 
 from snows.arguments import check_arguments
 from snows.calibration.streams import Streams, micro_batches
-from snows.errors import UsageError, by_reason
+from snows.errors import UsageError
 from snows.job import Job, Listener
-from snows.masks.choose import chosen_layers, select, without
-from snows.masks.patterns import Pattern, Selection
+from snows.masks.choose import check_selection, chosen_layers, select, without
+from snows.masks.patterns import Choice, Pattern, Selection, every_layer
 from snows.masks.saliency import SALIENCIES, check_inputs
 from snows.methods import METHODS, Method
 from snows.modes import own_modes, precision
@@ -23,10 +24,6 @@ from snows.options import Options
 from snows.result import Pruned, Step
 
 log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
-
-
-def every_layer(name: str) -> bool:
-    return True
 
 
 @own_modes()
@@ -68,11 +65,11 @@ def prune(
     """
     options = Options() if options is None else options
     check_arguments(model, pattern, options, mask_alg, algo, layers, device)
-    method = METHODS[algo] if isinstance(algo, str) else algo
-    wanted = pattern if isinstance(pattern, Selection) else Selection({}, {}, pattern, mask_alg, layers)
+    started, method = time.perf_counter(), METHODS[algo] if isinstance(algo, str) else algo
+    wanted = pattern if isinstance(pattern, Selection) else Choice(pattern, mask_alg, layers)
     with precision(options.precision):
         job = prepared(model, calibration, wanted, options, method, device)
-        job.finished = iter(finished)
+        job.started, job.finished = started, iter(finished)
         with job.kept():
             for sweep in range(len(job.stages)):
                 masks = job.begin(sweep)
@@ -83,12 +80,8 @@ def prune(
                     listener(step, job)
                 job.check_solved()
             if job.options.joint_steps:
-                steps = job.solve_jointly()
-                for step in steps:
-                    job.write_back(step)
-                for step in steps:
+                for step in job.write_all(job.solve_jointly()):
                     listener(step, job)
-        job.streams = None  # the dense network and the features go before the network is copied once more
         return job.result()
 
 
@@ -103,68 +96,68 @@ def choose_masks(
     layers: Callable[[str], bool] = every_layer,
     device: torch.device | str = "cpu",
 ) -> Selection:
-    """The masks that `prune` ends at, which it takes in place of a pattern; its arguments, and what it raises.
+    """The masks of the target, chosen by the dense weights, which `prune` takes in place of a pattern.
+
+    Its arguments, and what it raises. A schedule, and SparseGPT where the layers' turns decide, end with others.
 
     calibration: None leaves the images out where magnitudes alone are compared; with them, layers whose windows do not
-        compute what the network does are found.
+        compute what the network does are found, and left dense by the network that is given.
     """
-    options = Options() if options is None else options
+    started, options = time.perf_counter(), Options() if options is None else options
     check_arguments(model, pattern, options, mask_alg, "MP", layers, device)
+    if isinstance(pattern, Selection):
+        raise UsageError("these masks are chosen already: give a pattern, or masks as a dict.")
     with precision(options.precision):
         network = model if isinstance(model, Network) else Network(model, device)
-        wanted = Selection({}, {}, pattern, mask_alg, layers)
-        return chosen(network, calibration, wanted, options, calibration is not None)[0]
+        choice = Choice(pattern, mask_alg, layers)
+        streams = None
+        if calibration is not None or SALIENCIES[mask_alg].score is not None:
+            streams = opened(network, calibration, options.but(joint_steps=0), network.model)
+        selection = select(network, choice, streams, options)
+        return replace(selection, seconds=time.perf_counter() - started)
 
 
 def prepared(
     model: nn.Module | Network,
     calibration: Tensor | Iterable,
-    wanted: Selection,
+    wanted: Choice | Selection,
     options: Options,
     method: Method,
     device: torch.device | str,
 ) -> Job:
     """A job before its first layer: its network, its masks, and its images if anything looks at them."""
+    network, dense_model = (model.copy(), model.model) if isinstance(model, Network) else (Network(model, device), None)
+    choice = check_selection(wanted, network) if isinstance(wanted, Selection) else wanted
+    saliency, scoring, names = SALIENCIES[choice.mask_alg], options, {layer.name for layer in network.layers}
     options = options.but(**method.fixed)
     if method.update_jointly is None:
         options = options.but(joint_steps=0)
-    network, dense_model = (model.copy(), model.model) if isinstance(model, Network) else (Network(model, device), None)
-    solving = method.update is not None or SALIENCIES[wanted.mask_alg].sequential
-    selection, streams = chosen(network, calibration, wanted, options, solving, dense_model)
+    chosen_layers(network, choice.layers)
+    selection = wanted if isinstance(wanted, Selection) else None
+    if selection is None and saliency.score is None:  # what does not fit is said before an image is looked at
+        selection = select(network, choice, None, scoring)
+    solving = method.update is not None or options.joint_steps > 0 or saliency.sequential
+    scores_to_come = saliency.score is not None and (selection is None or options.schedule > 0)
+    streams = opened(network, calibration, options, dense_model) if solving or scores_to_come else None
+    lost = names - {layer.name for layer in network.layers}  # the images showed that they cannot be followed
+    choice = replace(choice, pattern=without(choice.pattern, lost))
+    if selection is None or lost:
+        selection = select(network, choice, streams, scoring)
     if method.inverts_inputs:
         name = next((name for name, each in METHODS.items() if each is method), "the method")
-        check_inputs(name, [layer for layer in network.layers if layer.name in selection.masks], network)
+        check_inputs(name, [layer for layer in network.layers if layer.name in selection.masks], network, inverse=True)
     if solving and streams is not None:
         log.info(streams.outlook(selection.masks, options))
-    return Job(network, selection, method, options, streams if solving else None)
+    masks = {name: mask.to(network.device) for name, mask in selection.masks.items()}
+    streams = streams if solving or options.schedule else None
+    job = Job(network, choice, replace(selection, masks=masks), method, options, scoring, streams)
+    job.earlier = selection.seconds if isinstance(wanted, Selection) else 0.0
+    return job
 
 
-def chosen(
-    network: Network,
-    calibration: Tensor | Iterable | None,
-    wanted: Selection,
-    options: Options,
-    images: bool,
-    dense_model: nn.Module | None = None,
-) -> tuple[Selection, Streams | None]:
-    """(the masks that are wanted, chosen unless they have been; the images, at the start of the network).
-
-    images: whether they are looked at even if the masks are chosen without. They show which layers cannot be followed.
-    """
-    saliency, streams, selection = SALIENCIES[wanted.mask_alg], None, wanted
-    chosen_layers(network, wanted.layers)
-    if not wanted.masks and saliency.score is None:  # what does not fit is said before an image is looked at
-        selection = select(network, wanted.layers, wanted.mask_alg, None, options, wanted.pattern)
-    known = {layer.name for layer in network.layers}
-    if images or saliency.score is not None:
-        batches = micro_batches(network, calibration, options.batch_size, options.k_step)
-        streams = Streams(network, batches, network.device, options, dense_model)
-    lost = known - {layer.name for layer in network.layers}
-    pattern = without(wanted.pattern, lost)
-    if not selection.masks or (lost and not wanted.masks):
-        return select(network, wanted.layers, wanted.mask_alg, streams, options, pattern), streams
-    masks = {name: mask.to(network.device) for name, mask in selection.masks.items() if name not in lost}
-    left_dense = {**selection.left_dense, **{name: network.refused[name] for name in lost}}
-    if not masks:
-        raise UsageError(f"nothing to prune: {by_reason(left_dense)}.")
-    return replace(selection, masks=masks, left_dense=left_dense, pattern=pattern), streams
+def opened(
+    network: Network, calibration: Tensor | Iterable | None, options: Options, dense_model: nn.Module | None
+) -> Streams:
+    """The calibration images at the start of the network, once they are known to run through it."""
+    batches = micro_batches(network, calibration, options.batch_size, options.k_step)
+    return Streams(network, batches, network.device, options, dense_model)

@@ -68,7 +68,8 @@ def check_trace(network: Network, images: Tensor, k_step: int) -> None:
         if not is_out_of_memory(error):
             raise
         log.warning("no memory to check the windows of the layers with %d images: going on unchecked", IMAGES)
-    network.checked = (k_step, images.shape, images.dtype)
+    else:
+        network.checked = (k_step, images.shape, images.dtype)
 
 
 def as_it_came(network: Network, images: Tensor, weights: dict[str, Tensor]) -> Tensor:

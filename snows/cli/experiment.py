@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from snows.arguments import check_device
 from snows.cli import run_folder
 from snows.cli.one_run import OneRun, conclude, export_masks
 from snows.cli.settings import RunSettings
 from snows.cli.task import Layers, Task
 from snows.modes import make_deterministic
+from snows.network.checks import check_device
 from snows.zoo.registry import Known
 
 

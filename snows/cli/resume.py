@@ -43,7 +43,8 @@ def resumed(flags: argparse.ArgumentParser, folder: Path, pattern_of: PatternOf)
     began = flags.parse_args(saved["argv"])
     vars(began).update((name, saved[name]) for name in MAY_CHANGE if name in saved)  # as the last command left them
     now = flags.parse_args(sys.argv[1:], copy.copy(began))
-    check_mask_flags(now)
+    alone = argparse.Namespace(**vars(now) | {"algo": [saved["algo"]], "seed": [saved["seed"]]})
+    check_mask_flags(alone)
     settings = from_flags(now, pattern_of, saved["argv"])
     before = dict(from_flags(began, pattern_of, saved["argv"]).flags)
     before |= {name: value for name, value in saved.items() if value is not None}  # a null once stood for a default

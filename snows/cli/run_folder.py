@@ -232,7 +232,8 @@ def layer_rows(records: list[LayerRecord]) -> list[dict]:
         values = asdict(record)
         sweep, _ = values.pop("sweep"), values.pop("residuals")
         shape = "x".join(map(str, record.shape))
-        row = rows.setdefault(record.name, {"name": record.name, **values, "shape": shape})
+        what = {"name": record.name, "shape": shape, "sparsity": record.sparsity}
+        row = rows.setdefault(record.name, {**what, **values, "shape": shape})
         if sweep > 0:
             row |= {"sparsity": record.sparsity, "accuracy": record.accuracy, "batch_size": record.batch_size}
             row["problem"] = record.problem or row["problem"]

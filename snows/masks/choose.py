@@ -8,8 +8,8 @@ from torch import Tensor
 
 from snows.calibration.streams import Streams, retry_on_out_of_memory
 from snows.errors import UsageError, by_reason, listed
-from snows.masks.patterns import NM, Pattern, Selection, are_masks
-from snows.masks.saliency import SALIENCIES, check_inputs, scores
+from snows.masks.patterns import NM, Choice, Pattern, Selection, are_masks
+from snows.masks.saliency import SALIENCIES, Saliency, check_inputs, scores
 from snows.network.layers import Layer, Masks, Network
 from snows.options import Options
 
@@ -28,14 +28,7 @@ def chosen_layers(network: Network, layers: Callable[[str], bool]) -> list[Layer
     return chosen
 
 
-def select(
-    network: Network,
-    layers: Callable[[str], bool],
-    mask_alg: str,
-    streams: Streams | None,
-    options: Options,
-    pattern: Pattern | Masks,
-) -> Selection:
+def select(network: Network, choice: Choice, streams: Streams | None, options: Options) -> Selection:
     """The masks of the chosen layers, chosen by the weights as they stand.
 
     streams: needed where the saliency takes images; at the start of the network before and after.
@@ -43,29 +36,44 @@ def select(
     Raises:
         UsageError: there is nothing to prune, the pattern does not fit, or a layer hides what the saliency needs.
     """
-    chosen, saliency = chosen_layers(network, layers), SALIENCIES[mask_alg]
+    chosen, saliency, pattern = chosen_layers(network, choice.layers), SALIENCIES[choice.mask_alg], choice.pattern
     weights = {layer.name: network.model.get_parameter(layer.parameter) for layer in chosen}
     if isinstance(pattern, dict):
         selection = check_user_masks(pattern, weights)
     else:
         if saliency.score is not None:
-            check_inputs(mask_alg, chosen, network)
-        if streams is not None and saliency.score is not None and (pattern.compares_layers or not saliency.sequential):
-            weights = measured(chosen, mask_alg, streams, options)
+            check_inputs(choice.mask_alg, chosen, network, inverse=saliency.sequential)
+        if saliency.score is not None and (pattern.compares_layers or not saliency.sequential):
+            weights = measured(chosen, saliency, streams, options)
         total = sum(p.numel() for p in network.model.parameters())
         selection = pattern.select(weights, total, by_row=saliency.by_row)
     if not selection.masks:
         raise UsageError(f"nothing to prune: {by_reason(selection.left_dense)}.")
     selection.left_dense |= {layer.name: "not selected" for layer in network.layers if layer not in chosen}
-    selection.pattern, selection.mask_alg, selection.layers = pattern, mask_alg, layers
+    selection.choice = choice
     return selection
 
 
-def measured(layers: list[Layer], mask_alg: str, streams: Streams, options: Options) -> dict[str, Tensor]:
+def check_selection(selection: Selection, network: Network) -> Choice:
+    """What chose a selection, once it is known to be of this network.
+
+    Raises:
+        UsageError: it was not made by `choose_masks`, or its masks are another network's.
+    """
+    if selection.choice is None:
+        raise UsageError("the selection was not made by snows.choose_masks: pass its masks, a dict.")
+    weights = {layer.name: network.model.get_parameter(layer.parameter) for layer in network.layers}
+    check_user_masks(selection.masks, weights)
+    return selection.choice
+
+
+def measured(layers: list[Layer], saliency: Saliency, streams: Streams | None, options: Options) -> dict[str, Tensor]:
     """Layer name -> the scores of its weights, from one pass of the images."""
-    saliency, result = SALIENCIES[mask_alg], {}
-    streams.check_fits(layers, options)
+    if streams is None:
+        raise UsageError("calibration images are needed to choose these masks.")
+    result: dict[str, Tensor] = {}
     depth = options.k_step if saliency.looks_ahead else 0
+    streams.check_fits(layers, options.but(k_step=depth, joint_steps=0))
     streams.fit(max(streams.plan.need([layer], depth) for layer in layers))
     for attempt in retry_on_out_of_memory(streams, "the scores"):
         with attempt:

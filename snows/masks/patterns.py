@@ -22,18 +22,31 @@ from snows.network.layers import Masks
 LEFT_DENSE = "dense, as its rule asks"
 
 
+def every_layer(name: str) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How masks are chosen: by which pattern (or the masks themselves), by whose scores, of which layers by name."""
+
+    pattern: Any  # Pattern | Masks
+    mask_alg: str = "MP"
+    layers: Callable[[str], bool] = every_layer
+
+
 @dataclass
 class Selection:
     """The masks of the layers to prune, and the reason for each layer left dense.
 
-    pattern, mask_alg, layers: what chose them, from which layers by name; a schedule goes to them step by step.
+    choice: what chose them. A schedule goes to its pattern stage by stage, and ends with what that chooses then: masks
+        that are to stay as they are go into `prune` as a dict.
     """
 
     masks: Masks = field(default_factory=dict)
     left_dense: dict[str, str] = field(default_factory=dict)
-    pattern: Any = None  # Pattern | Masks
-    mask_alg: str = "MP"
-    layers: Callable[[str], bool] = lambda name: True
+    choice: Choice | None = None
+    seconds: float = 0.0  # that choosing took
 
 
 @dataclass(frozen=True)

@@ -63,14 +63,14 @@ def scores(saliency: Saliency, layers: list[Layer], stream: Stream, options: Opt
     return result
 
 
-def check_inputs(method: str, layers: list[Layer], network: Network) -> None:
-    """Refuse layers whose input columns, which a method needs, cannot be had, or are too many for its inverse.
+def check_inputs(method: str, layers: list[Layer], network: Network, inverse: bool) -> None:
+    """Refuse layers whose input columns, which a method needs, cannot be had; with `inverse`, or are too many for that.
 
     Raises:
         UsageError: it lists them.
     """
     hidden = [layer.name for layer in layers if not shows_inputs(network, layer)]
-    wide = [layer.name for layer in layers if not can_factor(network, layer)] if method == "SparseGPT" else []
+    wide = [layer.name for layer in layers if not can_factor(network, layer)] if inverse else []
     for names, problem in ((hidden, "cannot be unfolded"), (wide, f"are more than {MAX_INPUTS}")):
         if names:
             raise UsageError(

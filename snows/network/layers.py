@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from snows.errors import SnowsError, first_line
 from snows.network.attention import is_output
+from snows.network.checks import check_device, check_model
 from snows.network.known import (
     ACTIVATION_MODULES,
     ACTIVATIONS,
@@ -68,13 +69,16 @@ class Layer:
 class Network:
     """A traced model: `nodes` in execution order and the prunable `layers` among them.
 
-    `original` is the caller's model, `model` a private copy of it in evaluation mode, whose weights change as layers
-    are solved, and `in_place` names its modules that wrote in place before the trace. `calls` counts how often each
-    module is called. `refused` maps the name of every Conv2d or Linear whose weight cannot be pruned to the reason.
-    `checked`: the windows and images on which the trace has been compared with the model (calibration/faithful.py).
+    `original` is the caller's model, which must not change meanwhile, `model` a private copy of it in evaluation mode,
+    whose weights change as layers are solved, and `in_place` names its modules that wrote in place before the trace.
+    `calls` counts how often each module is called. `refused` maps the name of every Conv2d or Linear whose weight
+    cannot be pruned to the reason. `checked`: the windows and images on which the trace has been compared with the
+    model (calibration/faithful.py).
     """
 
     def __init__(self, model: nn.Module, device: torch.device | str = "cpu"):
+        check_device(device)
+        check_model(model)
         self.original, self.device = model, device
         self.model = copied(model, device).eval().requires_grad_(False)
         for module in self.model.modules():

@@ -55,20 +55,21 @@ def update_layer(layer: Layer, mask: Tensor, streams: Streams, options: Options,
         UsageError: the solver gives back something else than a solution.
     """
     streams.advance(layer, options.targets)
-    weight, products, iterations = streams.network.masked(layer, mask), 0.0, 0
-    warm = [(options.but(**LEAST_SQUARES), solve)] if options.w_warm else []
-    for chosen, solver_ in [*warm, (options, solver)]:
-        groups, kept = streams.groups, streams.kept_bytes([layer])
-        objective = reconstruction([layer], streams.sparse, streams.dense, chosen, kept, groups)
-        variables, precondition = objective.variables, None
-        theta, support = variables.pack([weight]), variables.pack([mask], True)
-        with explained(objective.window):
-            if chosen.preconditioner == "rows":
-                precondition = row_inverses(objective, theta, support, chosen.seed, streams.budget.layer_inverses)
-            theta, stats = minimise(objective, theta, support, precondition, chosen, solver_)
-        (weight,), (bias_update,) = variables.unpack(theta)
-        products, iterations = products + stats.products, iterations + stats.cg_iterations
-    stats.products, stats.cg_iterations = products, iterations
+    start, spent = streams.network.masked(layer, mask), SolveStats()
+    if options.w_warm:
+        warm = update_layer(layer, mask, streams, options.but(**LEAST_SQUARES))
+        start, spent = warm.weight, warm.stats
+    objective = reconstruction(
+        [layer], streams.sparse, streams.dense, options, streams.kept_bytes([layer]), streams.groups
+    )
+    variables, precondition = objective.variables, None
+    theta, support = variables.pack([start]), variables.pack([mask], True)
+    with explained(objective.window):
+        if options.preconditioner == "rows":
+            precondition = row_inverses(objective, theta, support, options.seed, streams.budget.layer_inverses)
+        theta, stats = minimise(objective, theta, support, precondition, options, solver)
+    (weight,), (bias_update,) = variables.unpack(theta)
+    stats.products, stats.cg_iterations = stats.products + spent.products, stats.cg_iterations + spent.cg_iterations
     return Update(weight, after_batch_norm(bias_update, objective.window.output_scale(layer)), stats)
 
 

@@ -193,6 +193,7 @@ def output_metric(objective: Objective, weight: Tensor, seed: int) -> Tensor:
         with torch.enable_grad():
             features = window.after(values, output.requires_grad_())
         (pulled,) = pull_back(features, [output], objective.coefficients, generator)
+        del values, features, output  # before the next micro-batch's are computed
         total = total + by_channel(pulled, window.layers[0]).square().sum(0)
     return total
 

@@ -166,9 +166,9 @@ def solve(
             step = newton_step(part, theta, support, precondition, damping, options)
             theta, damping = step.theta, step.damping
             stats.newton_steps += step.searched
-            stats.cg_iterations += step.cg.iterations
-            stats.products += step.cg.iterations * step.share / len(parts)
-            stats.residuals.append(step.cg.residuals)
+            stats.cg_iterations += len(step.residuals)
+            stats.products += len(step.residuals) * step.share / len(parts)
+            stats.residuals.append(step.residuals)
         before, after = step.before, step.after
         if options.batching:  # steps that each helped their own mini-batch may still hurt the whole
             before, after = objective.loss(start), objective.loss(theta)
@@ -190,7 +190,7 @@ class NewtonStep:
     damping: float  # of the next step
     before: Tensor
     after: Tensor
-    cg: CGResult
+    residuals: list[float]  # of CG, one per iteration; its vectors are as large as theta, and not kept
     share: float  # of the images, those that its products looked at
     searched: bool = True  # whether there was a direction to search along
 
@@ -217,7 +217,7 @@ def newton_step(
     )
     slope = -dot(descent, cg.step)
     if not slope < 0:  # a zero gradient, or nothing found
-        return NewtonStep(theta, damping, here.loss, here.loss, cg, here.share, searched=False)
+        return NewtonStep(theta, damping, here.loss, here.loss, cg.residuals, here.share, searched=False)
     search = backtrack(objective.loss, theta, cg.step, here.loss, slope)
     if search.length > 0:
         theta = theta + search.length * cg.step
@@ -228,4 +228,4 @@ def newton_step(
         damping *= 4
     elif ratio > 0.75:
         damping /= 4
-    return NewtonStep(theta, damping, here.loss, search.loss, cg, here.share)
+    return NewtonStep(theta, damping, here.loss, search.loss, cg.residuals, here.share)

@@ -1,6 +1,10 @@
 """Masks chosen once and handed on, a network traced once, and methods of one's own."""
 
 import copy
+import gc
+import itertools
+import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -12,7 +16,7 @@ from snows.methods import METHODS, Method
 from snows.network import layers as network_layers
 from snows.solve.layer import Update
 
-PATTERNS = [snows.NM(1, 2), snows.Unstructured(0.5)]
+PATTERNS = [snows.NM(2, 4), snows.NM(1, 2), snows.Unstructured(0.5)]
 
 
 def fast(**changes):
@@ -38,7 +42,7 @@ def test_masks_that_were_chosen_before_prune_to_the_same_bits(tiny, images, patt
 
 def test_magnitude_masks_need_no_images(tiny, images):
     chosen = snows.choose_masks(tiny, None, snows.NM(1, 2))
-    pruned = snows.prune(tiny, images, snows.NM(1, 2), fast())
+    pruned = snows.prune(tiny, images, snows.NM(1, 2), fast(schedule=0))
     assert all(torch.equal(mask, pruned.masks[name]) for name, mask in chosen.masks.items())
     assert_same(snows.prune(tiny, None, chosen, algo="MP"), snows.prune(tiny, None, snows.NM(1, 2), algo="MP"))
 
@@ -76,6 +80,81 @@ def test_masks_of_layers_that_cannot_be_followed_are_dropped(images):
     pruned = snows.prune(model, images, chosen, fast())
     assert set(pruned.masks) == {"second"}
     assert "the trace has frozen" in pruned.left_dense["first"]
+    # The others make up for what it does not lose.
+    target, options = snows.Unstructured(0.3), fast(schedule=0)
+    wanted = snows.prune(model, images, target, options)
+    assert wanted.sparsity == pytest.approx(0.3, abs=0.05)
+    assert_same(snows.prune(model, images, snows.choose_masks(model, None, target), options), wanted)
+
+
+@pytest.mark.parametrize("algo", METHODS)
+def test_masks_do_not_depend_on_the_method(tiny, images, algo):
+    how = dict(mask_alg="OBS")
+    whole = snows.prune(tiny, images, snows.Unstructured(0.5), fast(schedule=0), algo=algo, **how)
+    chosen = snows.choose_masks(tiny, images, snows.Unstructured(0.5), fast(schedule=0), **how)
+    assert all(torch.equal(mask, whole.masks[name]) for name, mask in chosen.masks.items())
+
+
+def test_a_selection_is_checked(tiny, images):
+    chosen = snows.choose_masks(tiny, None, snows.NM(1, 2))
+    for arguments, message in (
+        ((snows.Selection(chosen.masks),), "was not made by snows.choose_masks"),
+        ((replace(chosen, masks={"other": chosen.masks["fc"]}),), "which are not prunable layers"),
+        ((replace(chosen, masks={"fc": chosen.masks["stem"]}),), "masks of the wrong shape"),
+    ):
+        with pytest.raises(snows.UsageError, match=message):
+            snows.prune(tiny, images, *arguments)
+    for extra in ({"mask_alg": "Wanda"}, {"layers": lambda name: True}):
+        with pytest.raises(snows.UsageError, match="the masks are given"):
+            snows.prune(tiny, images, chosen, **extra)
+    with pytest.raises(snows.UsageError, match="chosen already"):
+        snows.choose_masks(tiny, None, chosen)
+
+
+def test_masks_of_a_selection_ask_for_no_images_once_more(tiny, images):
+    chosen = snows.choose_masks(tiny, images, snows.NM(1, 2), mask_alg="Wanda")
+    pruned = snows.prune(tiny, None, chosen, algo="MP")
+    assert all(torch.equal(mask, chosen.masks[name]) for name, mask in pruned.masks.items())
+    assert pruned.seconds > chosen.seconds > 0  # what choosing took is a part of it
+
+
+def test_seconds_count_from_the_call(tiny, images):
+    def slow():
+        time.sleep(0.3)
+        yield images
+
+    assert snows.prune(tiny, slow(), snows.NM(1, 2), fast(schedule=0, joint_steps=0)).seconds > 0.3
+
+
+def test_a_network_is_what_a_model_must_be():
+    with pytest.raises(snows.UsageError, match="cannot use device"):
+        snows.Network(torch.nn.Linear(2, 2), "nonsense")
+    with pytest.raises(snows.UsageError, match=r"must be a torch.nn.Module"):
+        snows.Network(3)
+    with pytest.raises(snows.TraceError, match="DataParallel"):
+        snows.Network(torch.nn.DataParallel(torch.nn.Linear(2, 2)))
+
+
+def test_what_a_layer_without_memory_held_is_given_back_at_once(tiny, images):
+    """Not when Python next looks for cycles: the layers after it need the room."""
+    held, alive = [], []
+
+    def hungry(layer, mask, streams, options):
+        alive.append([reference() is not None for reference in held])
+        graph = torch.ones(3)
+        held.append(weakref.ref(graph))
+        if layer.name == "grouped":
+            raise torch.OutOfMemoryError
+        return Update(streams.network.masked(layer, mask))
+
+    gc.collect()
+    gc.disable()
+    try:
+        pruned = snows.prune(tiny, images, snows.NM(1, 2), fast(schedule=0), algo=Method(hungry))
+    finally:
+        gc.enable()
+    assert "out of memory" in pruned.problems["grouped"]
+    assert not any(itertools.chain(*alive))
 
 
 def halve(layer, mask, streams, options):
