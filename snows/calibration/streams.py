@@ -147,10 +147,7 @@ def retry_on_out_of_memory(
             streams.ceiling = ceiling  # it is not the others' fault
             streams.cut(size)
             problem = f"out of memory with one image at a time: {advice}"
-            error, attempt.error = (
-                attempt.error,
-                None,
-            )  # whose frames hold the attempt, and graphs, would hold themselves
+            error, attempt.error = attempt.error, None  # else its frames, which hold the attempt, hold themselves
             raise Unsolvable(f"out of memory at {place} with one image at a time: {advice}.", problem) from error
         streams.halve()
         log.warning("out of memory at %s: going on with micro-batches of %d images", place, streams.batch_size)
