@@ -19,7 +19,8 @@ from snows.errors import SnowsError
 from snows.masks.files import read_masks
 from snows.network.layers import Network
 from snows.result import LayerRecord, Step
-from snows.zoo.classifiers import load_checkpoint, read_state
+from snows.zoo.checkpoints import read_state
+from snows.zoo.classifiers import load_checkpoint
 from snows.zoo.images import Data, normalised, npz
 
 CHECKS = dict(deadline=None, suppress_health_check=list(HealthCheck))

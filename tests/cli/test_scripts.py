@@ -265,10 +265,13 @@ def test_n_that_is_not_below_m_is_refused(script, n, m):
         ("{}", "must hold an object"),
         ('{"fc": 1.5}', "layer sparsity of fc: 1.5 is neither a share"),
         ('{"fd": 0.5}', "no prunable layer is named fd"),
+        ('\ufeff{"fd": 0.5}', "no prunable layer is named fd"),  # a byte order mark
+        ('{"fc": ' * 10**6, "one nested without end"),
+        ('{"fc": ' + "9" * 5000 + "}", "is not json"),
     ],
 )
 def test_layer_sparsities_that_do_not_fit_say_why(script, tmp_path, text, message):
-    (tmp_path / "rules.json").write_text(text)
+    (tmp_path / "rules.json").write_text(text, "utf-8")
     _, err = script("CNN_pruning/unstr.py", "--layer_sparsity", tmp_path / "rules.json", code=2)
     assert message in err
     assert "Traceback" not in err
@@ -304,7 +307,7 @@ def damaged(folder, kind):
         ("truncated", "damaged or no checkpoint"),
         ("nan", "NaN or infinity in fc.weight"),
         ("other network", "unexpected layer1.3.conv1.weight"),
-        ("code", "damaged or no checkpoint"),
+        ("code", "whole pickled network"),
         ("no names", "no state dict"),
         ("numbers for names", "no state dict"),
         ("sparse", "no state dict"),
