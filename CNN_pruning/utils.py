@@ -44,7 +44,7 @@ def resnet(depth: int, classes: int, pretrained: bool) -> Classifier:
     if pretrained:
         state = fetch(file, lambda: torch.hub.load_state_dict_from_url(HUB + file, check_hash=True))
         model.load_state_dict(state)
-    return Classifier(model, cifar_transform(classes), stated if pretrained else None)
+    return Classifier(model, cifar_transform(classes), stated if pretrained else None, pixels=32)
 
 
 def resnet50(classes: int, pretrained: bool) -> Classifier:
@@ -56,7 +56,7 @@ def resnet50(classes: int, pretrained: bool) -> Classifier:
         name = HUGGING_FACE_WEIGHTS.format(classes)
         state = fetch(name, lambda: timm.models.load_state_dict_from_hf(name, weights_only=True))
         model.load_state_dict(state)
-    return Classifier(model, cifar_transform(classes))
+    return Classifier(model, cifar_transform(classes), pixels=32)
 
 
 def efficientnet_lite0(pretrained: bool) -> Classifier:

@@ -23,6 +23,7 @@ class Classifier:
     model: nn.Module
     transform: Callable
     stated_accuracy: float | None = None  # percent, top-1
+    pixels: int | None = None  # a side of the images that it was trained on, where its transform does not resize
 
 
 def from_library(arch: str, pretrained: bool, num_classes: int | None = None) -> Classifier:

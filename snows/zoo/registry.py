@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,8 @@ from snows.errors import SnowsError, UsageError, first_line
 from snows.zoo.classifiers import Classifier, from_library, load_checkpoint
 from snows.zoo.folders import Pictures, number_classes, pixels, read_classes
 from snows.zoo.images import DATASETS, Data, load
+
+log = logging.getLogger("snows")
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 Known = dict[str, Callable[[bool], Classifier]]  # name -> builder, told whether the weights are wanted
@@ -125,7 +128,7 @@ def load_data(
         raise UsageError("the digits are 8 x 8 grey images, which only the networks named ..._digits take.")
     order = None if classes is None else read_classes(classes)
     data = load(dset, classifier.transform, data_dir, num_workers, skip_broken)
-    outputs = check_fits(classifier.model, data, f"the images of {dset} do not fit {arch}")
+    outputs = check_fits(classifier, data, f"the images of {dset} do not fit {arch}")
     if isinstance(data.train, Pictures) and isinstance(data.test, Pictures):
         number_classes(data.train, data.test, outputs, order)
     elif order is not None:
@@ -136,8 +139,8 @@ def load_data(
 
 
 @torch.no_grad()
-def check_fits(model: nn.Module, data: Data, complaint: str) -> int:
-    """Run the first image of each part through the network; how many outputs it has.
+def check_fits(classifier: Classifier, data: Data, complaint: str) -> int:
+    """Run the first image of each part through the network; how many outputs it has. Warns of larger images.
 
     Raises:
         UsageError: it cannot take them: another number of channels or pixels.
@@ -147,12 +150,17 @@ def check_fits(model: nn.Module, data: Data, complaint: str) -> int:
         if index is None:
             raise UsageError(f"{complaint}: none of them can be read.")
         image, _ = part[index]
+        name = part.part.paths[index] if isinstance(part, Pictures) else "the first"
+        found = f"{name} becomes {pixels(image.shape)}"
         try:
-            outputs = model.eval()(image[None])
+            outputs = classifier.model.eval()(image[None])
         except (RuntimeError, ValueError, AssertionError) as error:
-            name = part.part.paths[index] if isinstance(part, Pictures) else "the first"
-            found = f"{name} becomes {pixels(image.shape)} of {len(image)} channels; `resize` scales images"
-            raise UsageError(f"{complaint}: {first_line(error).rstrip('.')} ({found}).") from error
+            why = first_line(error).rstrip(".")
+            found += f" of {len(image)} channels; `resize` scales images"
+            raise UsageError(f"{complaint}: {why} ({found}).") from error
         if isinstance(part, Pictures):
             data.train.shape = data.test.shape = image.shape
+    if classifier.pixels is not None and max(image.shape[1:]) > classifier.pixels:
+        side = classifier.pixels
+        log.warning("warning: %s, and the network was trained on %d x %d: `resize` scales images", found, side, side)
     return outputs.shape[-1]

@@ -253,6 +253,14 @@ def test_images_of_several_sizes_are_told_with_what_to_do(tmp_path, workers):
     assert shapes == {(3, 4, 4)}
 
 
+def test_images_larger_than_those_that_a_network_was_trained_on_are_warned_of(tmp_path, caplog):
+    folder_of(tmp_path, "train/a", "val/a")
+    for side in (6, 4):
+        load_data("mine", Classifier(Pooled(2), TRANSFORM, pixels=side), str(tmp_path), tmp_path)
+        assert ("`resize` scales images" in caplog.text) == (side == 4)
+    assert "0.png becomes 6 x 4 pixels, and the network was trained on 4 x 4" in caplog.text
+
+
 def test_images_too_large_for_a_network_are_told_with_what_to_do(tmp_path):
     folder_of(tmp_path, "train/a", "val/a")
     with pytest.raises(UsageError, match=r"0\.png becomes 6 x 4 pixels of 3 channels; `resize` scales images"):
