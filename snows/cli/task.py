@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from snows.cli import console
 from snows.cli.journal import checksum
 from snows.cli.resume import read_metrics
 from snows.cli.settings import RunSettings
+from snows.errors import SnowsError
 from snows.masks.files import check_pattern, read_masks
 from snows.masks.patterns import NM, Pattern, Selection
 from snows.masks.permute import permute
@@ -27,9 +29,11 @@ from snows.result import Pruned, sparsity
 from snows.zoo import evaluate
 from snows.zoo.classifiers import Classifier, with_resize, with_statistics
 from snows.zoo.evaluate import Score
-from snows.zoo.registry import Known, load_classifier, load_data
+from snows.zoo.images import Data
+from snows.zoo.registry import Known, load_classifier, load_data, twin_of
 
 Layers = Callable[[str], bool]  # whether to prune a layer, by its name
+TWIN_IMAGES = 256  # of the test images, on which two networks that take the same file are compared
 FAR_FROM_STATED = 1.0  # percent points between measured and stated dense accuracy that call for a warning
 
 
@@ -52,6 +56,8 @@ class Task:
         if any(settings.needs_images(algo) for algo in settings.algo):
             self.data.check_enough(settings.ngrads)
         self.model = classifier.model
+        if settings.arch not in known and not settings.skip_evaluation and settings.resume is None:
+            warn_of_twin(settings, self.model, self.data)
         if isinstance(settings.pattern, NM) and settings.permute:
             self.model = permuted(self.model, settings.pattern, self.layers)
         if settings.skip:
@@ -88,10 +94,8 @@ class Task:
         chosen = self.selection(seed)
         print(f"pruning {len(chosen.masks)} layers: {console.kinds(chosen.masks)}", flush=True)
         if measured:
-            values = (
-                measured.get(f"masked_{field.name}") for field in fields(Score)
-            )  # before 0.4: of the accuracy alone
-            self.masked_scores[self.mask_seed(seed)] = Score(*values)
+            known = (measured.get(f"masked_{each.name}") for each in fields(Score))  # 0.2 has the accuracy alone
+            self.masked_scores[self.mask_seed(seed)] = Score(*known)
         self.masked_score(seed)
         return {
             "arch": settings.arch,
@@ -202,6 +206,31 @@ def permuted(model: nn.Module, pattern: NM, layers: Layers) -> nn.Module:
         f"{before:.1%}; the others' channels are tied to those of other layers, or cannot be followed"
     )
     return result.model
+
+
+def warn_of_twin(settings: RunSettings, model: nn.Module, data: Data) -> None:
+    """Warn where a checkpoint does better, on some of the test images, in the network that takes the same file."""
+    twin = twin_of(settings.arch)
+    if twin is None or settings.checkpoint is None:
+        return
+    try:
+        key = settings.checkpoint_key
+        other = load_classifier(
+            twin, {}, settings.checkpoint, num_classes=settings.num_classes, checkpoint_key=key
+        ).model
+    except SnowsError:  # it does not take this file
+        return
+    some = Subset(data.test, range(min(TWIN_IMAGES, len(data.test))))
+    own, others = (
+        evaluate.accuracy(each, data.batches(some, min(32, settings.test_batch_size)), settings.device)
+        for each in (model, other)
+    )
+    if own is not None and others is not None and others > own + FAR_FROM_STATED:
+        print(
+            f"warning: {settings.checkpoint} also fits {twin}, which pads otherwise: {others:.1f} % of the first "
+            f"{len(some)} test images there, {own:.1f} % in {settings.arch}. Give --arch {twin} if it is that.",
+            file=sys.stderr,
+        )
 
 
 def warn_if_far(measured: float | None, stated: float | None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import timm
 import torch
 from torch import nn
 from torch.utils.data import Subset
@@ -100,6 +101,13 @@ def packaged(arch: str, package: str) -> Path:
             f"give a file of them as `checkpoint`."
         )
     return files[0]
+
+
+def twin_of(arch: str) -> str | None:
+    """The timm network that takes the same files and pads otherwise: tf_NAME, as in TensorFlow, and NAME."""
+    library, _, name = arch.rpartition("/")
+    twin = name.removeprefix("tf_") if name.startswith("tf_") else f"tf_{name}"
+    return f"timm/{twin}" if library in ("", "timm") and timm.is_model(name) and timm.is_model(twin) else None
 
 
 def default_dataset(arch: str) -> str:

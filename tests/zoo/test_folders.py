@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from PIL import Image
 from torch import nn
 
@@ -78,6 +79,15 @@ def test_the_parts_are_known_by_their_usual_names(tmp_path, part, other):
     assert values(data.train) == [0, 1, 10, 11]
     assert values(data.test) == [20, 21, 30, 31]
     assert labels(data) == [0, 0, 1, 1]
+
+
+def test_images_and_labels_stand_in_torchvisions_order(tmp_path):
+    places = ["val/B/2", "val/b/x/10", "val/b/x/9", "val/b/1", "val/b-c/x/y/1"]
+    for place in [*places, "train/b/0", "train/b-c/0", "train/B/0"]:
+        picture(tmp_path / f"{place}.PNG")
+    picture(tmp_path / "val" / "b" / "3.jpeg")
+    data, expected = read(tmp_path), torchvision.datasets.ImageFolder(str(tmp_path / "val"))
+    assert list(zip(data.test.part.paths, data.test.labels)) == expected.samples
 
 
 def test_val_is_taken_before_test(tmp_path):
