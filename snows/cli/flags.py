@@ -51,6 +51,11 @@ def add_network_flags(flags: argparse.ArgumentParser, arch: str) -> None:
     group = flags.add_argument_group("network and images")
     group.add_argument("--arch", default=arch, help=f"the network (default: {arch}, which ships with SNOWS)")
     group.add_argument("--checkpoint", type=Path, help="local weights for --arch (.safetensors, .pt, .pth, .bin)")
+    group.add_argument(
+        "--checkpoint_key",
+        metavar="KEY",
+        help="the entry of --checkpoint to take, where it has several",
+    )
     group.add_argument("--random_weights", action="store_true", help="no trained weights: to try speed and memory")
     group.add_argument(
         "--num_classes", type=whole(1), help="classes of a torchvision or timm network, if not its usual"
@@ -58,7 +63,18 @@ def add_network_flags(flags: argparse.ArgumentParser, arch: str) -> None:
     group.add_argument("--mean", type=float, nargs="+", help="normalisation the network was trained with, per channel")
     group.add_argument("--std", type=float, nargs="+", help="normalisation the network was trained with, per channel")
     names = ", ".join(DATASETS)
-    group.add_argument("--dset", help=f"{names}, a folder with train/ and val/, or an .npz (default: what fits --arch)")
+    group.add_argument("--dset", help=f"{names}, a folder of images or an .npz (default: what fits --arch)")
+    group.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="a folder of --dset per line, in the order of the network's outputs (default: by name; those of ImageNet "
+        "are known to a network of 1000 outputs)",
+    )
+    group.add_argument(
+        "--resize", type=whole(1), metavar="N", help="first scale the shorter side to N pixels and cut the middle out"
+    )
+    group.add_argument("--skip_broken", action="store_true", help="leave images out that cannot be read")
     group.add_argument("--data_dir", type=Path, default=Path("data"), help="where datasets lie (default: data)")
     group.add_argument("--ngrads", type=whole(1), default=1000, help="number of calibration images (default: 1000)")
     group.add_argument("--mirror", action="store_true", help="flip half of the calibration images left to right")

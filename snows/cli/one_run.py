@@ -39,7 +39,7 @@ class OneRun:
             self.begin(metrics, indices, resumes)
             with telling_how_to_go_on(self.folder, metrics):
                 pruned = self.prune(images, resumes)
-                metrics |= {"accuracy": self.task.accuracy(pruned.model), "finished": True}
+                metrics |= {**vars(self.task.score(pruned.model)), "finished": True}
                 metrics = run_folder.save(self.folder, pruned, metrics)
                 export_masks(self.settings.export_masks, self.folder)
                 print(console.summary(metrics, self.folder), flush=True)
@@ -55,7 +55,7 @@ class OneRun:
         settings = self.settings
         return {
             **self.task.common,
-            "masked_accuracy": self.task.masked_accuracy(self.seed),
+            **{f"masked_{name}": value for name, value in vars(self.task.masked_score(self.seed)).items()},
             "mask_alg": settings.mask_alg if settings.masks is None else "Custom",
             "algo": self.algo,
             "seed": self.seed,
@@ -93,7 +93,7 @@ class OneRun:
         def keep(step: Step, job: Job) -> None:
             if not step.replayed:
                 if self.settings.evaluate_layers:
-                    step.record.accuracy = self.task.accuracy(job.network.model)
+                    step.record.accuracy = self.task.score(job.network.model).accuracy
                 self.journal.append(step)
             progress(step.record, job.turns)
 

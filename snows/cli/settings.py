@@ -29,11 +29,15 @@ class RunSettings:
     # the network and its images
     arch: str
     checkpoint: Path | None
+    checkpoint_key: str | None
     random_weights: bool
     num_classes: int | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     dset: str
+    classes: Path | None
+    resize: int | None
+    skip_broken: bool
     data_dir: Path
     ngrads: int
     mirror: bool

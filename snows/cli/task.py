@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from snows.cli import console
 from snows.cli.journal import checksum
 from snows.cli.resume import read_metrics
 from snows.cli.settings import RunSettings
+from snows.errors import SnowsError
 from snows.masks.files import check_pattern, read_masks
 from snows.masks.patterns import NM, Pattern, Selection
 from snows.masks.permute import permute
 from snows.masks.rules import check_patterns
+from snows.memory import is_gpu
 from snows.network.layers import Masks, Network
 from snows.pipeline import choose_masks, prune
 from snows.result import Pruned, sparsity
 from snows.zoo import evaluate
-from snows.zoo.classifiers import Classifier, with_statistics
-from snows.zoo.registry import Known, load_classifier, load_data
+from snows.zoo.classifiers import Classifier, with_resize, with_statistics
+from snows.zoo.evaluate import Score
+from snows.zoo.images import Data
+from snows.zoo.registry import Known, load_classifier, load_data, twin_of
 
 Layers = Callable[[str], bool]  # whether to prune a layer, by its name
+TWIN_IMAGES = 256  # of the test images, on which two networks that take the same file are compared
 FAR_FROM_STATED = 1.0  # percent points between measured and stated dense accuracy that call for a warning
 
 
@@ -37,10 +44,20 @@ class Task:
         self.settings = settings
         self.layers = lambda name: layers(name) and not any(fnmatchcase(name, skipped) for skipped in settings.skip)
         classifier = classifier_of(settings, known)
-        self.data = load_data(settings.arch, classifier, settings.dset, settings.data_dir, settings.num_workers)
+        self.data = load_data(
+            settings.arch,
+            classifier,
+            settings.dset,
+            settings.data_dir,
+            settings.num_workers,
+            settings.classes,
+            settings.skip_broken,
+        )
         if any(settings.needs_images(algo) for algo in settings.algo):
             self.data.check_enough(settings.ngrads)
         self.model = classifier.model
+        if settings.arch not in known and not settings.skip_evaluation and settings.resume is None:
+            warn_of_twin(settings, self.model, self.data)
         if isinstance(settings.pattern, NM) and settings.permute:
             self.model = permuted(self.model, settings.pattern, self.layers)
         if settings.skip:
@@ -51,7 +68,7 @@ class Task:
         self.name = name_of(settings)
         self.selections: dict[int | None, Selection] = {}  # by seed, the last
         self.drawn: dict[int, tuple[Tensor, list[int]]] = {}
-        self.masked_accuracies: dict[int | None, float | None] = {}  # by seed; None: by magnitude, without images
+        self.masked_scores: dict[int | None, Score] = {}  # by seed; None: by magnitude, without images
         self.common = self.measure(classifier.stated_accuracy)
 
     @cached_property
@@ -71,14 +88,15 @@ class Task:
         """Measure the dense and the masked network, or read what the run that goes on had measured; say so."""
         settings, seed = self.settings, self.settings.seed[0]
         measured = {} if settings.resume is None else read_metrics(settings.resume)
-        dense = measured["dense_accuracy"] if measured else self.accuracy(self.model)
+        dense = measured["dense_accuracy"] if measured else self.dense[0].accuracy
         print(f"{settings.arch} on {settings.dset}: dense accuracy {console.percent(dense)}, pattern {self.name}")
         warn_if_far(dense, stated_accuracy)
         chosen = self.selection(seed)
         print(f"pruning {len(chosen.masks)} layers: {console.kinds(chosen.masks)}", flush=True)
         if measured:
-            self.masked_accuracies[self.mask_seed(seed)] = measured["masked_accuracy"]
-        self.masked_accuracy(seed)
+            known = (measured.get(f"masked_{each.name}") for each in fields(Score))  # 0.2 has the accuracy alone
+            self.masked_scores[self.mask_seed(seed)] = Score(*known)
+        self.masked_score(seed)
         return {
             "arch": settings.arch,
             "dset": settings.dset,
@@ -122,21 +140,35 @@ class Task:
             self.drawn[seed] = self.data.calibration(settings.ngrads, seed, settings.mirror, settings.options.cache_dir)
         return self.drawn[seed]
 
-    def masked_accuracy(self, seed: int) -> float | None:
-        """Percent of the masked network with nothing solved, measured once for each set of masks."""
+    def masked_score(self, seed: int) -> Score:
+        """How the masked network does with nothing solved, measured once for each set of masks."""
         key = self.mask_seed(seed)
-        if key not in self.masked_accuracies:
+        if key not in self.masked_scores:
             images = None if key is None else self.calibration(seed)[0]
             skip = self.settings.skip_evaluation
-            self.masked_accuracies[key] = None if skip else self.accuracy(self.prune("MP", seed, images).model)
-        return self.masked_accuracies[key]
+            self.masked_scores[key] = Score() if skip else self.score(self.prune("MP", seed, images).model)
+        return self.masked_scores[key]
 
-    def accuracy(self, model: nn.Module) -> float | None:
-        """Percent of the test images; None with --skip_evaluation."""
+    @cached_property
+    def dense(self) -> tuple[Score, Tensor | None]:
+        """How the dense network does on the test images, and its logits; nothing with --skip_evaluation."""
         if self.settings.skip_evaluation:
-            return None
-        batches = self.data.test_batches(self.settings.test_batch_size)
-        return evaluate.accuracy(model, batches, self.settings.device)
+            return Score(), None
+        return evaluate.score(self.model, self.test_batches(), self.settings.device)
+
+    def score(self, model: nn.Module) -> Score:
+        """How a network does on the test images, beside the dense one; nothing with --skip_evaluation."""
+        _, logits = self.dense
+        if logits is None:
+            return Score()
+        return evaluate.score(model, self.test_batches(), self.settings.device, logits)[0]
+
+    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test images; on the host, as many at a time as pass through a network there."""
+        size = self.settings.test_batch_size
+        if not is_gpu(self.settings.device):
+            size = min(size, evaluate.at_a_time(self.data.test[0][0]))
+        return self.data.test_batches(size)
 
 
 def classifier_of(settings: RunSettings, known: Known) -> Classifier:
@@ -148,8 +180,10 @@ def classifier_of(settings: RunSettings, known: Known) -> Classifier:
         settings.random_weights,
         settings.num_classes,
         seed=settings.options.seed,
+        checkpoint_key=settings.checkpoint_key,
     )
     classifier.transform = with_statistics(classifier.transform, settings.mean, settings.std)
+    classifier.transform = with_resize(classifier.transform, settings.resize)
     return classifier
 
 
@@ -172,6 +206,31 @@ def permuted(model: nn.Module, pattern: NM, layers: Layers) -> nn.Module:
         f"{before:.1%}; the others' channels are tied to those of other layers, or cannot be followed"
     )
     return result.model
+
+
+def warn_of_twin(settings: RunSettings, model: nn.Module, data: Data) -> None:
+    """Warn where a checkpoint does better, on some of the test images, in the network that takes the same file."""
+    twin = twin_of(settings.arch)
+    if twin is None or settings.checkpoint is None:
+        return
+    try:
+        key = settings.checkpoint_key
+        other = load_classifier(
+            twin, {}, settings.checkpoint, num_classes=settings.num_classes, checkpoint_key=key
+        ).model
+    except SnowsError:  # it does not take this file
+        return
+    some = Subset(data.test, range(min(TWIN_IMAGES, len(data.test))))
+    own, others = (
+        evaluate.accuracy(each, data.batches(some, min(32, settings.test_batch_size)), settings.device)
+        for each in (model, other)
+    )
+    if own is not None and others is not None and others > own + FAR_FROM_STATED:
+        print(
+            f"warning: {settings.checkpoint} also fits {twin}, which pads otherwise: {others:.1f} % of the first "
+            f"{len(some)} test images there, {own:.1f} % in {settings.arch}. Give --arch {twin} if it is that.",
+            file=sys.stderr,
+        )
 
 
 def warn_if_far(measured: float | None, stated: float | None) -> None:

@@ -10,10 +10,7 @@ from torch import Tensor
 from snows.errors import UsageError, listed
 from snows.masks.patterns import NM, are_masks
 from snows.network.layers import Masks, Network
-from snows.zoo.classifiers import read_state
-
-MASK_OF = "_mask"  # after a parameter's name: what torch.nn.utils.prune keeps in a checkpoint, and
-DENSE_OF = "_orig"  # the parameter as it was
+from snows.zoo.checkpoints import ASP_MASK, ASP_REST, DENSE_OF, MASK_OF, State, read_state
 
 
 def read_masks(path: Path, network: Network) -> Masks:
@@ -21,13 +18,15 @@ def read_masks(path: Path, network: Network) -> Masks:
 
     The file (.safetensors, or what torch.save wrote) holds masks, 0 or 1 or boolean, True where a weight survives,
     under the names of layers or of their weights; or the checkpoint of a sparse network, whose zeros are the mask, and
-    where layers without a zero stay dense; or one that torch.nn.utils.prune left, with masks next to the weights. A
-    mask of ones removes nothing, but its layer's weights are solved with the others'.
+    where layers without a zero stay dense; or one that torch.nn.utils.prune or NVIDIA's ASP left, with masks next to
+    the weights; or nni's dict of dicts. A mask of ones removes nothing, but its layer's weights are solved with the
+    others'.
 
     Raises:
         UsageError: the file is missing or damaged, or names, shapes or values do not fit; the message lists what.
     """
-    state, prunable = read_state(path), {layer.parameter: layer.name for layer in network.layers}
+    prunable = {layer.parameter: layer.name for layer in network.layers}
+    state = named_as_by_torch(read_state(path))
     layer_of = {name: prunable.get(name.removesuffix(MASK_OF), name) for name in state}
     masks = {
         name: tensor for name, tensor in state.items() if name in prunable.values() or is_mask_of_weight(name, state)
@@ -46,6 +45,20 @@ def read_masks(path: Path, network: Network) -> Masks:
         names = listed(layer.name for layer in network.layers)
         raise UsageError(f"{path} holds neither masks nor zeros for any of the layers {names}.")
     return dict(named)
+
+
+def named_as_by_torch(state: State) -> State:
+    """ASP's masks, and the weights beside them, by torch.nn.utils.prune's names; without nni's idle masks of biases."""
+    if are_masks(state.values()):
+        state = {name: mask for name, mask in state.items() if not (name.endswith(".bias") and mask.all())}
+    renamed = {}
+    for name, tensor in state.items():
+        path, _, parameter = name.rpartition(".")
+        if f"{path}.__{parameter}_mma_mask".lstrip(".") in state:
+            name += DENSE_OF
+        if not ASP_REST.search(name):
+            renamed[ASP_MASK.sub(rf"\1\2{MASK_OF}", name)] = tensor
+    return renamed
 
 
 def is_mask_of_weight(name: str, state: dict[str, Tensor]) -> bool:

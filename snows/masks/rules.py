@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from snows.errors import UsageError, listed
+from snows.errors import UsageError, first_line, listed
 
 Rules = dict[str, Any]  # name or pattern (fnmatch) -> what the layers get that it matches
 DENSE = "dense"  # the rule that leaves a layer as it is
@@ -40,11 +40,13 @@ def read_rules(path: str | Path) -> Rules:
         UsageError: the file is missing, no json, or no object.
     """
     try:
-        rules = json.loads(Path(path).read_text())
+        rules = json.loads(Path(path).read_text("utf-8-sig"))  # with or without a byte order mark
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise UsageError(f"{path} is not json: {error}.") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} must hold an object of layer names, not one nested without end.") from error
+    except ValueError as error:  # no json, no text, or a number of thousands of digits
+        raise UsageError(f"{path} is not json: {first_line(error)}.") from error
     if not isinstance(rules, dict) or not rules:
         raise UsageError(f'{path} must hold an object such as {{"layer3.*": 0.9, "fc": "dense"}}.')
     return rules

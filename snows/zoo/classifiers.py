@@ -6,18 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import timm
-import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 from torchvision.transforms import v2
 
 from snows.errors import SnowsError, UsageError, first_line, listed
+from snows.zoo.checkpoints import State, fitted, read_state
 from snows.zoo.images import normalised
-
-WRAPPERS = ("state_dict", "model_state_dict", "model", "masks")  # keys that files hold their tensors under
-PREFIXES = ("module.", "_orig_mod.")  # that DataParallel and torch.compile put before every name
 
 
 @dataclass
@@ -27,6 +23,7 @@ class Classifier:
     model: nn.Module
     transform: Callable
     stated_accuracy: float | None = None  # percent, top-1
+    pixels: int | None = None  # a side of the images that it was trained on, where its transform does not resize
 
 
 def from_library(arch: str, pretrained: bool, num_classes: int | None = None) -> Classifier:
@@ -72,64 +69,51 @@ def with_statistics(transform: Callable, mean: Sequence[float] | None, std: Sequ
     return transform
 
 
+def with_resize(transform: Callable, size: int | None) -> Callable:
+    """The same transform of images whose shorter side is scaled to `size` and whose middle is cut out before it."""
+    return transform if size is None else v2.Compose([v2.Resize(size), v2.CenterCrop(size), transform])
+
+
 def is_normalisation(transform: Callable) -> bool:
     return isinstance(transform, (v2.Normalize, torchvision.transforms.Normalize))
 
 
-def load_checkpoint(model: nn.Module, path: Path) -> None:
+def load_checkpoint(model: nn.Module, path: Path, key: str | None = None) -> None:
     """Load local weights into `model`, strictly: every name and shape must fit.
 
-    Takes .safetensors, or what torch.save wrote (.pt, .pth, .bin, ...; only tensors, no pickled code), bare or under
-    one of the usual keys, with or without the prefixes of DataParallel and torch.compile.
+    Takes .safetensors, or what torch.save wrote (.pt, .pth, .bin, ...), told apart by what is in it; no code of a
+    pickle runs. The weights may lie bare or under one of the usual keys, with or without a common prefix. key: which
+    entry to take, where the file has several.
 
     Raises:
         UsageError: the file is missing, damaged, or does not fit; the message lists what does not.
     """
-    state = read_state(path)
-    own = model.state_dict()
-    problems = [f"missing {name}" for name in own if name not in state]
-    problems += [f"unexpected {name}" for name in state if name not in own]
-    problems += [
-        f"{name} has shape {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    if problems:
-        raise UsageError(f"{path} does not fit the network: {listed(problems)}.")
+    load_finite(model, fitted(read_state(path, key), model.state_dict(), path), path)
+
+
+def load_in_order(model: nn.Module, path: Path) -> None:
+    """Load a file whose names are others, but whose tensors stand in the order of the model's.
+
+    Raises:
+        UsageError: the file is missing or damaged, or another number, kind or shape of tensors stands in it.
+    """
+    state, own = read_state(path), model.state_dict()
+    kinds = [[(name.rpartition(".")[2], tensor.shape) for name, tensor in each.items()] for each in (state, own)]
+    if kinds[0] != kinds[1]:
+        raise UsageError(f"{path} does not fit the network: its tensors stand in another order or are others.")
+    load_finite(model, dict(zip(own, state.values())), path)
+
+
+def load_finite(model: nn.Module, state: State, path: Path) -> None:
+    """Put weights that fit into a model.
+
+    Raises:
+        UsageError: some of their numbers are none.
+    """
     broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise UsageError(f"{path} holds NaN or infinity in {listed(broken)}.")
     model.load_state_dict(state, strict=True)
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, by name, without the prefixes and the dict around them that training scripts add."""
-    if not path.is_file():
-        raise UsageError(f"no such file: {path}")
-    try:
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what damaged bytes raise in either format has no end
-        raise UsageError(f"{path} is damaged or no checkpoint of plain tensors: {first_line(error)}") from error
-    for key in WRAPPERS:
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(map(is_named_tensor, state.items())):
-        found = f", but {listed(map(str, state))}" if isinstance(state, dict) and state else ""
-        raise UsageError(f"{path} holds no state dict (names and dense tensors){found}.")
-    for prefix in PREFIXES:
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
-
-
-def is_named_tensor(entry: tuple) -> bool:
-    """A name and a tensor with a number at every place: not sparse, nested, quantised, or without data."""
-    name, tensor = entry
-    if not isinstance(name, str) or not isinstance(tensor, Tensor):
-        return False
-    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
 
 
 def cifar_transform(classes: int) -> Callable:

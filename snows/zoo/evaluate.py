@@ -1,10 +1,12 @@
-"""Top-1 accuracy, counted over images (never averaged over batches)."""
+"""What a network says of test images: its accuracy, counted over images, and how far it is from the dense network."""
 
 from __future__ import annotations
 
 import logging
+import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,47 +17,81 @@ from snows.memory import is_gpu, is_out_of_memory
 log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
 
 IMAGE_BYTES = 16 * 2**20  # on the host, of images that pass through a network at a time: features are many times these
+Batches = Iterable[tuple[Tensor, Tensor]]
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str = "cpu") -> float:
-    """Percent of the images that `model` classifies correctly, in evaluation mode.
+@dataclass(frozen=True)
+class Score:
+    """How a network does on test images, alone and beside the dense one; None is what was not measured."""
+
+    accuracy: float | None = None  # percent, top-1; None: no image has a label
+    agreement: float | None = None  # percent of the images to which it gives the dense network's class
+    logit_error: float | None = None  # squared error of the logits, as a share of the square of the dense network's
+
+
+def accuracy(model: nn.Module, batches: Batches, device: torch.device | str = "cpu") -> float | None:
+    """Percent of the images that `model` classifies correctly, in evaluation mode; None: there are no labels.
 
     A batch passes in parts, where it is large or the memory does not hold its features.
 
     Raises:
         SnowsError: no images, a label that the model has no class for, or too little memory for a single image.
     """
+    return score(model, batches, device)[0].accuracy
+
+
+def score(
+    model: nn.Module, batches: Batches, device: torch.device | str = "cpu", dense: Tensor | None = None
+) -> tuple[Score, Tensor]:
+    """(how `model` does, its logits on the host); see `accuracy`.
+
+    dense: the dense network's logits on the same images.
+    """
     training = model.training
-    model.eval().to(device)
-    correct = total = 0
+    parts = list(outputs(model.eval().to(device), batches, device))
+    model.train(training)
+    if not parts:
+        raise SnowsError("there are no test images.")
+    logits, labels = (torch.cat(each) for each in zip(*parts))  # (n, classes), (n,)
+    chosen, known = logits.argmax(1), labels >= 0
+    right = percent(chosen[known] == labels[known]) if known.any() else None
+    if dense is None:
+        return Score(right), logits
+    error = ((logits - dense).double().square().sum() / dense.double().square().sum()).item()
+    return Score(right, percent(chosen == dense.argmax(1)), error if math.isfinite(error) else None), logits
+
+
+def percent(which: Tensor) -> float:
+    return 100 * int(which.sum()) / len(which)
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, batches: Batches, device: torch.device | str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The model's logits and the labels of all images, on the host, in parts that the memory holds."""
     most = sys.maxsize  # images at a time
     for images, labels in batches:
         if not is_gpu(device):
-            most = min(most, max(1, IMAGE_BYTES // images[0].nbytes))
+            most = min(most, at_a_time(images[0]))
         start = 0
         while start < len(images):
             part = slice(start, start + most)
             try:
-                correct += count_correct(model, images[part].to(device), labels[part].to(device))
-                start += most
+                logits = model(images[part].to(device)).cpu()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 most = halved(len(images[part]))
-        total += len(labels)
-    model.train(training)
-    if total == 0:
-        raise SnowsError("there are no test images.")
-    return 100 * correct / total
+                continue
+            if labels[part].max() >= logits.shape[1]:
+                highest = labels[part].max()
+                raise SnowsError(f"the data has a label {highest} but the model only {logits.shape[1]} classes.")
+            yield logits, labels[part]
+            start += most
 
 
-def count_correct(model: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """How many of the images the model classifies correctly."""
-    logits = model(images)
-    if labels.max() >= logits.shape[1]:
-        raise SnowsError(f"the data has a label {labels.max()} but the model only {logits.shape[1]} classes.")
-    return int((logits.argmax(1) == labels).sum())
+def at_a_time(image: Tensor) -> int:
+    """How many images pass through a network on the host at a time."""
+    return max(1, IMAGE_BYTES // image.nbytes)
 
 
 def halved(images: int) -> int:

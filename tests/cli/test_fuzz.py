@@ -19,7 +19,8 @@ from snows.errors import SnowsError
 from snows.masks.files import read_masks
 from snows.network.layers import Network
 from snows.result import LayerRecord, Step
-from snows.zoo.classifiers import load_checkpoint, read_state
+from snows.zoo.checkpoints import read_state
+from snows.zoo.classifiers import load_checkpoint
 from snows.zoo.images import Data, normalised, npz
 
 CHECKS = dict(deadline=None, suppress_health_check=list(HealthCheck))
@@ -40,6 +41,9 @@ FLAGS = {
     "--dset": st.one_of(PATHS, st.sampled_from(["digits", "imagenet", "cifar10"])),
     "--data_dir": PATHS,
     "--masks": PATHS,
+    "--classes": PATHS,
+    "--checkpoint_key": st.one_of(WORDS, st.sampled_from(["layer1", "state_dict"])),
+    "--resize": st.sampled_from(["0", "1", "3", "-1", "x", str(10**30)]),
     "--resume": PATHS,
     "--device": st.sampled_from(["cpu", "", "cuda:99", "meta", "cpu:7", "abacus", "mps", "xpu"]),
     "--preset": st.sampled_from(["best", "paper", "", "both"]),
@@ -54,7 +58,9 @@ FLAGS = {
     **dict.fromkeys(["--num_classes", "--ngrads", "--test_batch_size", "--num_workers", "--seed", "--k_step"], NUMBERS),
     **dict.fromkeys(["--newton_steps", "--max_CG_iterations", "--cg_tolerance", "--damping", "--batch_size"], NUMBERS),
     **dict.fromkeys(["--target_sparsity", "--max_layer_sparsity"], NUMBERS),
-    **dict.fromkeys(["--mirror", "--deterministic", "--evaluate_layers", "--quiet", "--verbose"], st.just([])),
+    **dict.fromkeys(
+        ["--skip_broken", "--mirror", "--deterministic", "--evaluate_layers", "--quiet", "--verbose"], st.just([])
+    ),
     "--no_such_flag": WORDS,
 }
 

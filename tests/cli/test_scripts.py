@@ -204,6 +204,25 @@ def test_an_image_folder_and_a_timm_network_with_its_own_transform(script, image
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test_images"] == 6
 
 
+def test_files_as_people_have_them_are_taken_through_flags(script, small, tmp_path):
+    from PIL import Image
+
+    for place in ("Train/a/0", "Train/b/1", "valid/b/2", "valid/b/3", "valid/.ipynb_checkpoints/4"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 8 + int(place[-1]))).save(tmp_path / f"{place}.png")
+    (tmp_path / "valid" / "b" / "5.png").write_text("no image")
+    (tmp_path / "classes.txt").write_text("c\nb\na\n")
+    weights = {f"net.{name}": tensor for name, tensor in torch.load(small / "resnet20.pt").items()}
+    torch.save({"state_dict": {}, "model": {"fc.weight": torch.ones(3)}, "ema": weights}, tmp_path / "x.pt")
+    flags = ["--arch", "resnet20_cifar10", "--checkpoint", tmp_path / "x.pt", "--checkpoint_key", "ema", "--resize", 8]
+    flags += ["--dset", tmp_path, "--classes", tmp_path / "classes.txt", "--skip_broken", "--algo", "MP"]
+    _, err = script("CNN_pruning/unstr.py", *flags, "--out_dir", tmp_path / "run", "--max_layer_sparsity", 0.95)
+    assert "5.png cannot be read as an image" in err
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["test_images"] == 2
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["resize"] == 8
+
+
 BAD = {
     "unknown architecture": (["--arch", "resnet_of_mine"], "unknown architecture 'resnet_of_mine'"),
     "missing checkpoint": (["--checkpoint", "nowhere.pt"], "no such file: nowhere.pt"),
@@ -227,6 +246,9 @@ BAD = {
         ["--masks", "m.pt", "--allocation", "erk", "--max_layer_sparsity", "0.9"],
         "leave --max_layer_sparsity and --allocation out",
     ),
+    "a key of no file": (["--checkpoint_key", "ema"], "--checkpoint_key names an entry of the file that --checkpoint"),
+    "no file of classes": (["--classes", "nowhere.txt"], "cannot read nowhere.txt (--classes)"),
+    "no pixels": (["--resize", "0"], "0 is not between 1"),
     "two sources of weights": (["--checkpoint", "w.pt", "--random_weights"], "exclude each other"),
     "classes of a network that has its own": (["--num_classes", "5"], "--num_classes is for torchvision's"),
     "masks of two runs": (["--export_masks", "m.safetensors", "--seed", "0", "1"], "--export_masks is for one run"),
@@ -265,10 +287,13 @@ def test_n_that_is_not_below_m_is_refused(script, n, m):
         ("{}", "must hold an object"),
         ('{"fc": 1.5}', "layer sparsity of fc: 1.5 is neither a share"),
         ('{"fd": 0.5}', "no prunable layer is named fd"),
+        ('\ufeff{"fd": 0.5}', "no prunable layer is named fd"),  # a byte order mark
+        ('{"fc": ' * 10**6, "one nested without end"),
+        ('{"fc": ' + "9" * 5000 + "}", "is not json"),
     ],
 )
 def test_layer_sparsities_that_do_not_fit_say_why(script, tmp_path, text, message):
-    (tmp_path / "rules.json").write_text(text)
+    (tmp_path / "rules.json").write_text(text, "utf-8")
     _, err = script("CNN_pruning/unstr.py", "--layer_sparsity", tmp_path / "rules.json", code=2)
     assert message in err
     assert "Traceback" not in err
@@ -304,7 +329,7 @@ def damaged(folder, kind):
         ("truncated", "damaged or no checkpoint"),
         ("nan", "NaN or infinity in fc.weight"),
         ("other network", "unexpected layer1.3.conv1.weight"),
-        ("code", "damaged or no checkpoint"),
+        ("code", "whole pickled network"),
         ("no names", "no state dict"),
         ("numbers for names", "no state dict"),
         ("sparse", "no state dict"),

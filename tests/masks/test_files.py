@@ -67,6 +67,26 @@ def test_the_masks_that_torch_pruning_keeps_beside_the_weights_are_taken(network
         assert all(torch.equal(masks[name], mask) for name, mask in expected.items())
 
 
+def test_the_masks_of_asp_are_taken(network, tmp_path):
+    state, mask = network.model.state_dict(), half(network)["grouped"]
+    state["grouped.weight"] = state["grouped.weight"] * mask
+    state |= {"grouped.__weight_mma_mask": mask, "grouped.__weight_mma_pruned_p": torch.ones(2)}
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "asp.pt")
+    masks = read_masks(tmp_path / "asp.pt", network)
+    assert masks.keys() == {"grouped"}
+    assert torch.equal(masks["grouped"], mask)
+
+
+def test_the_dict_of_dicts_that_nni_writes_is_taken(network, tmp_path):
+    masks = half(network)
+    nested = {name: {"weight": mask.float(), "bias": torch.ones(4)} for name, mask in masks.items()}
+    nested["stem"]["bias"] = None
+    torch.save(nested, tmp_path / "nni.pth")
+    got = read_masks(tmp_path / "nni.pth", network)
+    assert got.keys() == masks.keys()
+    assert all(torch.equal(got[name], mask) for name, mask in masks.items())
+
+
 def test_a_mask_of_ones_removes_nothing_and_keeps_to_every_pattern(tiny, images, network, tmp_path):
     torch.save({"grouped": NM(1, 2).mask(torch.randn(4, 2, 3, 3)), "fc": torch.ones(3, 4)}, tmp_path / "masks.pt")
     masks = read_masks(tmp_path / "masks.pt", network)
@@ -139,7 +159,7 @@ def test_a_file_that_is_missing_damaged_or_code_is_refused(network, tmp_path):
     with pytest.raises(UsageError, match="damaged"):
         read_masks(tmp_path / "masks.pt", network)
     torch.save(nn.ReLU(), tmp_path / "masks.pt")
-    with pytest.raises(UsageError, match="damaged or no checkpoint"):
+    with pytest.raises(UsageError, match="whole pickled network"):
         read_masks(tmp_path / "masks.pt", network)
 
 

