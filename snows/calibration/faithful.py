@@ -124,7 +124,7 @@ def check_windows(network: Network, images: Tensor, k_step: int) -> None:
             replaced = network.affine.intersection([*window.nodes, *window.folded.values()])
             network.call_as_it_is(replaced)
             if replaced:
-                names = listed(sorted({node.target for node in replaced}))
+                names = listed(sorted({name_of(node) for node in replaced}))
                 log.warning("layer %s: %s; its BatchNorms are called as they are: %s", name, WINDOW, names)
             if not replaced or not window_holds(network, name, k_step, stream):
                 refuse(network, name, WINDOW)
@@ -186,8 +186,18 @@ def stands_for(window: Window, node: fx.Node) -> fx.Node:
 
 
 def is_told(window: Window, node: fx.Node) -> bool:
-    """Whether a window's value can be had from the trace: not that between a BatchNorm and its own activation."""
-    return node not in window.folded or not has_activation(window.module(window.folded[node]))
+    """Whether a window's value can be had from the trace.
+
+    Not that between a BatchNorm and its own activation, nor a weight that a BatchNorm is folded into.
+    """
+    if node.op == "get_attr":
+        return False
+    return node not in window.folded or not has_activation(window.norm(window.folded[node]))
+
+
+def name_of(node: fx.Node) -> str:
+    """What a warning calls a node."""
+    return node.target if isinstance(node.target, str) else node.name
 
 
 def moved(network: Network, names: tuple[str | None, ...], generator: torch.Generator) -> dict[str, Tensor]:

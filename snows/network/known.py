@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,12 +50,12 @@ def is_fixed_batch_norm(module: nn.Module | None) -> bool:
     return type(module).forward in BATCH_NORMS | BATCH_NORMS_WITH_ACTIVATION
 
 
-def has_activation(batch_norm: nn.Module) -> bool:
+def has_activation(batch_norm: Any) -> bool:
     """Whether a BatchNorm of a known kind calls its `drop` and `act` on what it has normalised."""
-    return type(batch_norm).forward in BATCH_NORMS_WITH_ACTIVATION
+    return getattr(type(batch_norm), "forward", None) in BATCH_NORMS_WITH_ACTIVATION
 
 
-def acts_elementwise(batch_norm: nn.Module) -> bool:
+def acts_elementwise(batch_norm: Any) -> bool:
     """Whether what a BatchNorm of a known kind does is, after its affine map, done to every number alone."""
     parts = [getattr(batch_norm, name, nn.Identity()) for name in ("drop", "act")] if has_activation(batch_norm) else []
     return all(is_plain(part, {*ELEMENTWISE_MODULES, nn.Identity, nn.Dropout}) for part in parts)

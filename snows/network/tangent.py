@@ -23,6 +23,7 @@ from torch.autograd import grad
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from snows.network.known import ELEMENTWISE, ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES, acts_elementwise, is_plain
+from snows.network.operations import settings
 from snows.network.trace import Values, run_node
 from snows.network.window import (
     BiasUpdates,
@@ -75,7 +76,7 @@ class Tangents:
         module = self.window.module(node)
         if is_plain(module, LINEAR_MODULES) and len(node.all_input_nodes) == 1:
             return self._linear_module(node, values)
-        if node.target is F.linear:
+        if node.target in (F.linear, F.conv2d) and all(isinstance(read, fx.Node) for read in node.args[:2]):
             return self._linear_function(node, values)
         if self.window.is_identity(node):
             return lambda tangents, direction: tangents.get(node.args[0])
@@ -90,10 +91,10 @@ class Tangents:
 
     def _is_elementwise(self, node: fx.Node) -> bool:
         """Whether a node is known to do the same to every number of its one input (a slope may move as well)."""
+        if node in self.window.network.affine:
+            return acts_elementwise(self.window.norm(node))
         if len(node.all_input_nodes) != 1:
             return False
-        if node in self.window.network.affine:
-            return acts_elementwise(self.window.module(node))
         if node.op == "call_method":
             return node.target in ELEMENTWISE
         return is_plain(self.window.module(node), ELEMENTWISE_MODULES) or node.target in ELEMENTWISE_FUNCTIONS
@@ -120,22 +121,30 @@ class Tangents:
         return rule
 
     def _linear_function(self, node: fx.Node, values: Values) -> Rule:
-        source, weight, *biases = node.args
-        fixed_weight, shape = values[weight], values[node].shape
+        """F.linear or F.conv2d, of which input, weight and bias may move."""
+        source, weight, *biases = node.args[:3]
+        bias, shape = biases[0] if biases else None, values[node].shape
+        asked = fx.map_arg(settings(node), values.__getitem__)
+        column = (-1, *[1] * (len(shape) - 2)) if node.target is F.conv2d else (-1,)  # a bias beside the output
         x = values[source] if weight in self.window.nodes else None
+        folded = self.window.folded_names(node) if node in self.window.folded else None  # numbers of the window's alone
+        fixed_weight = values[weight] if folded is None else self.parameters[folded[0]]
 
         def rule(tangents, direction):
-            parts = [F.linear(tangents[source], fixed_weight)] if source in tangents else []
-            if weight in tangents:
-                parts.append(F.linear(x, *(tangents.get(parameter) for parameter in node.args[1:])))
-            elif biases and biases[0] in tangents:
-                parts.append(tangents[biases[0]].expand(shape))
+            moved, moved_bias = tangents.get(weight), tangents.get(bias)
+            if folded is not None:
+                moved, moved_bias = (direction.get(name) for name in folded)
+            parts = [node.target(tangents[source], fixed_weight, **asked)] if source in tangents else []
+            if moved is not None:
+                parts.append(node.target(x, moved, moved_bias, **asked))
+            elif moved_bias is not None:
+                parts.append(moved_bias.view(column).expand(shape))
             return total(parts)
 
         return rule
 
     def _elementwise(self, node: fx.Node, values: Values) -> Rule:
-        (source,) = node.all_input_nodes
+        source = node.all_input_nodes[0]  # of a BatchNorm's function, before its parameters
         with torch.enable_grad():
             x = values[source].requires_grad_()
             (slope,) = grad(self.window.step(node, {**values, source: x}, self.parameters).sum(), x)

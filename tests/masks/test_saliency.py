@@ -184,7 +184,8 @@ class Own(nn.Conv2d):
 
 
 @pytest.mark.parametrize("method", [{"mask_alg": "Wanda"}, {"algo": "SparseGPT"}], ids=str)
-def test_a_layer_that_hides_its_inputs_is_refused_by_name(images, method):
+def test_a_layer_that_hides_its_inputs_is_refused_by_name(images, method, monkeypatch):
+    monkeypatch.setattr("snows.network.trace.get_notrace_modules", lambda: [Own])
     model = nn.Sequential(Own(2, 4, 1), nn.Flatten(), nn.Linear(64, 2)).double()
     with pytest.raises(snows.UsageError, match=r"inputs of every layer, and those of 0 cannot be unfolded.*`layers`"):
         snows.prune(model, images, snows.NM(1, 2), **method)
@@ -200,14 +201,14 @@ def test_inputs_that_are_not_finite_end_in_one_line(tiny, images):
 
 def test_the_scores_halve_the_micro_batch_where_memory_runs_out(tiny, images, monkeypatch, caplog):
     wanted = snows.prune(tiny, images, snows.NM(1, 2), snows.Options(batch_size=5), mask_alg="Wanda", algo="MP")
-    columns = snows.network.inputs.input_columns
+    columns = snows.network.inputs.layer_columns
 
-    def small_memory(module, x):
+    def small_memory(network, layer, x):
         if len(x) > 2:
             raise torch.OutOfMemoryError
-        return columns(module, x)
+        return columns(network, layer, x)
 
-    monkeypatch.setattr(snows.masks.saliency, "input_columns", small_memory)
+    monkeypatch.setattr(snows.masks.saliency, "layer_columns", small_memory)
     got = snows.prune(tiny, images, snows.NM(1, 2), snows.Options(batch_size=5), mask_alg="Wanda", algo="MP")
     assert all(torch.equal(got.masks[name], mask) for name, mask in wanted.masks.items())
     assert caplog.messages[-1] == "out of memory at the scores: going on with micro-batches of 2 images"

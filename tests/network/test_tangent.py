@@ -83,6 +83,21 @@ class ByKeyword(nn.Module):
         return F.linear(input=x, weight=self.head.weight, bias=self.head.bias)
 
 
+class Functions(nn.Module):
+    """A convolution and BatchNorms as functions on parameters: one that is folded, and one that stands alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(2, 4, 3, bias=False), nn.Conv2d(4, 2, 1, groups=2)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(size) for size in (4, 2, 2))
+
+    def forward(self, x):
+        numbers = [(norm.running_mean, norm.running_var, norm.weight, norm.bias) for norm in self.norms]
+        x = torch.relu(F.batch_norm(F.conv2d(x, self.first.weight, stride=1, padding=1), *numbers[0]))
+        x = torch.relu(F.batch_norm(F.conv2d(x, self.conv.weight, self.conv.bias, groups=2), *numbers[1], eps=0.1))
+        return torch.tanh(F.batch_norm(x + 1, *numbers[2]))
+
+
 class MovingParameters(nn.Module):
     """Functions whose weights, biases and slopes depend on the layer, together with their inputs or without them."""
 
@@ -138,6 +153,7 @@ OPERATIONS = {
     "activations": sequential(nn.Hardswish, nn.PReLU, nn.LeakyReLU, nn.Hardsigmoid, lambda: nn.Softmax(1)),
     "gated": sequential(lambda: nn.GLU(1), lambda: nn.Conv2d(2, 2, 1), lambda: nn.Softplus()),
     "norms": sequential(lambda: nn.GroupNorm(2, 4), lambda: nn.LayerNorm(4), nn.Dropout, nn.Identity, nn.Tanh),
+    "functions on parameters": Functions,
     "sums": Sums,
     "twice": Twice,
     "computed numbers": Computed,
