@@ -71,7 +71,7 @@ class Network:
     are solved, and `in_place` names its modules that wrote in place before the trace. `calls` counts how often each
     module is called. `linear_maps` and `affine` are the convolutions and linear maps on parameters, and the
     BatchNorms with fixed statistics, whether modules or functions. `refused` maps the name of every Conv2d or Linear
-    whose weight cannot be pruned to the reason.
+    whose weight cannot be pruned to the reason. `idle` names the parameters that no node reads; `told_idle`: in a line.
     `checked`: the windows and images on which the trace has been compared with the model (calibration/faithful.py).
     """
 
@@ -102,6 +102,7 @@ class Network:
         self.affine = {node for node in self.nodes if is_fixed_norm(node, self.model)}
         self.batch_norm_of = self._pair_batch_norms()
         self.layers, self.refused = self._find_layers()
+        self.idle, self.told_idle = self._unread_parameters(), False
 
     def copy(self) -> Network:
         """Another network of the same trace, whose weights change on their own."""
@@ -164,6 +165,14 @@ class Network:
         reading = [node for path in paths for node in self.by_target.get(path, ())]
         found = {user for node in reading for user in (node.users if node.op == "get_attr" else [node])}
         return sorted(found, key=self.position.__getitem__)
+
+    def _unread_parameters(self) -> list[str]:
+        """The parameters that the forward pass does not use: an auxiliary head's, say."""
+        read = set()
+        for target in self.by_target:
+            held = attribute(self.model, target)
+            read |= {id(each) for each in (held.parameters() if isinstance(held, nn.Module) else [held])}
+        return [name for name, parameter in self.model.named_parameters() if id(parameter) not in read]
 
     def is_shared(self, parameter: str) -> bool:
         """Whether a parameter belongs to several modules (tied weights)."""

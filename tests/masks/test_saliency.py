@@ -214,6 +214,34 @@ def test_the_scores_halve_the_micro_batch_where_memory_runs_out(tiny, images, mo
     assert caplog.messages[-1] == "out of memory at the scores: going on with micro-batches of 2 images"
 
 
+class Auxiliary(nn.Module):
+    """A head that is for training alone, with the most of the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.aux, self.head = nn.Conv2d(2, 4, 1), nn.Linear(4, 200), nn.Linear(4, 3)
+        self.head.register_parameter("temperature", nn.Parameter(torch.ones(5)))  # nor is this, but its module runs
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x)).mean((2, 3))
+        return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+
+def test_a_target_sparsity_counts_what_runs_and_says_once_what_does_not(images, caplog):
+    model, options = randomise(Auxiliary()), snows.Options(schedule=2, batch_size=5)
+    pruned = snows.prune(model, images, snows.Unstructured(0.5), options)
+    running = [p for module in (model.conv, model.head) for p in module.parameters()]
+    removed = sum((~mask).sum().item() for mask in pruned.masks.values())
+    assert removed == round(0.5 * sum(p.numel() for p in running))
+    assert pruned.left_dense == {"aux": "the traced forward pass does not use it"}
+    said = [message for message in caplog.messages if "does not use" in message]
+    assert len(said) == 1
+    assert "1000 of the 1032 parameters (in aux)" in said[0]
+    caplog.clear()
+    assert set(snows.prune(model, images, snows.NM(1, 2), options, algo="MP").masks) == {"conv", "head"}
+    assert not caplog.messages
+
+
 def test_a_rule_by_name_beats_a_pattern_and_the_first_pattern_the_others():
     rules = {"layer*": 1, "layer1.*": 2, "layer1.conv": 3}
     assert [rule_of(name, rules) for name in ("layer1.conv", "layer1.fc", "fc")] == [3, 1, None]
