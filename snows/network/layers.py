@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from snows.errors import SnowsError, first_line
 from snows.network.attention import is_output
+from snows.network.concrete import trace_somehow
 from snows.network.known import (
     ACTIVATION_MODULES,
     ACTIVATIONS,
@@ -31,7 +32,6 @@ from snows.network.known import (
     prunable_weights,
 )
 from snows.network.operations import LinearMap, attribute, called, is_fixed_norm, linear_map, norm_bias, norm_of
-from snows.network.trace import trace
 
 Masks = dict[str, Tensor]  # layer name -> boolean mask of the weight's shape, True where the weight survives
 
@@ -72,10 +72,16 @@ class Network:
     module is called. `linear_maps` and `affine` are the convolutions and linear maps on parameters, and the
     BatchNorms with fixed statistics, whether modules or functions. `refused` maps the name of every Conv2d or Linear
     whose weight cannot be pruned to the reason. `idle` names the parameters that no node reads; `told_idle`: in a line.
+    `example`, images or the shape of one, is for models that can be traced with real images alone.
     `checked`: the windows and images on which the trace has been compared with the model (calibration/faithful.py).
     """
 
-    def __init__(self, model: nn.Module, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device | str = "cpu",
+        example: Tensor | Sequence[int] | None = None,
+    ):
         self.original, self.device = model, device
         self.model = copied(model, device).eval().requires_grad_(False)
         for module in self.model.modules():
@@ -84,7 +90,7 @@ class Network:
             if isinstance(module, nn.DataParallel):
                 module.device_ids = []  # it calls the network inside, wherever that is
         self.in_place = [n for n, m in self.model.named_modules() if getattr(m, "inplace", False) is True]
-        self.nodes = trace(self.model)
+        self.nodes = trace_somehow(self.model, example)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.input = self.nodes[0]
         self.output = self.nodes[-1].args[0]

@@ -62,7 +62,17 @@ class Tracer(fx.Tracer):
             return False
         return isinstance(module, self.leaves) or super().is_leaf_module(module, name)
 
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, nn.Parameter) and not any(a is own for own in self.root.parameters()):
+            a = a.detach()  # of a module that is made in the forward pass: a constant
+        return super().create_arg(a)
+
+    def holds(self, module: nn.Module) -> bool:
+        return any(module is own for own in self.root.modules())
+
     def call_module(self, module, forward, args, kwargs):
+        if not self.holds(module):
+            return forward(*args, **kwargs)  # made in the forward pass: what it calls is recorded
         try:
             if is_encoder_without_masks(module, args, kwargs):
                 return encode(module, *args, **kwargs)
