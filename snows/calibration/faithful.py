@@ -57,6 +57,11 @@ def check_trace(network: Network, images: Tensor, k_step: int) -> None:
         raise UsageError(f"calibration images of {shape} do not run through the model: {first_line(error)}") from error
     tolerance = 1e-3 * own.nan_to_num(0, 0, 0).abs().max().item()
     if not torch.allclose(run_trace(network, images, {}), own, rtol=1e-3, atol=tolerance, equal_nan=True):
+        if random := drawn_at_random(network, images):
+            raise TraceError(
+                f"the model gives the same images other logits each time, in evaluation mode too: {listed(random)}. "
+                f"Dropout must be told whether the module is training: F.dropout(x, p, self.training)."
+            )
         raise TraceError(
             "the traced model computes something else than the model: its forward pass depends on data, or writes into "
             "a view of a value that it reads again."
@@ -94,6 +99,20 @@ def run_trace(network: Network, images: Tensor, weights: dict[str, Tensor]) -> T
             if network.last_use[read] <= network.position[node]:
                 values.pop(read, None)
     return values[network.output]
+
+
+def drawn_at_random(network: Network, images: Tensor) -> list[str]:
+    """The operations that compute something else when they are run again on the same values."""
+    values: Values = {network.input: images}
+    found = []
+    for node in network.nodes[1:-1]:
+        first, again = (run_node(node, network.model, values, {}) for _ in range(2))
+        values[node] = first
+        pairs = zip(tree_leaves(first), tree_leaves(again))
+        if any(is_feature(one) and not torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs):
+            module = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())[-1][0]
+            found.append(f"{name_of(node)} in {module or 'the model'}")
+    return found
 
 
 def is_feature(value: Any) -> bool:

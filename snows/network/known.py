@@ -18,6 +18,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.modules import activation
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 ACTIVATION_MODULES = tuple(getattr(activation, name) for name in activation.__all__ if name != "MultiheadAttention")
 MIXING = (nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.GLU)  # activations that are not elementwise
@@ -101,6 +102,13 @@ def multiplies_by_weight(module: nn.Module) -> bool:
     return not torch.equal(at_r, at_s) and torch.allclose(
         sum(around), 2 * at_r, rtol=1e-3, atol=1e-3 * at_r.abs().max().item()
     )
+
+
+def cached_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """What modules keep in containers of their own of what they have computed, with its graph: no parameter."""
+    kept = [value for module in model.modules() for name, value in vars(module).items() if not name.startswith("_")]
+    held = [leaf for value in kept if isinstance(value, (dict, list, tuple)) for leaf in tree_leaves(value)]
+    return [leaf for leaf in held if isinstance(leaf, torch.Tensor) and not leaf.is_leaf]
 
 
 def is_zero(weight: torch.Tensor | None) -> bool:

@@ -25,6 +25,7 @@ from snows.network.concrete import trace_somehow
 from snows.network.known import (
     ACTIVATION_MODULES,
     ACTIVATIONS,
+    cached_tensors,
     has_activation,
     is_zero,
     multiplies_by_weight,
@@ -284,7 +285,7 @@ def copied(model: nn.Module, device: torch.device | str | None = None) -> nn.Mod
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     try:
-        model = copy.deepcopy(model)
+        model = copy.deepcopy(model, {id(cached): cached.detach().clone() for cached in cached_tensors(model)})
     except Exception as error:  # whatever a module's tensors raise
         raise SnowsError(
             f"the model cannot be copied: {first_line(error)} torch.nn.utils.prune and weight_norm leave weights that "

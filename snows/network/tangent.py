@@ -4,7 +4,7 @@ Once a window is linearised, every operation in it is a linear map of its inputs
 is applied to the tangent as it is; an activation multiplies it by its slope, taken once; a sum adds. None of these
 computes anything of the forward pass again, nor does attention, whose weights are kept, so that the tangent pass costs
 about one forward pass, the least it can. The other operations (LayerNorm, products, reshapes, masked attention) go
-through torch's forward mode, which repeats them.
+through torch's forward mode, which repeats them; those that lack one, through their backward pass, differentiated.
 """
 
 from __future__ import annotations
@@ -184,15 +184,54 @@ class Tangents:
         inputs = {read: values[read] for read in node.all_input_nodes}
         own = [name for name in sorted(window.varied) if window.network.reads(node, name)]
 
+        def step(moving: dict[Any, Any]) -> Any:
+            named = {name: value for name, value in moving.items() if isinstance(name, str)}
+            return window.step(node, {**inputs, **moving}, {**parameters, **named})
+
         def rule(tangents, direction):
-            if not own and not any(read in tangents for read in inputs):
+            moved = {read: tangents[read] for read in inputs if read in tangents}
+            moved |= {name: direction[name] for name in own if name in direction}
+            if not own and not moved:
                 return None
-            dual_inputs = {n: tree_map(dual, value, tangents[n]) for n, value in inputs.items() if n in tangents}
-            dual_parameters = {n: dual(parameters[n], direction[n]) for n in own if n in direction}
-            result = window.step(node, {**inputs, **dual_inputs}, {**parameters, **dual_parameters})
-            return tree_map(tangent_of, result)
+            primals = {each: inputs[each] if each in inputs else parameters[each] for each in moved}
+            try:
+                return tree_map(tangent_of, step(tree_map(dual, primals, moved)))
+            except NotImplementedError as error:
+                try:
+                    return by_double_backward(step, primals, moved)
+                except RuntimeError:
+                    raise error from None  # which names the operation
 
         return rule
+
+
+@torch.enable_grad()
+def by_double_backward(function: Callable[[Any], Any], primals: Any, tangents: Any) -> Any:
+    """The tangents J v of a function that has no forward mode: J^T u is linear in u, and its derivative J.
+
+    Raises:
+        RuntimeError: its backward pass has no derivative, or only seems to: <u, J v> is not <J^T u, v>.
+    """
+    moved = [tangent for tangent in tree_leaves(tangents) if tangent is not None]
+    pairs = zip(tree_leaves(primals), tree_leaves(tangents), strict=True)
+    leaves = iter([leaf.detach().requires_grad_(tangent is not None) for leaf, tangent in pairs])
+    primals = tree_map(lambda leaf: next(leaves), primals)
+    result = function(primals)
+    sources = [leaf for leaf in tree_leaves(primals) if leaf.requires_grad]
+    outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    signs = [torch.ones_like(output).flatten().cumsum(0).cos().sign().view_as(output) for output in outputs]  # some u
+    weights = [u.requires_grad_() for u in signs]
+    pulled = grad(outputs, sources, weights, create_graph=True, materialize_grads=True)
+    found = grad(pulled, weights, moved)
+    there, back = (sum(map(dot, *pairs)).item() for pairs in ((weights, found), (pulled, moved)))
+    if abs(there - back) > 1e-2 * max(abs(back), *(tangent.norm().item() for tangent in found)):
+        raise RuntimeError("the backward pass hides some of its derivative")
+    by_output = {id(output): tangent for output, tangent in zip(outputs, found)}
+    return tree_map(lambda leaf: by_output.get(id(leaf)), result)
+
+
+def dot(first: Tensor, second: Tensor) -> Tensor:
+    return (first * second).sum()
 
 
 @cache

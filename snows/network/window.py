@@ -201,6 +201,9 @@ class Window:
         if node in self.folded and node.op == "call_function":
             weight, bias = (parameters[name] for name in self.folded_names(node))
             return node.target(values[node.args[0]], weight, bias, **settings(node))
+        if isinstance(self.module(node), nn.RNNBase):
+            with unfused():
+                return run_node(node, self.model, values, parameters)
         if node not in self.network.affine:
             return run_node(node, self.model, values, parameters)
         norm, x = self.norm(node), values[node.args[0]]
@@ -235,6 +238,20 @@ def differentiable():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextmanager
+def unfused():
+    """Recurrent layers as the operations that they are made of: oneDNN's and cuDNN's kernels lack derivatives."""
+    libraries = (torch.backends.mkldnn, torch.backends.cudnn)
+    before = [library.enabled for library in libraries]
+    try:
+        for library in libraries:
+            library.enabled = False
+        yield
+    finally:
+        for library, enabled in zip(libraries, before):
+            library.enabled = enabled
 
 
 def per_output(scale: Tensor, weight: Tensor) -> Tensor:

@@ -278,6 +278,29 @@ def test_a_layer_that_the_trace_does_not_follow_is_left_dense(images, masks, cap
     assert torch.equal(pruned.model.first.weight, model.first.weight)
 
 
+class Careless(nn.Module):
+    """Dropout that no one switches off."""
+
+    def forward(self, x):
+        return F.dropout(x, 0.5)
+
+
+def test_dropout_that_is_always_on_is_named(images):
+    model = randomise(nn.Sequential(nn.Conv2d(2, 4, 1), nn.Dropout(), Careless(), nn.Flatten(), nn.Linear(36, 3)))
+    with pytest.raises(snows.errors.TraceError, match=r"other logits each time.*: dropout in 2\. Dropout must be told"):
+        snows.prune(model, images, snows.NM(1, 2))
+
+
+def test_a_model_that_ran_with_gradients_and_keeps_some_of_it_is_copied():
+    """As LeViT keeps its attention biases."""
+    model = settled(Block()).requires_grad_()
+    model.cache = {"cpu": model.conv2.weight.exp(), "none": [None]}
+    network = Network(model)
+    assert torch.equal(network.model.cache["cpu"], model.cache["cpu"])
+    assert not network.model.cache["cpu"].requires_grad
+    assert model.cache["cpu"].requires_grad
+
+
 class Several(nn.Module):
     """A leaf of the trace that returns (values, weights)."""
 
