@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from snows.arguments import check_arguments
-from snows.calibration.streams import Streams, micro_batches
+from snows.calibration.streams import Streams, gather, micro_batches
 from snows.errors import UsageError
 from snows.job import Job, Listener
 from snows.masks.choose import check_selection, chosen_layers, select, without
@@ -108,7 +109,7 @@ def choose_masks(
     if isinstance(pattern, Selection):
         raise UsageError("these masks are chosen already: give a pattern, or masks as a dict.")
     with precision(options.precision):
-        network = model if isinstance(model, Network) else Network(model, device)
+        network = model if isinstance(model, Network) else Network(model, device, example_of(calibration))
         choice = Choice(pattern, mask_alg, layers)
         streams = None
         if calibration is not None or SALIENCIES[mask_alg].score is not None:
@@ -126,7 +127,11 @@ def prepared(
     device: torch.device | str,
 ) -> Job:
     """A job before its first layer: its network, its masks, and its images if anything looks at them."""
-    network, dense_model = (model.copy(), model.model) if isinstance(model, Network) else (Network(model, device), None)
+    network, dense_model = (
+        (model.copy(), model.model)
+        if isinstance(model, Network)
+        else (Network(model, device, example_of(calibration)), None)
+    )
     choice = check_selection(wanted, network) if isinstance(wanted, Selection) else wanted
     saliency, scoring, names = SALIENCIES[choice.mask_alg], options, {layer.name for layer in network.layers}
     options = options.but(**method.fixed)
@@ -153,6 +158,13 @@ def prepared(
     job = Job(network, choice, replace(selection, masks=masks), method, options, scoring, streams)
     job.earlier = selection.seconds if isinstance(wanted, Selection) else 0.0
     return job
+
+
+def example_of(calibration: Any) -> Any:
+    """Images for models that cannot be traced without; of batches that can be drawn again, drawn if it comes to that."""
+    if not isinstance(calibration, Iterable) or isinstance(calibration, (Tensor, Iterator)):
+        return calibration if isinstance(calibration, Tensor) else None
+    return lambda: gather([next(iter(calibration))])
 
 
 def opened(

@@ -57,6 +57,11 @@ def check_trace(network: Network, images: Tensor, k_step: int) -> None:
         raise UsageError(f"calibration images of {shape} do not run through the model: {first_line(error)}") from error
     tolerance = 1e-3 * own.nan_to_num(0, 0, 0).abs().max().item()
     if not torch.allclose(run_trace(network, images, {}), own, rtol=1e-3, atol=tolerance, equal_nan=True):
+        if random := drawn_at_random(network, images):
+            raise TraceError(
+                f"the model gives the same images other logits each time, in evaluation mode too: {listed(random)}. "
+                f"Dropout must be told whether the module is training: F.dropout(x, p, self.training)."
+            )
         raise TraceError(
             "the traced model computes something else than the model: its forward pass depends on data, or writes into "
             "a view of a value that it reads again."
@@ -97,6 +102,20 @@ def run_trace(network: Network, images: Tensor, weights: dict[str, Tensor]) -> T
     return values[network.output]
 
 
+def drawn_at_random(network: Network, images: Tensor) -> list[str]:
+    """The operations that compute something else when they are run again on the same values."""
+    values: Values = {network.input: images}
+    found = []
+    for node in network.nodes[1:-1]:
+        first, again = (run_node(node, network.model, values, {}) for _ in range(2))
+        values[node] = first
+        pairs = zip(tree_leaves(first), tree_leaves(again))
+        if any(is_feature(one) and not torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs):
+            module = list((node.meta.get("nn_module_stack") or {"": ("", None)}).values())[-1][0]
+            found.append(f"{name_of(node)} in {module or 'the model'}")
+    return found
+
+
 def is_feature(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
@@ -125,7 +144,7 @@ def check_windows(network: Network, images: Tensor, k_step: int) -> None:
             replaced = network.affine.intersection([*window.nodes, *window.folded.values()])
             network.call_as_it_is(replaced)
             if replaced:
-                names = listed(sorted({node.target for node in replaced}))
+                names = listed(sorted({name_of(node) for node in replaced}))
                 log.warning("layer %s: %s; its BatchNorms are called as they are: %s", name, WINDOW, names)
             if not replaced or not window_holds(network, name, k_step, stream):
                 refuse(network, name, WINDOW)
@@ -187,8 +206,18 @@ def stands_for(window: Window, node: fx.Node) -> fx.Node:
 
 
 def is_told(window: Window, node: fx.Node) -> bool:
-    """Whether a window's value can be had from the trace: not that between a BatchNorm and its own activation."""
-    return node not in window.folded or not has_activation(window.module(window.folded[node]))
+    """Whether a window's value can be had from the trace.
+
+    Not that between a BatchNorm and its own activation, nor a weight that a BatchNorm is folded into.
+    """
+    if node.op == "get_attr":
+        return False
+    return node not in window.folded or not has_activation(window.norm(window.folded[node]))
+
+
+def name_of(node: fx.Node) -> str:
+    """What a warning calls a node."""
+    return node.target if isinstance(node.target, str) else node.name
 
 
 def moved(network: Network, names: tuple[str | None, ...], generator: torch.Generator) -> dict[str, Tensor]:

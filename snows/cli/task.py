@@ -74,7 +74,7 @@ class Task:
     @cached_property
     def network(self) -> Network:
         """The dense network, traced: the one place where it is."""
-        return Network(self.model, self.settings.device)
+        return Network(self.model, self.settings.device, lambda: self.data.train[0][0][None])
 
     def masks_of_file(self, file: Path) -> Masks:
         """The masks of --masks for the layers to prune."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
 from snows.calibration.streams import Streams, retry_on_out_of_memory
 from snows.errors import UsageError, by_reason, listed
-from snows.masks.patterns import NM, Choice, Pattern, Selection, are_masks
+from snows.masks.patterns import NM, Choice, Pattern, Selection, Unstructured, are_masks
 from snows.masks.saliency import SALIENCIES, Saliency, check_inputs, scores
 from snows.network.layers import Layer, Masks, Network
 from snows.options import Options
+
+log = logging.getLogger("snows")
 
 
 def chosen_layers(network: Network, layers: Callable[[str], bool]) -> list[Layer]:
@@ -45,8 +48,7 @@ def select(network: Network, choice: Choice, streams: Streams | None, options: O
             check_inputs(choice.mask_alg, chosen, network, inverse=saliency.sequential)
         if saliency.score is not None and (pattern.compares_layers or not saliency.sequential):
             weights = measured(chosen, saliency, streams, options)
-        total = sum(p.numel() for p in network.model.parameters())
-        selection = pattern.select(weights, total, by_row=saliency.by_row)
+        selection = pattern.select(weights, counted_parameters(network, pattern), by_row=saliency.by_row)
     if not selection.masks:
         raise UsageError(f"nothing to prune: {by_reason(selection.left_dense)}.")
     selection.left_dense |= {layer.name: "not selected" for layer in network.layers if layer not in chosen}
@@ -65,6 +67,20 @@ def check_selection(selection: Selection, network: Network) -> Choice:
     weights = {layer.name: network.model.get_parameter(layer.parameter) for layer in network.layers}
     check_user_masks(selection.masks, weights)
     return selection.choice
+
+
+def counted_parameters(network: Network, pattern: Pattern) -> int:
+    """How many parameters a target sparsity is a share of: those that the forward pass uses. Others are named, once."""
+    sizes = {name: parameter.numel() for name, parameter in network.model.named_parameters()}
+    idle = sum(sizes[name] for name in network.idle)
+    if idle and isinstance(pattern, Unstructured) and not network.told_idle:
+        network.told_idle = True
+        owners = dict.fromkeys(name.split(".")[0] for name in network.idle)
+        log.warning(
+            "the forward pass does not use %d of the %d parameters (in %s): the target sparsity is of the others",
+            *(idle, sum(sizes.values()), listed(owners)),
+        )
+    return sum(sizes.values()) - idle
 
 
 def measured(layers: list[Layer], saliency: Saliency, streams: Streams | None, options: Options) -> dict[str, Tensor]:

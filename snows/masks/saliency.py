@@ -23,7 +23,7 @@ from torch import Tensor
 from snows.calibration.stream import Stream
 from snows.errors import SnowsError, UsageError, listed
 from snows.network.derivatives import explained
-from snows.network.inputs import MAX_INPUTS, can_factor, input_columns, second_moment, shows_inputs
+from snows.network.inputs import MAX_INPUTS, can_factor, layer_columns, second_moment, shows_inputs
 from snows.network.layers import Layer, Network
 from snows.network.trace import value_of
 from snows.options import Options
@@ -114,10 +114,10 @@ def weight_of(layer: Layer, stream: Stream) -> Tensor:
 
 def inputs(layer: Layer, stream: Stream) -> Iterator[Tensor]:
     """The layer's input columns of each micro-batch, (groups, in, positions)."""
-    module = stream.network.module(layer.node)
     source = layer.node.args[0]
     for i in range(len(stream)):
-        yield input_columns(module, value_of(source, stream.model, stream.read(i, {source}), {}))
+        x = value_of(source, stream.model, stream.read(i, {source}), {})
+        yield layer_columns(stream.network, layer, x)
 
 
 def mean_squares(layer: Layer, stream: Stream) -> Tensor:

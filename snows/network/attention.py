@@ -1,18 +1,48 @@
-"""torch's nn.MultiheadAttention, opened up into the linear maps and the attention that it is made of.
+"""torch's attention and its encoders, opened up into the linear maps and the attention that they are made of.
 
-The module hides its projections in one call. As operations of their own they are prunable layers like any other: the
-queries', keys' and values' joint `in_proj`, one weight of 3 d rows, and `out_proj`.
+nn.MultiheadAttention hides its projections in one call, nn.TransformerEncoder a whole network. As operations of their
+own they are prunable layers like any other: the queries', keys' and values' joint `in_proj`, one weight of 3 d rows,
+and `out_proj`; in an encoder `linear1` and `linear2` besides.
 """
 
 from __future__ import annotations
 
 import inspect
 import operator
+from typing import Any
 
 import torch.nn.functional as F
 from torch import fx, nn
 
 from snows.network.known import is_plain
+
+
+def is_encoder_without_masks(module: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Whether a call is one of torch's own encoders, or a layer of it, on tokens that all see one another."""
+    if not is_plain(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+        return False
+    asked = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    return all(value is None or value is False for name, value in asked.items() if name != "src")
+
+
+def encode(module: nn.Module, src: fx.Proxy, *args: Any, **kwargs: Any) -> fx.Proxy:
+    """What an encoder, or a layer of it, computes without masks: its sub-modules, called one by one."""
+    if isinstance(module, nn.TransformerEncoder):
+        for layer in module.layers:
+            src = layer(src)
+        return src if module.norm is None else module.norm(src)
+
+    def attend(x: fx.Proxy) -> fx.Proxy:
+        return module.dropout1(module.self_attn(x, x, x, need_weights=False)[0])
+
+    def feed(x: fx.Proxy) -> fx.Proxy:
+        return module.dropout2(module.linear2(module.dropout(module.activation(module.linear1(x)))))
+
+    if module.norm_first:
+        src = src + attend(module.norm1(src))
+        return src + feed(module.norm2(src))
+    src = module.norm1(src + attend(src))
+    return module.norm2(src + feed(src))
 
 
 def open_attention(graph: fx.Graph, model: nn.Module) -> None:

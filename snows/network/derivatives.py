@@ -13,7 +13,7 @@ from snows.network.window import Window
 NO_DERIVATIVE = re.compile(
     r"derivative for (?:aten::)?(\w+) is not impl|forward AD with (?:aten::)?(\w+) that|"
     r"backward through ([\w.:]+?)(?:\.default)? but no autograd|custom autograd.Function to use it with \w+ mode AD|"
-    r"numpy\(\) on Tensor that requires grad|modified by an inplace operation"
+    r"marked with @once_differentiable|numpy\(\) on Tensor that requires grad|modified by an inplace operation"
 )
 
 

@@ -6,15 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snows.network.known import is_plain
 from snows.network.layers import Layer, Network
 
 MAX_INPUTS = 16384  # columns beyond which A is not formed, and CG runs plain
 
 
 def shows_inputs(network: Network, layer: Layer) -> bool:
-    """Whether a layer's input columns can be had: those of a plain convolution or linear map."""
-    return layer.node.target is F.linear or is_plain(network.module(layer.node), (nn.Conv2d, nn.Linear))
+    """Whether a layer's input columns can be had: those of a plain convolution or linear map, module or function."""
+    mapped = network.linear_maps.get(layer.node)
+    return mapped is not None and mapped.shows_inputs
 
 
 def can_factor(network: Network, layer: Layer) -> bool:
@@ -22,7 +22,12 @@ def can_factor(network: Network, layer: Layer) -> bool:
     return shows_inputs(network, layer) and layer.shape[1:].numel() <= MAX_INPUTS
 
 
-def input_columns(module: nn.Conv2d | nn.Linear | None, x: Tensor) -> Tensor:
+def layer_columns(network: Network, layer: Layer, x: Tensor) -> Tensor:
+    """The input columns of a layer that shows them, from what its node reads."""
+    return input_columns(network.linear_maps[layer.node].convolution, x)
+
+
+def input_columns(module: nn.Module | None, x: Tensor) -> Tensor:
     """The input columns that a layer's weight multiplies: (groups, in, positions), `in` as in weight.flatten(1).
 
     module: a convolution, else the layer is a linear map.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.modules import activation
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 ACTIVATION_MODULES = tuple(getattr(activation, name) for name in activation.__all__ if name != "MultiheadAttention")
 MIXING = (nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.GLU)  # activations that are not elementwise
@@ -49,12 +51,12 @@ def is_fixed_batch_norm(module: nn.Module | None) -> bool:
     return type(module).forward in BATCH_NORMS | BATCH_NORMS_WITH_ACTIVATION
 
 
-def has_activation(batch_norm: nn.Module) -> bool:
+def has_activation(batch_norm: Any) -> bool:
     """Whether a BatchNorm of a known kind calls its `drop` and `act` on what it has normalised."""
-    return type(batch_norm).forward in BATCH_NORMS_WITH_ACTIVATION
+    return getattr(type(batch_norm), "forward", None) in BATCH_NORMS_WITH_ACTIVATION
 
 
-def acts_elementwise(batch_norm: nn.Module) -> bool:
+def acts_elementwise(batch_norm: Any) -> bool:
     """Whether what a BatchNorm of a known kind does is, after its affine map, done to every number alone."""
     parts = [getattr(batch_norm, name, nn.Identity()) for name in ("drop", "act")] if has_activation(batch_norm) else []
     return all(is_plain(part, {*ELEMENTWISE_MODULES, nn.Identity, nn.Dropout}) for part in parts)
@@ -100,6 +102,13 @@ def multiplies_by_weight(module: nn.Module) -> bool:
     return not torch.equal(at_r, at_s) and torch.allclose(
         sum(around), 2 * at_r, rtol=1e-3, atol=1e-3 * at_r.abs().max().item()
     )
+
+
+def cached_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """What modules keep in containers of their own of what they have computed, with its graph: no parameter."""
+    kept = [value for module in model.modules() for name, value in vars(module).items() if not name.startswith("_")]
+    held = [leaf for value in kept if isinstance(value, (dict, list, tuple)) for leaf in tree_leaves(value)]
+    return [leaf for leaf in held if isinstance(leaf, torch.Tensor) and not leaf.is_leaf]
 
 
 def is_zero(weight: torch.Tensor | None) -> bool:

@@ -22,18 +22,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from snows.errors import SnowsError, first_line
 from snows.network.attention import is_output
 from snows.network.checks import check_device, check_model
+from snows.network.concrete import Example, trace_somehow
 from snows.network.known import (
     ACTIVATION_MODULES,
     ACTIVATIONS,
+    cached_tensors,
     has_activation,
-    is_fixed_batch_norm,
-    is_plain,
     is_zero,
     multiplies_by_weight,
     prunable_parameters,
     prunable_weights,
 )
-from snows.network.trace import fetch, trace
+from snows.network.operations import LinearMap, attribute, called, is_fixed_norm, linear_map, norm_bias, norm_of
 
 Masks = dict[str, Tensor]  # layer name -> boolean mask of the weight's shape, True where the weight survives
 
@@ -69,14 +69,20 @@ class Layer:
 class Network:
     """A traced model: `nodes` in execution order and the prunable `layers` among them.
 
-    `original` is the caller's model, which must not change meanwhile, `model` a private copy of it in evaluation mode,
-    whose weights change as layers are solved, and `in_place` names its modules that wrote in place before the trace.
-    `calls` counts how often each module is called. `refused` maps the name of every Conv2d or Linear whose weight
-    cannot be pruned to the reason. `checked`: the windows and images on which the trace has been compared with the
-    model (calibration/faithful.py).
+    `original` is the caller's model, which must not change meanwhile, `model` a private copy in evaluation mode, whose
+    weights change as layers are solved; `in_place` names its modules that wrote in place, `calls` counts each module's
+    calls. `linear_maps` and `affine`: the linear maps on parameters, and the BatchNorms with fixed statistics, modules
+    or functions. `refused`: each Conv2d or Linear whose weight cannot be pruned, and why. `idle`: the parameters that
+    no node reads. `checked`: the windows and images on which the trace has been compared (calibration/faithful.py).
+    `example`: images, the shape of one, or what gives images, for models that cannot be traced without.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device | str = "cpu",
+        example: Example = None,
+    ):
         check_device(device)
         check_model(model)
         self.original, self.device = model, device
@@ -87,7 +93,7 @@ class Network:
             if isinstance(module, nn.DataParallel):
                 module.device_ids = []  # it calls the network inside, wherever that is
         self.in_place = [n for n, m in self.model.named_modules() if getattr(m, "inplace", False) is True]
-        self.nodes = trace(self.model)
+        self.nodes = trace_somehow(self.model, example)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.input = self.nodes[0]
         self.output = self.nodes[-1].args[0]
@@ -100,9 +106,12 @@ class Network:
         self.owners = owners_of(self.model)
         self.checked: Any = None
         self.pairs: set[fx.Node] = set()  # what returns several values, known once images have passed
-        self.affine = {node for node in self.nodes if is_fixed_batch_norm(self.module(node))}
+        maps = {node: linear_map(node, self.model) for node in self.nodes}
+        self.linear_maps: dict[fx.Node, LinearMap] = {node: each for node, each in maps.items() if each is not None}
+        self.affine = {node for node in self.nodes if is_fixed_norm(node, self.model)}
         self.batch_norm_of = self._pair_batch_norms()
         self.layers, self.refused = self._find_layers()
+        self.idle, self.told_idle = self._unread_parameters(), False
 
     def copy(self) -> Network:
         """Another network of the same trace, whose weights change on their own."""
@@ -132,19 +141,19 @@ class Network:
 
     def module(self, node: Any) -> Any:
         """The module that a node calls, or None."""
-        calls = isinstance(node, fx.Node) and node.op == "call_module"
-        return self.model.get_submodule(node.target) if calls else None
+        return called(node, self.model)
 
     def is_counted(self, node: fx.Node) -> bool:
         """Whether the paper counts this node as an operation. A BatchNorm after a convolution is part of it."""
         if node in self.pairs:
             return False  # but what is read of it is
+        if node in self.batch_norm_of.values():
+            norm = norm_of(node, self.model)
+            return has_activation(norm) and not isinstance(getattr(norm, "act", nn.Identity()), nn.Identity)
         if node.op == "call_module":
             module = self.module(node)
             if isinstance(module, nn.MultiheadAttention):
                 return False  # but its output is, the first of the pair that it returns
-            if node in self.batch_norm_of.values():
-                return has_activation(module) and not isinstance(getattr(module, "act", nn.Identity()), nn.Identity)
             return isinstance(module, COUNTED_MODULES) or any(True for _ in prunable_weights(module))
         if node.target is operator.getitem:
             source = node.args[0]
@@ -166,6 +175,14 @@ class Network:
         found = {user for node in reading for user in (node.users if node.op == "get_attr" else [node])}
         return sorted(found, key=self.position.__getitem__)
 
+    def _unread_parameters(self) -> list[str]:
+        """The parameters that the forward pass does not use: an auxiliary head's, say."""
+        read = set()
+        for target in self.by_target:
+            held = attribute(self.model, target)
+            read |= {id(each) for each in (held.parameters() if isinstance(held, nn.Module) else [held])}
+        return [name for name, parameter in self.model.named_parameters() if id(parameter) not in read]
+
     def is_shared(self, parameter: str) -> bool:
         """Whether a parameter belongs to several modules (tied weights)."""
         return self.owners[id(self.model.get_parameter(parameter))] > 1
@@ -179,62 +196,74 @@ class Network:
         pairs = {}
         for node in self.nodes:
             producer: Any = node.args[0] if node.args else None
-            if node not in self.affine or not is_plain(self.module(producer), [nn.Conv2d]):
+            mapped = self.linear_maps.get(producer) if node in self.affine else None
+            if mapped is None or mapped.convolution is None or mapped.bias is None:
                 continue
-            read = [user for key in ("weight", "bias") for user in self.users(f"{producer.target}.{key}")]
+            read = [user for name in (mapped.weight, mapped.bias) for user in self.users(name)]
             once = set(read) == {producer} and len(producer.users) == 1
-            if once and not is_zero(self.module(node).weight):
+            if once and not is_zero(norm_of(node, self.model).weight):
                 pairs[producer] = node
         return pairs
 
     def _find_layers(self) -> tuple[list[Layer], dict[str, str]]:
         """The prunable weights in execution order, and the reason for each Conv2d or Linear that is not among them."""
         layers, refused = {}, {}
-        for path, module in self.model.named_modules():
-            for key in prunable_parameters(module):
-                parameter = f"{path}.{key}".lstrip(".")
-                name = parameter.removesuffix(".weight").removesuffix("_weight")
-                if key not in module._parameters:
-                    refused[name] = "its weight is computed from other parameters"
-                    continue
-                if self.is_shared(parameter):
-                    refused[name] = "its weight is that of another layer too"
-                    continue
-                if not multiplies_by_weight(module):
-                    refused[name] = "it does not multiply by its weight as it is (standardised, say)"
-                    continue
-                node = next(iter(self.users(parameter)), None)
-                if node is None:
-                    refused[name] = "the traced forward pass does not use it"
-                elif not self._multiplies(node, parameter):
-                    user = getattr(node.target, "__name__", node.target)
-                    refused[name] = f"its weight goes into {user}, not straight into a linear map or convolution"
-                elif isinstance(self.module(node), nn.MultiheadAttention):
-                    refused[name] = "its attention takes masks or several inputs, or returns its weights"
-                else:
-                    weight = module._parameters[key]
-                    groups = getattr(module, "groups", 1)
-                    layers[name] = Layer(name, parameter, node, weight.shape, groups, self._bias_of(node, parameter))
+        for parameter, module in self._weights().items():
+            name = parameter.removesuffix(".weight").removesuffix("_weight")
+            reason = self._refusal(parameter, module)
+            if reason is not None:
+                refused[name] = reason
+                continue
+            node = self.users(parameter)[0]
+            mapped, shape = self.linear_maps.get(node), self.model.get_parameter(parameter).shape
+            groups = getattr((mapped and mapped.convolution) or module, "groups", 1)
+            layers[name] = Layer(name, parameter, node, shape, groups, self._bias_of(node, parameter))
         return sorted(layers.values(), key=lambda layer: self.position[layer.node]), refused
+
+    def _weights(self) -> dict[str, nn.Module]:
+        """What may be a layer's weight, and the module that owns it: by the module's kind, or as a function uses it."""
+        weights = {
+            f"{path}.{key}".lstrip("."): module
+            for path, module in self.model.named_modules()
+            for key in prunable_parameters(module)
+        }
+        for node in self.nodes:
+            mapped = self.linear_maps.get(node)
+            if mapped is not None and isinstance(attribute(self.model, mapped.weight), nn.Parameter):
+                weights.setdefault(mapped.weight, self.model.get_submodule(mapped.weight.rpartition(".")[0]))
+        return weights
+
+    def _refusal(self, parameter: str, module: nn.Module) -> str | None:
+        """Why a weight cannot be pruned, or None."""
+        if parameter.rpartition(".")[2] not in module._parameters:
+            return "its weight is computed from other parameters"
+        if self.is_shared(parameter):
+            return "its weight is that of another layer too"
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and not multiplies_by_weight(module):
+            return "it does not multiply by its weight as it is (standardised, say)"
+        node = next(iter(self.users(parameter)), None)
+        if node is None:
+            return "the traced forward pass does not use it"
+        if not self._multiplies(node, parameter):
+            user = getattr(node.target, "__name__", node.target)
+            return f"its weight goes into {user}, not straight into a linear map or convolution"
+        if isinstance(self.module(node), nn.MultiheadAttention):
+            return "its attention takes masks or several inputs, or returns its weights"
+        return None
 
     def _bias_of(self, node: fx.Node, weight: str) -> str | None:
         """The name of the bias that the output of a convolution or linear map alone is added to, or None.
 
         It is a parameter that nothing reads but what reads the weight, or but the BatchNorm that it belongs to.
         """
-        if node.target is F.linear:
-            bias = node.args[2] if len(node.args) > 2 else None
-            name: Any = bias.target if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
-            readers = self.users(weight)
-        elif is_plain(self.module(node), (nn.Conv2d, nn.Linear)):
-            owner = self.batch_norm_of.get(node, node)
-            name = f"{owner.target}.bias" if self.module(owner)._parameters.get("bias") is not None else None
-            readers = self.users(weight) if owner is node else [owner]
-        else:
+        mapped, batch_norm = self.linear_maps.get(node), self.batch_norm_of.get(node)
+        if mapped is None:
             return None
-        alone = name is not None and set(self.users(name)) <= set(readers)
-        own = alone and isinstance(fetch(self.model, name), nn.Parameter) and not self.is_shared(name)
-        return name if own else None
+        name = mapped.bias if batch_norm is None else norm_bias(batch_norm)
+        if name is None or not isinstance(attribute(self.model, name), nn.Parameter) or self.is_shared(name):
+            return None
+        readers = self.users(weight) if batch_norm is None else [batch_norm]
+        return name if set(self.users(name)) <= set(readers) else None
 
     def _multiplies(self, node: fx.Node, weight: str) -> bool:
         """Whether a node that uses a weight is a module that owns it, or a function that multiplies by it as it is."""
@@ -258,7 +287,7 @@ def copied(model: nn.Module, device: torch.device | str | None = None) -> nn.Mod
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     try:
-        model = copy.deepcopy(model)
+        model = copy.deepcopy(model, {id(cached): cached.detach().clone() for cached in cached_tensors(model)})
     except Exception as error:  # whatever a module's tensors raise
         raise SnowsError(
             f"the model cannot be copied: {first_line(error)} torch.nn.utils.prune and weight_norm leave weights that "

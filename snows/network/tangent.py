@@ -4,7 +4,7 @@ Once a window is linearised, every operation in it is a linear map of its inputs
 is applied to the tangent as it is; an activation multiplies it by its slope, taken once; a sum adds. None of these
 computes anything of the forward pass again, nor does attention, whose weights are kept, so that the tangent pass costs
 about one forward pass, the least it can. The other operations (LayerNorm, products, reshapes, masked attention) go
-through torch's forward mode, which repeats them.
+through torch's forward mode, which repeats them; those that lack one, through their backward pass, differentiated.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.autograd import grad
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from snows.network.known import ELEMENTWISE, ELEMENTWISE_FUNCTIONS, ELEMENTWISE_MODULES, acts_elementwise, is_plain
+from snows.network.operations import settings
 from snows.network.trace import Values, run_node
 from snows.network.window import (
     BiasUpdates,
@@ -75,7 +76,7 @@ class Tangents:
         module = self.window.module(node)
         if is_plain(module, LINEAR_MODULES) and len(node.all_input_nodes) == 1:
             return self._linear_module(node, values)
-        if node.target is F.linear:
+        if node.target in (F.linear, F.conv2d) and all(isinstance(read, fx.Node) for read in node.args[:2]):
             return self._linear_function(node, values)
         if self.window.is_identity(node):
             return lambda tangents, direction: tangents.get(node.args[0])
@@ -90,10 +91,10 @@ class Tangents:
 
     def _is_elementwise(self, node: fx.Node) -> bool:
         """Whether a node is known to do the same to every number of its one input (a slope may move as well)."""
+        if node in self.window.network.affine:
+            return acts_elementwise(self.window.norm(node))
         if len(node.all_input_nodes) != 1:
             return False
-        if node in self.window.network.affine:
-            return acts_elementwise(self.window.module(node))
         if node.op == "call_method":
             return node.target in ELEMENTWISE
         return is_plain(self.window.module(node), ELEMENTWISE_MODULES) or node.target in ELEMENTWISE_FUNCTIONS
@@ -120,22 +121,30 @@ class Tangents:
         return rule
 
     def _linear_function(self, node: fx.Node, values: Values) -> Rule:
-        source, weight, *biases = node.args
-        fixed_weight, shape = values[weight], values[node].shape
+        """F.linear or F.conv2d, of which input, weight and bias may move."""
+        source, weight, *biases = node.args[:3]
+        bias, shape = biases[0] if biases else None, values[node].shape
+        asked = fx.map_arg(settings(node), values.__getitem__)
+        column = (-1, *[1] * (len(shape) - 2)) if node.target is F.conv2d else (-1,)  # a bias beside the output
         x = values[source] if weight in self.window.nodes else None
+        folded = self.window.folded_names(node) if node in self.window.folded else None  # numbers of the window's alone
+        fixed_weight = values[weight] if folded is None else self.parameters[folded[0]]
 
         def rule(tangents, direction):
-            parts = [F.linear(tangents[source], fixed_weight)] if source in tangents else []
-            if weight in tangents:
-                parts.append(F.linear(x, *(tangents.get(parameter) for parameter in node.args[1:])))
-            elif biases and biases[0] in tangents:
-                parts.append(tangents[biases[0]].expand(shape))
+            moved, moved_bias = tangents.get(weight), tangents.get(bias)
+            if folded is not None:
+                moved, moved_bias = (direction.get(name) for name in folded)
+            parts = [node.target(tangents[source], fixed_weight, **asked)] if source in tangents else []
+            if moved is not None:
+                parts.append(node.target(x, moved, moved_bias, **asked))
+            elif moved_bias is not None:
+                parts.append(moved_bias.view(column).expand(shape))
             return total(parts)
 
         return rule
 
     def _elementwise(self, node: fx.Node, values: Values) -> Rule:
-        (source,) = node.all_input_nodes
+        source = node.all_input_nodes[0]  # of a BatchNorm's function, before its parameters
         with torch.enable_grad():
             x = values[source].requires_grad_()
             (slope,) = grad(self.window.step(node, {**values, source: x}, self.parameters).sum(), x)
@@ -175,15 +184,54 @@ class Tangents:
         inputs = {read: values[read] for read in node.all_input_nodes}
         own = [name for name in sorted(window.varied) if window.network.reads(node, name)]
 
+        def step(moving: dict[Any, Any]) -> Any:
+            named = {name: value for name, value in moving.items() if isinstance(name, str)}
+            return window.step(node, {**inputs, **moving}, {**parameters, **named})
+
         def rule(tangents, direction):
-            if not own and not any(read in tangents for read in inputs):
+            moved = {read: tangents[read] for read in inputs if read in tangents}
+            moved |= {name: direction[name] for name in own if name in direction}
+            if not own and not moved:
                 return None
-            dual_inputs = {n: tree_map(dual, value, tangents[n]) for n, value in inputs.items() if n in tangents}
-            dual_parameters = {n: dual(parameters[n], direction[n]) for n in own if n in direction}
-            result = window.step(node, {**inputs, **dual_inputs}, {**parameters, **dual_parameters})
-            return tree_map(tangent_of, result)
+            primals = {each: inputs[each] if each in inputs else parameters[each] for each in moved}
+            try:
+                return tree_map(tangent_of, step(tree_map(dual, primals, moved)))
+            except NotImplementedError as error:
+                try:
+                    return by_double_backward(step, primals, moved)
+                except RuntimeError:
+                    raise error from None  # which names the operation
 
         return rule
+
+
+@torch.enable_grad()
+def by_double_backward(function: Callable[[Any], Any], primals: Any, tangents: Any) -> Any:
+    """The tangents J v of a function that has no forward mode: J^T u is linear in u, and its derivative J.
+
+    Raises:
+        RuntimeError: its backward pass has no derivative, or only seems to: <u, J v> is not <J^T u, v>.
+    """
+    moved = [tangent for tangent in tree_leaves(tangents) if tangent is not None]
+    pairs = zip(tree_leaves(primals), tree_leaves(tangents), strict=True)
+    leaves = iter([leaf.detach().requires_grad_(tangent is not None) for leaf, tangent in pairs])
+    primals = tree_map(lambda leaf: next(leaves), primals)
+    result = function(primals)
+    sources = [leaf for leaf in tree_leaves(primals) if leaf.requires_grad]
+    outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    signs = [torch.ones_like(output).flatten().cumsum(0).cos().sign().view_as(output) for output in outputs]  # some u
+    weights = [u.requires_grad_() for u in signs]
+    pulled = grad(outputs, sources, weights, create_graph=True, materialize_grads=True)
+    found = grad(pulled, weights, moved)
+    there, back = (sum(map(dot, *pairs)).item() for pairs in ((weights, found), (pulled, moved)))
+    if abs(there - back) > 1e-2 * max(abs(back), *(tangent.norm().item() for tangent in found)):
+        raise RuntimeError("the backward pass hides some of its derivative")
+    by_output = {id(output): tangent for output, tangent in zip(outputs, found)}
+    return tree_map(lambda leaf: by_output.get(id(leaf)), result)
+
+
+def dot(first: Tensor, second: Tensor) -> Tensor:
+    return (first * second).sum()
 
 
 @cache

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchvision
+from timm.layers import Conv2dSame, pad_same
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from snows.errors import TraceError
-from snows.network.attention import open_attention
+from snows.network.attention import encode, is_encoder_without_masks, open_attention
 from snows.network.known import NAMESPACES
 
 Values = dict[fx.Node, Any]  # what each node computed, for one micro-batch: tensors, but also plain integers
@@ -30,15 +31,23 @@ NO_TWINS = {"eq", "ne", "lt", "le", "gt", "ge", "not_equal", "less", "less_equal
 NO_TWINS |= {"logical_not", "logical_and", "logical_or", "logical_xor", "bernoulli"}
 # What functions read, in order.
 INPUTS: dict[Any, tuple[str, ...]] = dict.fromkeys((F.linear, F.conv2d), ("input", "weight", "bias"))
+INPUTS[F.batch_norm] = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 INPUTS |= {F.scaled_dot_product_attention: ("query", "key", "value"), F.hardsigmoid: ("input",)}
 ANY_LAYOUT = {"view": "reshape", "view_as": "reshape_as"}  # the same shapes, of values in any order in memory
 
 
-class _Tracer(fx.Tracer):
-    """fx's tracer, with the leaves that timm and torchvision ask for, and a memory of where it failed."""
+# What is asked of a parameter's shape, which is known: attributes, and methods.
+SHAPES = {"shape", "ndim", "dtype", "device", "size", "dim", "numel", "is_floating_point"}
+
+
+class Tracer(fx.Tracer):
+    """fx's tracer, with the leaves that timm and torchvision ask for, and a memory of where it failed.
+
+    timm's convolution with "same" padding is no leaf, but a padding and a convolution; nor are torch's encoders.
+    """
 
     def __init__(self):
-        wrapped = tuple(get_notrace_functions())
+        wrapped = (*get_notrace_functions(), pad_same)
         super().__init__(autowrap_modules=(math, torchvision.ops), autowrap_functions=wrapped)
         self.leaves = tuple(get_notrace_modules())
         self.failed_in: str | None = None
@@ -49,12 +58,24 @@ class _Tracer(fx.Tracer):
         return lambda images: self.root.forward(images), [self.create_proxy("placeholder", first, (), {})]
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        if isinstance(module, nn.DataParallel):
+        if isinstance(module, nn.DataParallel) or type(module) is Conv2dSame:
             return False
         return isinstance(module, self.leaves) or super().is_leaf_module(module, name)
 
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, nn.Parameter) and not any(a is own for own in self.root.parameters()):
+            a = a.detach()  # of a module that is made in the forward pass: a constant
+        return super().create_arg(a)
+
+    def holds(self, module: nn.Module) -> bool:
+        return any(module is own for own in self.root.modules())
+
     def call_module(self, module, forward, args, kwargs):
+        if not self.holds(module):
+            return forward(*args, **kwargs)  # made in the forward pass: what it calls is recorded
         try:
+            if is_encoder_without_masks(module, args, kwargs):
+                return encode(module, *args, **kwargs)
             return super().call_module(module, forward, args, kwargs)
         except Exception:
             # The innermost module sees the exception first and is the one to name.
@@ -68,7 +89,7 @@ def trace(model: nn.Module) -> list[fx.Node]:
     Raises:
         TraceError: the forward pass cannot be traced, or takes or returns more than one tensor.
     """
-    tracer = _Tracer()
+    tracer = Tracer()
     try:
         inspect.signature(model.forward).bind("images")
     except TypeError as error:
@@ -82,6 +103,16 @@ def trace(model: nn.Module) -> list[fx.Node]:
             f"cannot trace {place}: {reason}. SNOWS needs a forward pass without data-dependent control flow; "
             f"wrap that part with torch.fx.wrap or register it with timm.models.register_notrace_module."
         ) from error
+    return normal_form(graph, model)
+
+
+def normal_form(graph: fx.Graph, model: nn.Module) -> list[fx.Node]:
+    """The operations of a traced graph as the engine wants them.
+
+    Raises:
+        TraceError: it returns more than one tensor.
+    """
+    fold_shapes(graph, model)
     make_positional(graph, model)
     open_attention(graph, model)
     make_out_of_place(graph, model)
@@ -89,6 +120,23 @@ def trace(model: nn.Module) -> list[fx.Node]:
     if not isinstance(nodes[-1].args[0], fx.Node):
         raise TraceError(f"cannot prune {type(model).__name__}: its forward() must return one tensor, the logits.")
     return nodes
+
+
+def fold_shapes(graph: fx.Graph, model: nn.Module) -> None:
+    """Make constants of the shapes of parameters, and of what is counted from these: no use of the parameters."""
+    known: Values = {}
+    for node in list(graph.nodes):
+        source, *others = node.all_input_nodes or [None]
+        name = node.args[1] if node.target is getattr else node.target
+        counts = node.op == "call_function" and getattr(node.target, "__module__", "") in ("_operator", "math")
+        if source is not None and source.op == "get_attr" and not others and name in SHAPES:
+            known[node] = run_node(node, model, {}, {})
+        elif counts and node.all_input_nodes and all(read in known for read in node.all_input_nodes):
+            known[node] = run_node(node, model, known, {})
+    for node in graph.nodes:
+        node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), lambda read: known.get(read, read))
+    for node in reversed(known):
+        graph.erase_node(node)
 
 
 def make_positional(graph: fx.Graph, model: nn.Module) -> None:

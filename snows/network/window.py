@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from snows.network.known import has_activation
 from snows.network.layers import Layer, Network
+from snows.network.operations import FixedNorm, attribute, norm_of, settings
 from snows.network.trace import Values, run_node, value_of
 
 Weights = Sequence[Tensor]  # of the layers, in order
@@ -97,7 +98,7 @@ class Window:
         self.applied = set(self.folded.values())
         self.constants = self._fold_constants()
         self.biases = {
-            each: f"{each.node.target}.bias" if each.node in self.folded else each.bias for each in self.layers
+            each: self.folded_names(each.node)[1] if each.node in self.folded else each.bias for each in self.layers
         }
         self.varied = {each.parameter for each in self.layers} | {bias for bias in self.biases.values() if bias}
 
@@ -105,10 +106,20 @@ class Window:
         """Weights and biases of the window's convolutions, the BatchNorm after each folded in."""
         constants = {}
         for conv, batch_norm in self.folded.items():
-            module, (scale, shift) = self.module(conv), affine_of(self.module(batch_norm))
-            constants[f"{conv.target}.weight"] = module.weight * per_output(scale, module.weight)
-            constants[f"{conv.target}.bias"] = shift if module.bias is None else shift + scale * module.bias
+            names, (scale, shift) = self.folded_names(conv), affine_of(self.norm(batch_norm))
+            weight, bias = (attribute(self.model, name) for name in names)
+            constants[names[0]] = weight * per_output(scale, weight)
+            constants[names[1]] = shift if bias is None else shift + scale * bias
         return constants
+
+    def folded_names(self, node: fx.Node) -> tuple[str, str]:
+        """The names of the weight and the bias of a convolution that a BatchNorm is folded into."""
+        mapped: Any = self.network.linear_maps[node]
+        return mapped.weight, mapped.bias
+
+    def norm(self, node: fx.Node) -> _BatchNorm | FixedNorm:
+        """A BatchNorm with fixed statistics, with the window's weights."""
+        return norm_of(node, self.model)
 
     def module(self, node: fx.Node) -> Any:
         """The module that a node calls, or None, with the window's weights."""
@@ -159,7 +170,7 @@ class Window:
     def output_scale(self, layer: Layer) -> Tensor | None:
         """The factor (out,) by which the BatchNorm after a layer scales its output; None without one."""
         batch_norm = self.folded.get(layer.node)
-        return None if batch_norm is None else affine_of(self.module(batch_norm))[0]
+        return None if batch_norm is None else affine_of(self.norm(batch_norm))[0]
 
     def output(self, values: Values, weight: Tensor) -> Tensor:
         """The first layer's own output at `weight`, (n, out, ...), before any BatchNorm."""
@@ -172,7 +183,7 @@ class Window:
         """The features as a function of the first layer's own output: the map that a preconditioner pulls back."""
         first = self.layers[0].node
         if first in self.folded:
-            output = normalise(self.module(self.folded[first]), output)
+            output = normalise(self.norm(self.folded[first]), output)
         later = [n for n in self.nodes if n is not first]
         values = self.run(later, {**values, first: output}, self.constants)
         return [values[node] for node in self.features]
@@ -187,18 +198,24 @@ class Window:
 
     def step(self, node: fx.Node, values: Values, parameters: dict[str, Tensor]) -> Any:
         """What one node computes from `values`, BatchNorms being folded or affine maps."""
+        if node in self.folded and node.op == "call_function":
+            weight, bias = (parameters[name] for name in self.folded_names(node))
+            return node.target(values[node.args[0]], weight, bias, **settings(node))
+        if isinstance(self.module(node), nn.RNNBase):
+            with unfused():
+                return run_node(node, self.model, values, parameters)
         if node not in self.network.affine:
             return run_node(node, self.model, values, parameters)
-        module, x = self.module(node), values[node.args[0]]
-        x = x if node in self.applied else normalise(module, x)
-        if has_activation(module):
+        norm, x = self.norm(node), values[node.args[0]]
+        x = x if node in self.applied else normalise(norm, x)
+        if has_activation(norm):
             for name in ("drop", "act"):
-                x = getattr(module, name, nn.Identity())(x)
+                x = getattr(norm, name, nn.Identity())(x)
         return x
 
     def is_identity(self, node: fx.Node) -> bool:
         """Whether a node does nothing: a BatchNorm that is folded into the convolution in front of it."""
-        return node in self.applied and not has_activation(self.module(node))
+        return node in self.applied and not has_activation(self.norm(node))
 
 
 def last_reads(nodes: list[fx.Node], keep: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
@@ -223,12 +240,26 @@ def differentiable():
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
+@contextmanager
+def unfused():
+    """Recurrent layers as the operations that they are made of: oneDNN's and cuDNN's kernels lack derivatives."""
+    libraries = (torch.backends.mkldnn, torch.backends.cudnn)
+    before = [library.enabled for library in libraries]
+    try:
+        for library in libraries:
+            library.enabled = False
+        yield
+    finally:
+        for library, enabled in zip(libraries, before):
+            library.enabled = enabled
+
+
 def per_output(scale: Tensor, weight: Tensor) -> Tensor:
     """(out,) shaped to multiply a weight (out, ...)."""
     return scale.view(-1, *[1] * (weight.ndim - 1))
 
 
-def affine_of(batch_norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+def affine_of(batch_norm: _BatchNorm | FixedNorm) -> tuple[Tensor, Tensor]:
     """(scale, shift), each (channels,), of a BatchNorm with fixed statistics."""
     scale = torch.rsqrt(batch_norm.running_var + batch_norm.eps)
     if batch_norm.weight is not None:
@@ -237,7 +268,7 @@ def affine_of(batch_norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     return scale, shift if batch_norm.bias is None else shift + batch_norm.bias
 
 
-def normalise(batch_norm: _BatchNorm, x: Tensor) -> Tensor:
+def normalise(batch_norm: _BatchNorm | FixedNorm, x: Tensor) -> Tensor:
     """The affine map of a BatchNorm with fixed statistics, applied to x (n, channels, ...)."""
     scale, shift = (vector.view(-1, *[1] * (x.ndim - 2)) for vector in affine_of(batch_norm))
     return torch.addcmul(shift, x, scale)

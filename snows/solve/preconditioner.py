@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from snows.memory import ALL_BYTES, MAX_BYTES, common_cap, inverse_bytes, is_gpu
-from snows.network.inputs import can_factor, input_columns, second_moment
+from snows.network.inputs import can_factor, layer_columns, second_moment
 from snows.network.layers import Layer
 from snows.solve.objective import Objective, Variables
 
@@ -158,7 +158,7 @@ def layer_inverses(
             pulled = by_channel(pulled, layer) * (1 if scale is None else scale)  # (positions, out)
             x = values[layer.node.args[0]].detach()
             metrics[layer] += pulled.square().sum(0)
-            moments[layer] += second_moment(input_columns(network.module(layer.node), x), with_bias[layer])
+            moments[layer] += second_moment(layer_columns(network, layer, x), with_bias[layer])
             positions[layer] += len(pulled)
     masks = {layer: mask.bool() for layer, mask in zip(window.layers, variables.rows(support))}
     needs = [min(MAX_BYTES, inverse_bytes(masks[layer], theta.element_size())) for layer in factored]
@@ -173,10 +173,10 @@ def layer_inverses(
 def input_moment(objective: Objective) -> Tensor:
     """A: the sum of x x^T over sampled images and positions, (groups, in, in); x ends in 1 if biases are solved."""
     (layer,), (with_bias,), total = objective.window.layers, objective.variables.with_bias, 0.0
-    module = objective.window.network.module(layer.node)
+    network = objective.window.network
     for i in objective.sample(SAMPLE):
         x = objective.inputs(i)[layer.node.args[0]]
-        total = total + second_moment(input_columns(module, x), with_bias)
+        total = total + second_moment(layer_columns(network, layer, x), with_bias)
     return total
 
 

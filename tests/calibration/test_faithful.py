@@ -64,6 +64,22 @@ class Block(nn.Module):
         return self.head(y.mean((2, 3)))
 
 
+class Functions(Block):
+    """The same by functions on its parameters; `own` does what it likes with the first one's weight."""
+
+    def __init__(self, own=lambda weight: weight, **kwargs):
+        super().__init__(**kwargs)
+        self.own = own
+
+    def forward(self, x):
+        norms = [(n.running_mean, n.running_var, n.weight, n.bias) for n in (self.norm, self.norm2)]
+        x = self.act(F.batch_norm(F.conv2d(x, self.own(self.conv.weight), self.conv.bias), *norms[0]))
+        y = self.act2(F.batch_norm(F.conv2d(x, self.conv2.weight), *norms[1]))
+        if self.extra is not None:
+            y = self.extra(self, x, y)
+        return F.linear(y.mean((2, 3)), self.head.weight, self.head.bias)
+
+
 class Attending(nn.Module):
     def __init__(self, kind=nn.MultiheadAttention, change=None):
         super().__init__()
@@ -119,6 +135,10 @@ CASES = {
     "weight norm by hook": lambda: Block(change=lambda model: weight_norm(model.conv2)),
     "weight norm": lambda: Block(change=lambda model: parametrizations.weight_norm(model.conv2)),
     "spectral norm by hook": lambda: Block(change=lambda model: spectral_norm(model.conv2)),
+    "functions": Functions,
+    "functions, and a weight read again": lambda: Functions(extra=lambda m, x, y: y + F.conv2d(x, m.conv2.weight)),
+    "functions, and a BatchNorm's bias read again": lambda: Functions(extra=lambda m, x, y: y * m.norm2.bias.mean()),
+    "functions on a BatchNorm's output": lambda: Functions(extra=lambda m, x, y: m.norm2(y)),
     "weight read again": lambda: Block(extra=lambda m, x, y: y + F.conv2d(x, m.conv2.weight)),
     "bias read again": lambda: Block(extra=lambda m, x, y: y * m.conv2.bias.view(-1, 1, 1) + m.norm2.bias.mean()),
     "weight read first and used last": lambda: Block(extra=lambda m, x, y: F.conv2d(m.conv2(y), m.conv2.weight)),
@@ -256,6 +276,29 @@ def test_a_layer_that_the_trace_does_not_follow_is_left_dense(images, masks, cap
     assert "the trace has frozen" in pruned.left_dense["first"]
     assert "layer first is left dense" in caplog.text
     assert torch.equal(pruned.model.first.weight, model.first.weight)
+
+
+class Careless(nn.Module):
+    """Dropout that no one switches off."""
+
+    def forward(self, x):
+        return F.dropout(x, 0.5)
+
+
+def test_dropout_that_is_always_on_is_named(images):
+    model = randomise(nn.Sequential(nn.Conv2d(2, 4, 1), nn.Dropout(), Careless(), nn.Flatten(), nn.Linear(36, 3)))
+    with pytest.raises(snows.errors.TraceError, match=r"other logits each time.*: dropout in 2\. Dropout must be told"):
+        snows.prune(model, images, snows.NM(1, 2))
+
+
+def test_a_model_that_ran_with_gradients_and_keeps_some_of_it_is_copied():
+    """As LeViT keeps its attention biases."""
+    model = settled(Block()).requires_grad_()
+    model.cache = {"cpu": model.conv2.weight.exp(), "none": [None]}
+    network = Network(model)
+    assert torch.equal(network.model.cache["cpu"], model.cache["cpu"])
+    assert not network.model.cache["cpu"].requires_grad
+    assert model.cache["cpu"].requires_grad
 
 
 class Several(nn.Module):

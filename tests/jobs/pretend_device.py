@@ -149,8 +149,6 @@ def test_tensors_of_both_devices_do_not_mix():
 @pytest.mark.parametrize("job", JOBS)
 def test_a_job_on_a_device_gives_what_it_gives_on_the_cpu(images, job, kind):
     pattern, mask_alg, algo, changes = JOBS[job]
-    if kind == "functions" and mask_alg in ("Wanda", "OBS", "SparseGPT"):
-        pytest.skip("the inputs of functional convolutions cannot be had yet")
     options = snows.Options(batch_size=2, schedule=1, max_CG_iterations=3, joint_steps=1, joint_CG_iterations=2)
     job = (network(kind), images, pattern, options.but(**changes))
     ours, reference = (snows.prune(*job, mask_alg=mask_alg, algo=algo, device=d) for d in ("pretend", "cpu"))

@@ -106,7 +106,7 @@ def test_no_copy_is_made_to_see_whether_one_can_be(tied, images, monkeypatch):
     made, deepcopy = [], copy.deepcopy
 
     def count(value, *memo):
-        made.extend([value] if isinstance(value, Tied) and not memo else [])
+        made.extend([value] if isinstance(value, Tied) and not any(memo) else [])
         return deepcopy(value, *memo)
 
     monkeypatch.setattr(copy, "deepcopy", count)

@@ -184,7 +184,8 @@ class Own(nn.Conv2d):
 
 
 @pytest.mark.parametrize("method", [{"mask_alg": "Wanda"}, {"algo": "SparseGPT"}], ids=str)
-def test_a_layer_that_hides_its_inputs_is_refused_by_name(images, method):
+def test_a_layer_that_hides_its_inputs_is_refused_by_name(images, method, monkeypatch):
+    monkeypatch.setattr("snows.network.trace.get_notrace_modules", lambda: [Own])
     model = nn.Sequential(Own(2, 4, 1), nn.Flatten(), nn.Linear(64, 2)).double()
     with pytest.raises(snows.UsageError, match=r"inputs of every layer, and those of 0 cannot be unfolded.*`layers`"):
         snows.prune(model, images, snows.NM(1, 2), **method)
@@ -200,17 +201,45 @@ def test_inputs_that_are_not_finite_end_in_one_line(tiny, images):
 
 def test_the_scores_halve_the_micro_batch_where_memory_runs_out(tiny, images, monkeypatch, caplog):
     wanted = snows.prune(tiny, images, snows.NM(1, 2), snows.Options(batch_size=5), mask_alg="Wanda", algo="MP")
-    columns = snows.network.inputs.input_columns
+    columns = snows.network.inputs.layer_columns
 
-    def small_memory(module, x):
+    def small_memory(network, layer, x):
         if len(x) > 2:
             raise torch.OutOfMemoryError
-        return columns(module, x)
+        return columns(network, layer, x)
 
-    monkeypatch.setattr(snows.masks.saliency, "input_columns", small_memory)
+    monkeypatch.setattr(snows.masks.saliency, "layer_columns", small_memory)
     got = snows.prune(tiny, images, snows.NM(1, 2), snows.Options(batch_size=5), mask_alg="Wanda", algo="MP")
     assert all(torch.equal(got.masks[name], mask) for name, mask in wanted.masks.items())
     assert caplog.messages[-1] == "out of memory at the scores: going on with micro-batches of 2 images"
+
+
+class Auxiliary(nn.Module):
+    """A head that is for training alone, with the most of the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.aux, self.head = nn.Conv2d(2, 4, 1), nn.Linear(4, 200), nn.Linear(4, 3)
+        self.head.register_parameter("temperature", nn.Parameter(torch.ones(5)))  # nor is this, but its module runs
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x)).mean((2, 3))
+        return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+
+def test_a_target_sparsity_counts_what_runs_and_says_once_what_does_not(images, caplog):
+    model, options = randomise(Auxiliary()), snows.Options(schedule=2, batch_size=5)
+    pruned = snows.prune(model, images, snows.Unstructured(0.5), options)
+    running = [p for module in (model.conv, model.head) for p in module.parameters()]
+    removed = sum((~mask).sum().item() for mask in pruned.masks.values())
+    assert removed == round(0.5 * sum(p.numel() for p in running))
+    assert pruned.left_dense == {"aux": "the traced forward pass does not use it"}
+    said = [message for message in caplog.messages if "does not use" in message]
+    assert len(said) == 1
+    assert "1000 of the 1032 parameters (in aux)" in said[0]
+    caplog.clear()
+    assert set(snows.prune(model, images, snows.NM(1, 2), options, algo="MP").masks) == {"conv", "head"}
+    assert not caplog.messages
 
 
 def test_a_rule_by_name_beats_a_pattern_and_the_first_pattern_the_others():

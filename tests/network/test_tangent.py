@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from helpers import randomise
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.autograd.functional import jvp
 
+import snows
 from snows.calibration.stream import Stream
 from snows.network.layers import Network
-from snows.network.tangent import Tangents
+from snows.network.tangent import Tangents, by_double_backward
 from snows.options import Options
 from snows.solve.objective import reconstruction
 
@@ -83,6 +85,21 @@ class ByKeyword(nn.Module):
         return F.linear(input=x, weight=self.head.weight, bias=self.head.bias)
 
 
+class Functions(nn.Module):
+    """A convolution and BatchNorms as functions on parameters: one that is folded, and one that stands alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(2, 4, 3, bias=False), nn.Conv2d(4, 2, 1, groups=2)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(size) for size in (4, 2, 2))
+
+    def forward(self, x):
+        numbers = [(norm.running_mean, norm.running_var, norm.weight, norm.bias) for norm in self.norms]
+        x = torch.relu(F.batch_norm(F.conv2d(x, self.first.weight, stride=1, padding=1), *numbers[0]))
+        x = torch.relu(F.batch_norm(F.conv2d(x, self.conv.weight, self.conv.bias, groups=2), *numbers[1], eps=0.1))
+        return torch.tanh(F.batch_norm(x + 1, *numbers[2]))
+
+
 class MovingParameters(nn.Module):
     """Functions whose weights, biases and slopes depend on the layer, together with their inputs or without them."""
 
@@ -102,7 +119,64 @@ def mish(x):
     return x * x.mean()
 
 
+class Gated(torch.autograd.Function):
+    """x sigmoid(y), without a forward mode, as memory-saving activations are written."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, y)
+        return x * y.sigmoid()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, y = ctx.saved_tensors
+        return gradient * y.sigmoid(), gradient * x * y.sigmoid() * (1 - y.sigmoid())
+
+
+class Hidden(torch.autograd.Function):
+    """A square whose backward pass torch cannot differentiate, and says so only if it is asked."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+@torch.fx.wrap
+def partly_hidden(x):
+    return x + Hidden.apply(x)
+
+
+@pytest.mark.parametrize("function", [Hidden.apply, partly_hidden, lambda x: Hidden.apply(x).sum() * x])
+def test_a_backward_pass_that_hides_its_derivative_is_no_way_to_a_tangent(function):
+    x, v = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(RuntimeError, match=r"hides some of its derivative|not have been used|@once_differentiable"):
+        by_double_backward(lambda given: function(given["x"]), {"x": x}, {"x": v})
+
+
+@torch.fx.wrap
+def gated(x, y):
+    return Gated.apply(x, y)
+
+
+@torch.fx.wrap
+def gated_pair(pair):
+    return Gated.apply(*pair), pair[1]
+
+
+def first_two(pair):
+    return pair[0] + pair[1]
+
+
 MOVING = {
+    "function without forward mode": lambda fixed, y, linear: gated(y, y.mean(1, keepdim=True) + 0 * y),
+    "function without forward mode, one input": lambda fixed, y, linear: gated(fixed, y) + gated(y, fixed),
+    "functions of pairs without forward mode": lambda fixed, y, linear: first_two(gated_pair((fixed, y))),
     "bias": lambda fixed, y, linear: F.linear(fixed, linear.weight, y.mean((0, 1))),
     "bias of one number": lambda fixed, y, linear: F.linear(
         fixed, linear.weight, y.mean((0, 1, 2), keepdim=True)[0, 0]
@@ -138,6 +212,7 @@ OPERATIONS = {
     "activations": sequential(nn.Hardswish, nn.PReLU, nn.LeakyReLU, nn.Hardsigmoid, lambda: nn.Softmax(1)),
     "gated": sequential(lambda: nn.GLU(1), lambda: nn.Conv2d(2, 2, 1), lambda: nn.Softplus()),
     "norms": sequential(lambda: nn.GroupNorm(2, 4), lambda: nn.LayerNorm(4), nn.Dropout, nn.Identity, nn.Tanh),
+    "functions on parameters": Functions,
     "sums": Sums,
     "twice": Twice,
     "computed numbers": Computed,
@@ -150,6 +225,30 @@ OPERATIONS = {
     "causal attention": lambda: Attending({0, 1, 2}, is_causal=True),
 }
 OPERATIONS |= {f"moving {name}": lambda apply=apply: MovingParameters(apply) for name, apply in MOVING.items()}
+
+
+class Recurrent(nn.Module):
+    """Whose layers have kernels of oneDNN's in single precision, without derivatives."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 4, 1), nn.Linear(6, 3)
+        self.lstm, self.gru = nn.LSTM(4, 3, bidirectional=True, batch_first=True), nn.GRU(6, 6, batch_first=True)
+
+    def forward(self, x):
+        x, _ = self.lstm(self.conv(x).flatten(2).transpose(1, 2))
+        return self.head(self.gru(x)[0].mean(1))
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+def test_recurrent_layers_behind_a_layer_have_derivatives_in_single_precision(curvature):
+    model = randomise(Recurrent()).float()
+    images = torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    options = Options(curvature=curvature, joint_steps=1, schedule=0)
+    pruned = snows.prune(model, images, snows.NM(1, 2), options, layers=lambda name: name == "conv")
+    assert not pruned.problems
+    assert pruned.layers[0].loss_after < pruned.layers[0].loss_before
+    assert torch.backends.mkldnn.enabled
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -212,3 +212,59 @@ def test_a_transformer_whose_embedding_returns_a_pair_is_pruned(pool):
 def test_no_layer_selected_is_an_error():
     with pytest.raises(snows.UsageError, match=r"no layer was selected of conv_proj, "):
         snows.prune(KINDS["torchvision"](), None, snows.NM(2, 4), algo="MP", layers=lambda name: False)
+
+
+class Encoded(nn.Module):
+    """Patches, torch's own encoder or a layer of it, and a head."""
+
+    def __init__(self, layers=2, norm=True, nested=False, **kwargs):
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 3)
+        layer = nn.TransformerEncoderLayer(8, 2, 12, **kwargs)
+        final = nn.LayerNorm(8) if norm else None
+        self.encoder = nn.TransformerEncoder(layer, layers, final, nested) if layers else layer
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).permute(2, 0, 1)  # (tokens, n, 8)
+        first = self.encoder.layers[0] if isinstance(self.encoder, nn.TransformerEncoder) else self.encoder
+        if first.self_attn.batch_first:
+            return self.head(self.encoder(x.transpose(0, 1)).mean(1))
+        return self.head(self.encoder(src=x).mean(0))
+
+
+ENCODERS = {
+    "post-norm": {},
+    "pre-norm, batch first, GELU": {"norm_first": True, "batch_first": True, "activation": "gelu"},
+    "no biases, no last norm": {"bias": False, "norm": False, "batch_first": True},
+    "nested tensors where there are masks": {"batch_first": True, "nested": True},
+    "one layer": {"layers": 0, "norm_first": True},
+    "one layer, post-norm": {"layers": 0, "batch_first": True},
+}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_every_linear_map_of_torchs_own_encoder_is_a_layer(kind):
+    model = randomise(Encoded(**ENCODERS[kind])).requires_grad_(False)
+    images = image_batch(model, 3)
+    network = Network(model)
+    block = "encoder.layers.{}." if isinstance(model.encoder, nn.TransformerEncoder) else "encoder."
+    inner = ("self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2")
+    blocks = [block.format(i) for i in range(ENCODERS[kind].get("layers", 2) or 1)]
+    assert [layer.name for layer in network.layers] == ["patches", *(b + i for b in blocks for i in inner), "head"]
+    assert len({layer.node for layer in network.layers}) == len(network.layers)
+    for i, layer in enumerate(network.layers[:5]):
+        check_products(model, images, i, layer.parameter)
+
+
+def test_an_encoder_with_a_mask_stays_one_operation():
+    class Masked(Encoded):
+        def forward(self, x):
+            x = self.patches(x).flatten(2).transpose(1, 2)
+            return self.head(self.encoder(x, mask=self.mask).mean(1))
+
+    model = Masked(layers=1, batch_first=True)
+    model.register_buffer("mask", torch.ones(4, 4).triu(1).bool())
+    network = Network(randomise(model))
+    assert len({layer.node for layer in network.layers if layer.name.startswith("encoder")}) == 1
+    pruned = snows.prune(model, image_batch(model, 3), snows.NM(2, 4), snows.Options(schedule=0, joint_steps=0))
+    assert set(pruned.masks) >= {"encoder.layers.0.linear1", "head"}
