@@ -161,7 +161,7 @@ def prepared(
 
 
 def example_of(calibration: Any) -> Any:
-    """Images for models that cannot be traced without; of batches that can be drawn again, drawn if it comes to that."""
+    """Images for models that cannot be traced without; batches that can be drawn again are, if it comes to that."""
     if not isinstance(calibration, Iterable) or isinstance(calibration, (Tensor, Iterator)):
         return calibration if isinstance(calibration, Tensor) else None
     return lambda: gather([next(iter(calibration))])
