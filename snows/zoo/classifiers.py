@@ -30,7 +30,7 @@ def from_library(arch: str, pretrained: bool, num_classes: int | None = None) ->
     """Any torchvision or timm classifier; "timm/NAME" or "torchvision/NAME" where both know the name.
 
     A bare name is torchvision's if torchvision has it. pretrained: the weights are downloaded (torchvision:
-    IMAGENET1K_V1) with a progress bar; otherwise they are random.
+    IMAGENET1K_V1 where there is one) with a progress bar; otherwise they are random.
 
     Raises:
         UsageError: neither library knows the name. SnowsError: the weights cannot be downloaded.
@@ -39,7 +39,8 @@ def from_library(arch: str, pretrained: bool, num_classes: int | None = None) ->
     classes = {} if num_classes is None else {"num_classes": num_classes}
     try:
         if library in ("", "torchvision") and name in torchvision.models.list_models(torchvision.models):
-            weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+            kinds = torchvision.models.get_model_weights(name)
+            weights = getattr(kinds, "IMAGENET1K_V1", kinds.DEFAULT)  # the largest networks have others alone
             model = torchvision.models.get_model(name, weights=weights if pretrained else None, **classes)
             stated = weights.meta["_metrics"]["ImageNet-1K"]["acc@1"] if pretrained else None
             return Classifier(model, weights.transforms(), stated)
