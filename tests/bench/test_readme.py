@@ -23,12 +23,10 @@ def test_the_library_snippet_runs_as_it_stands(tmp_path):
     assert (tmp_path / "sparse.pt").exists()
 
 
-def test_the_scripts_know_every_flag_of_the_readmes_commands():
+def test_the_scripts_know_every_flag_of_the_readmes_commands(script):
     commands = re.findall(r"\(cd (\w+) && python (\w+\.py .*?)\)\n", README, re.DOTALL)
     assert len(commands) == 3
     for folder, command in commands:
-        script, *words = shlex.split(command.replace("\\\n", " "))
-        help_text = subprocess.run(
-            [sys.executable, ROOT / folder / script, "--help"], capture_output=True, text=True, check=True
-        ).stdout
+        name, *words = shlex.split(command.replace("\\\n", " "))
+        help_text = script(f"{folder}/{name}", "--help").out
         assert all(word in help_text for word in words if word.startswith("--"))

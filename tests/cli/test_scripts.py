@@ -63,6 +63,7 @@ def test_the_default_prunes_the_network_that_ships_and_its_folder_loads_back(tmp
 
 def test_nm_runs_every_algorithm_and_seed_from_the_scripts_own_folder(small, tmp_path):
     flags = ["--NM_N", 1, "--NM_M", 4, "--algo", "MP", "MP+", "SNOWS", "--seed", 0, 1, "--out_dir", tmp_path / "runs"]
+    flags += ["--schedule", 0, "--joint_steps", 0]
     out = shell("CNN_pruning/prune_NM.py", *cifar_flags(small), *flags, cwd=ROOT / "CNN_pruning")
     folders = sorted(p.name for p in (tmp_path / "runs").iterdir())
     assert folders == sorted(f"{algo}-seed{seed}" for algo in ("MP", "MP+", "SNOWS") for seed in (0, 1))
@@ -199,6 +200,7 @@ def test_a_timm_transformer_with_its_own_transform(script, image_folder, tmp_pat
 
 def test_an_image_folder_and_a_timm_network_with_its_own_transform(script, image_folder, tmp_path):
     flags = ["--arch", "timm/lcnet_035", "--random_weights", "--dset", image_folder, "--max_CG_iterations", 1]
+    flags += ["--schedule", 0, "--joint_steps", 0]
     out, _ = script("CNN_pruning/prune_NM.py", *FAST, *flags, "--out_dir", tmp_path / "run", "--test_batch_size", 4)
     assert "depthwise" in out
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test_images"] == 6
