@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,3 +42,18 @@ def randomise(model, seed=0):
         elif tensor.is_floating_point():
             tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * 0.5)
     return model
+
+
+class OnceDifferentiable(Function):
+    """A square without a forward-mode derivative, whose backward pass torch cannot differentiate, either."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 2 * x * gradient

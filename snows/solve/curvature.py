@@ -67,7 +67,7 @@ class Hessian:
         return torch.zeros_like(vector) if result is None else result
 
 
-Operator = GaussNewton | Hessian
+MicroBatchCurvature = GaussNewton | Hessian
 OPERATORS: dict[str, type[GaussNewton] | type[Hessian]] = {
     "ggn": GaussNewton,
     "hessian": Hessian,
@@ -91,7 +91,7 @@ class Curvature:
         self.gradient = torch.zeros_like(theta)
         sample = objective.sample(objective.options.curvature_images)
         self.share = sum(objective.examples.sizes[i] for i in sample) / objective.images
-        self.operators: dict[int, Operator | None] = {}  # None: does not fit the memory
+        self.operators: dict[int, MicroBatchCurvature | None] = {}  # None: does not fit the memory
         allowance = Allowance(objective.device, objective.kept_bytes)
         for i in objective.indices:
             operator = self._operator(i) if i in sample else None
@@ -109,7 +109,7 @@ class Curvature:
         return total if self.share == 1 else total / self.share
 
     @torch.enable_grad()
-    def _operator(self, index: int) -> Operator:
+    def _operator(self, index: int) -> MicroBatchCurvature:
         kind = OPERATORS[self.objective.options.curvature]
         return kind(self.objective, index, self.theta.detach().requires_grad_())
 

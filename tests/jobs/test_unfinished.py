@@ -8,10 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import ROOT, randomise
+from helpers import ROOT, OnceDifferentiable, randomise
 from torch import nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 import snows
 from snows.errors import Interrupted, Unfinished
@@ -20,21 +19,6 @@ from snows.result import JOINT
 from snows.solve.curvature import Curvature
 from snows.solve.layer import update_layer
 from snows.solve.solver import SolveStats, solve
-
-
-class Square(Function):
-    """A function of someone's own without a forward-mode derivative, nor a second one."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        (x,) = ctx.saved_tensors
-        return 2 * x * gradient
 
 
 class Forward(Function):
@@ -49,7 +33,7 @@ def custom_square(x: torch.Tensor) -> torch.Tensor:
 
 
 def own_square(x):
-    return Square.apply(x)
+    return OnceDifferentiable.apply(x)
 
 
 def square_forward(x):

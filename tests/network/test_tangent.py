@@ -4,9 +4,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import randomise
+from helpers import OnceDifferentiable, randomise
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.autograd.functional import jvp
 
 import snows
@@ -133,26 +132,14 @@ class Gated(torch.autograd.Function):
         return gradient * y.sigmoid(), gradient * x * y.sigmoid() * (1 - y.sigmoid())
 
 
-class Hidden(torch.autograd.Function):
-    """A square whose backward pass torch cannot differentiate, and says so only if it is asked."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        return 2 * ctx.saved_tensors[0] * gradient
-
-
 @torch.fx.wrap
 def partly_hidden(x):
-    return x + Hidden.apply(x)
+    return x + OnceDifferentiable.apply(x)
 
 
-@pytest.mark.parametrize("function", [Hidden.apply, partly_hidden, lambda x: Hidden.apply(x).sum() * x])
+@pytest.mark.parametrize(
+    "function", [OnceDifferentiable.apply, partly_hidden, lambda x: OnceDifferentiable.apply(x).sum() * x]
+)
 def test_a_backward_pass_that_hides_its_derivative_is_no_way_to_a_tangent(function):
     x, v = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     with pytest.raises(RuntimeError, match=r"hides some of its derivative|not have been used|@once_differentiable"):
