@@ -1,36 +1,34 @@
-"""Input channels in another order, so that N:M groups keep more magnitude; the network computes the same function.
+"""Channels in another order, so that N:M groups keep more of a score; the network computes the same function.
 
-Which N of M consecutive channels survive depends on which channels stand together (Pool and Yu 2021). A layer's input
-channels may be put in any order if the layer that produces them writes them in that order: its output rows are
-permuted, and with them the parameters of the norms in between. That needs a producer whose output goes nowhere else,
-through operations that treat every channel alike, and parameters that nothing else reads; other layers are left as
-they are.
+Which N of M consecutive channels survive depends on which channels stand together (Pool and Yu 2021). The channels of a
+set (snows/masks/coupling.py) are put in one order in all that hold them: the rows of the layers that write them, norms,
+depthwise filters, and the columns of all the layers that read them, which share the gain (snows/masks/order.py).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from snows.masks.coupling import Coupling
+from snows.masks.order import Reading, best_order
 from snows.masks.patterns import NM
+from snows.masks.slots import Slot
 from snows.modes import own_modes
-from snows.network.known import is_watched
-from snows.network.layers import Layer, Network
+from snows.network.concrete import Example
+from snows.network.layers import Network
+from snows.network.operations import attribute
 
-ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.Dropout, nn.Identity)
-ELEMENTWISE_FUNCTIONS = {"relu", "relu6", "gelu", "silu", "hardswish", "dropout"}
-# Per kind of producer: what may lie between it and the layer, channel by channel. A Linear's channels come last.
-BETWEEN = {nn.Conv2d: (nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d), nn.Linear: (nn.LayerNorm,)}
-ROUNDS = 300  # of trial swaps
+Scores = Mapping[str, Tensor]  # layer name -> what each weight is worth, of the weight's shape
 
 
 @dataclass
 class Permuted:
-    """A network that computes the same function, and the share of the magnitude that N:M keeps in each layer."""
+    """A network that computes the same function, and the share of the score that N:M keeps in each permuted layer."""
 
     model: nn.Module
     kept: dict[str, tuple[float, float]]  # layer name -> (before, after)
@@ -38,108 +36,65 @@ class Permuted:
 
 @own_modes()
 def permute(
-    model: nn.Module, pattern: NM, layers: Callable[[str], bool] = lambda name: True, seed: int = 0
+    model: nn.Module,
+    pattern: NM,
+    layers: Callable[[str], bool] = lambda name: True,
+    seed: int = 0,
+    scores: Scores | None = None,
+    example: Example = None,
 ) -> Permuted:
-    """A copy of `model` whose layers' input channels are in an order that keeps more magnitude, where they may be.
+    """A copy of `model` whose channels are in an order in which N:M keeps more, where they may be.
+
+    A set's layers count alike, each by the share that it keeps; a set whose layers gain nothing on average stays.
 
     layers: which layers are to be pruned, by name.
+    scores: what each weight of a layer is worth, not negative; of the layers without, the magnitude.
+    example: as of `Network`.
     """
-    network, result = Network(model), Permuted(copy.deepcopy(model), {})
-    weights = {
-        layer.name: network.model.get_parameter(layer.parameter) for layer in network.layers if layers(layer.name)
+    network, result = Network(model, example=example), Permuted(copy.deepcopy(model), {})
+    coupling, known = Coupling(network), scores or {}
+    worth = {
+        layer.name: known.get(layer.name, network.model.get_parameter(layer.parameter)).detach().abs().cpu()
+        for layer in network.layers
+        if layers(layer.name)
     }
-    for name in pattern.select(weights, 0).masks:
-        layer = next(each for each in network.layers if each.name == name)
-        owners = producers(network, layer)
-        if owners:
-            weight = result.model.get_parameter(layer.parameter)
-            rule = pattern.of(name) or pattern
-            order, before, after = best_order(weight, rule, seed)
-            if after > before:
-                reorder(result.model, layer, owners, order)
-            result.kept[name] = (before, max(before, after))
+    chosen = pattern.select(worth, 0).masks
+    columns = {coupling.slot(each.parameter, 1): each.name for each in network.layers if each.name in chosen}
+    for slots in coupling.slots.free():
+        readers = {columns[slot]: worth[columns[slot]] for slot in slots if slot in columns}
+        readers = {name: score for name, score in readers.items() if score.any()}
+        if not readers:
+            continue
+        order, before, after = best_order(readings(readers, pattern), seed)
+        if after > before:
+            reorder(result.model, slots, order)
+            rules = {name: pattern.of(name) or pattern for name in readers}
+            result.kept |= {
+                name: (kept_share(score, rules[name]), kept_share(score[:, order], rules[name]))
+                for name, score in readers.items()
+            }
+    result.kept = {layer.name: result.kept[layer.name] for layer in network.layers if layer.name in result.kept}
     return result
 
 
-def producers(network: Network, layer: Layer) -> list[str]:
-    """The modules that own a parameter for each input channel of a layer, up to the one that produces them.
-
-    Empty where the channels cannot be put in another order.
-    """
-    kind = type(network.module(layer.node))
-    if kind not in BETWEEN or layer.groups != 1 or not is_private(network, layer.node.target):
-        return []
-    owners: list[str] = []
-    node = layer.node.all_input_nodes[0]
-    while len(node.users) == 1:
-        module = network.module(node)
-        if type(module) is kind:
-            private = is_private(network, node.target) and getattr(module, "groups", 1) == 1
-            return [*owners, node.target] if private else []
-        if type(module) in BETWEEN[kind] and len(getattr(module, "normalized_shape", "1")) == 1:
-            if not is_private(network, node.target):
-                return []
-            owners.append(node.target)
-        elif not is_elementwise(node, module):
-            return []
-        node = node.all_input_nodes[0]
-    return []
+def readings(readers: Scores, pattern: NM) -> list[Reading]:
+    """The scores of layers that read the same channels, each as a share of its own; those of one N:M together."""
+    together: dict[tuple[int, int], list[Tensor]] = {}
+    for name, score in readers.items():
+        rule = pattern.of(name) or pattern
+        columns = score.movedim(1, 0).flatten(1).double()  # (in, out x positions)
+        together.setdefault((rule.n, rule.m), []).append((columns / columns.sum()).float())
+    return [Reading(torch.cat(columns, 1), n, m) for (n, m), columns in together.items()]
 
 
-def is_private(network: Network, name: str) -> bool:
-    """Whether a module's parameters, if it has any, serve one call of it and nothing else, and no hook looks on."""
-    module = network.model.get_submodule(name)
-    if not module.state_dict():
-        return not is_watched(module)
-    read = any(node.op == "get_attr" and node.target.startswith(f"{name}.") for node in network.nodes)
-    shared = any(network.is_shared(f"{name}.{parameter}") for parameter, _ in module.named_parameters())
-    return network.calls[name] == 1 and not (read or shared or is_watched(module))
-
-
-def is_elementwise(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether a node does the same to every number of its only input."""
-    if module is not None:
-        return type(module) in ELEMENTWISE and not is_watched(module)
-    return node.op != "get_attr" and getattr(node.target, "__name__", node.target) in ELEMENTWISE_FUNCTIONS
+def kept_share(score: Tensor, rule: NM) -> float:
+    """The share of a layer's score that N:M keeps."""
+    return (score[rule.mask(score)].sum(dtype=torch.float64) / score.sum(dtype=torch.float64)).item()
 
 
 @torch.no_grad()
-def reorder(model: nn.Module, layer: Layer, owners: list[str], order: Tensor) -> None:
-    """Put the input channels of a layer in another order, and whatever its producers hold for each of them."""
-    weight = model.get_parameter(layer.parameter)
-    weight.copy_(weight[:, order])
-    for owner in owners:
-        for tensor in model.get_submodule(owner).state_dict().values():
-            if tensor.ndim:  # not a counter of batches
-                tensor.copy_(tensor[order])
-
-
-def best_order(weight: Tensor, pattern: NM, seed: int) -> tuple[Tensor, float, float]:
-    """(order of the input channels, share of the magnitude kept without it, and with it) for a weight (out, in, ...).
-
-    Channels are swapped between random pairs of groups, all pairs at once, and each swap that keeps more is kept.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    columns = weight.detach().abs().movedim(1, 0).flatten(1)  # (in, out x positions)
-    order = torch.arange(len(columns), device=weight.device).view(-1, pattern.m)  # a row is a group
-
-    def kept(order: Tensor) -> Tensor:
-        """(groups,): the magnitude that each group keeps."""
-        return columns[order].topk(pattern.n, dim=1).values.sum((1, 2), dtype=torch.float64)
-
-    score = kept(order)
-    first = score.sum()
-    pairs = len(order) // 2
-    for _ in range(ROUNDS if pairs else 0):
-        one, other = (
-            torch.randperm(len(order), generator=generator, device="cpu")[: 2 * pairs].view(2, pairs).to(weight.device)
-        )
-        i, j = torch.randint(pattern.m, (2, pairs), generator=generator, device="cpu").to(weight.device)
-        trial = order.clone()
-        trial[one, i], trial[other, j] = order[other, j], order[one, i]
-        after = kept(trial)
-        better = after[one] + after[other] > score[one] + score[other]
-        for group in (one[better], other[better]):
-            order[group], score[group] = trial[group], after[group]
-    total = columns.sum(dtype=torch.float64).clamp_min(torch.finfo(torch.float64).tiny)
-    return order.flatten(), (first / total).item(), (score.sum() / total).item()
+def reorder(model: nn.Module, slots: list[Slot], order: Tensor) -> None:
+    """Put the channels of a set in another order, in all the parameters and buffers that hold them."""
+    for name, dim in slots:
+        tensor = attribute(model, name)
+        tensor.copy_(tensor.index_select(dim, order.to(tensor.device)))

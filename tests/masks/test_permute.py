@@ -3,14 +3,12 @@
 import pytest
 import torch
 from helpers import TinyCNN, randomise
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from resnet_cifar import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import snows
-from snows.masks.permute import best_order, permute
+from snows.masks.permute import permute
 
 
 class Plain(nn.Module):
@@ -57,23 +55,6 @@ def test_the_function_stays_and_n_m_keeps_more_of_every_layer_that_may_be_permut
         assert share_before == pytest.approx((plain.model.get_submodule(layer).weight.abs().sum() / weight).item())
         assert share_after == pytest.approx((more.model.get_submodule(layer).weight.abs().sum() / weight).item())
         assert share_after > share_before
-
-
-@settings(max_examples=10, deadline=None)
-@given(st.integers(0, 99), st.integers(1, 5), st.integers(1, 6), st.integers(2, 5), st.sampled_from([(), (2, 2)]))
-def test_an_order_is_a_permutation_that_never_keeps_less(seed, out, groups, m, kernel):
-    weight = torch.randn(out, groups * m, *kernel, generator=torch.Generator().manual_seed(seed))
-    order, before, after = best_order(weight, snows.NM(1, m), seed)
-    assert sorted(order.tolist()) == list(range(groups * m))
-    assert 0 < before <= after <= 1
-    mask = snows.NM(1, m).mask(weight[:, order])
-    assert (weight[:, order].abs()[mask].sum() / weight.abs().sum()).item() == pytest.approx(after, rel=1e-5)
-
-
-def test_channels_that_belong_together_are_brought_apart():
-    weight = torch.cat([torch.ones(3, 4), torch.zeros(3, 12)], dim=1)
-    _, before, after = best_order(weight, snows.NM(1, 4), 0)
-    assert (before, after) == (0.25, 1.0)
 
 
 def tie(one, other, parameter="weight"):
