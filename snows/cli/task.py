@@ -59,7 +59,7 @@ class Task:
         if settings.arch not in known and not settings.skip_evaluation and settings.resume is None:
             warn_of_twin(settings, self.model, self.data)
         if isinstance(settings.pattern, NM) and settings.permute:
-            self.model = permuted(self.model, settings.pattern, self.layers)
+            self.model = permuted(self.model, settings.pattern, self.layers, self.example)
         if settings.skip:
             check_patterns(settings.skip, [layer.name for layer in self.network.layers], "--skip")
         self.pattern: Pattern | Masks = settings.pattern
@@ -74,7 +74,11 @@ class Task:
     @cached_property
     def network(self) -> Network:
         """The dense network, traced: the one place where it is."""
-        return Network(self.model, self.settings.device, lambda: self.data.train[0][0][None])
+        return Network(self.model, self.settings.device, self.example)
+
+    def example(self) -> Tensor:
+        """An image, for networks that cannot be traced without."""
+        return self.data.train[0][0][None]
 
     def masks_of_file(self, file: Path) -> Masks:
         """The masks of --masks for the layers to prune."""
@@ -194,16 +198,16 @@ def name_of(settings: RunSettings) -> str:
     return str(settings.pattern) if settings.mask_alg == "MP" else f"{settings.pattern} by {settings.mask_alg}"
 
 
-def permuted(model: nn.Module, pattern: NM, layers: Layers) -> nn.Module:
-    """The same function with input channels in a better order; says what that is worth."""
-    result = permute(model, pattern, layers)
+def permuted(model: nn.Module, pattern: NM, layers: Layers, example: Callable[[], Tensor]) -> nn.Module:
+    """The same function with channels in a better order; says what that is worth."""
+    result = permute(model, pattern, layers, example=example)
     if not result.kept:
-        print("permuted nothing: the channels of every layer are tied to those of others, or cannot be followed")
+        print("permuted nothing: no layer's input channels can be followed and have a better order")
         return model
     before, after = (sum(shares) / len(shares) for shares in zip(*result.kept.values()))
     print(
         f"permuted the inputs of {len(result.kept)} layers: {pattern} keeps {after:.1%} of their magnitude, not "
-        f"{before:.1%}; the others' channels are tied to those of other layers, or cannot be followed"
+        f"{before:.1%}; the others' channels cannot be followed, or have no better order"
     )
     return result.model
 

@@ -2,18 +2,22 @@
 
 From the order as it is, the two channels of different groups whose exchange keeps most more are exchanged, until no
 exchange keeps more (Pool and Yu 2021). Then some groups are shuffled and the search goes on from there, and what keeps
-less is taken back, until a fixed effort is spent: the same order on every machine of the same arithmetic.
+less is taken back, until a fixed effort is spent: one that is counted, not timed, so that runs can be repeated.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-EFFORT = 5e8  # numbers compared: seconds on a CPU core
-ROUNDS = 50  # of shuffling, at most
+EFFORT = 1e9  # numbers compared: seconds on a CPU core
+CLIMB = 7  # times the effort of counting all the gains anew is what it takes until no exchange keeps more
+STEPS = 200  # of a climb, at most: rounding cannot make it go round
+ROUNDS = 30  # of shuffling, at most
+MIN_GROUPS = 8  # of the channels that are put in order together
 OVERHEAD = 5e5  # numbers compared in the time of one step of the search that compares none
 SHUFFLED = 3  # groups at a time
 NOISE = 1e-4  # what a gain must be at least, as a share of what a channel keeps: rounding stays far below
@@ -31,6 +35,10 @@ class Reading:
         """The score that is kept in an order."""
         groups = self.columns[order.view(-1, self.m)]  # (groups, m, rows)
         return groups.topk(self.n, dim=1).values.sum(dtype=torch.float64).item()
+
+    def of(self, channels: Tensor) -> Reading:
+        """The same of some channels alone."""
+        return replace(self, columns=self.columns[channels])
 
     def gains(self, order: Tensor, groups: Tensor) -> Tensor:
         """(groups x m, channels): what some groups keep more with any other channel in the place of each of theirs.
@@ -52,15 +60,18 @@ class Reading:
 class Search:
     """An order that is improved exchange by exchange."""
 
-    def __init__(self, readings: list[Reading], order: Tensor, effort: float | None = None):
-        self.readings, self.order, self.effort = readings, order, EFFORT if effort is None else effort
+    def __init__(self, readings: list[Reading], order: Tensor, effort: float):
+        self.readings, self.order, self.effort = readings, order, effort
         self.gains = [torch.zeros(len(order), len(order)) for _ in readings]
         self.kept = self._measure()
         self._refresh(torch.arange(len(order)))
 
     def climb(self) -> None:
         """Exchange channels until no exchange keeps more."""
-        while len(pairs := self._best_pairs()):
+        for _ in range(STEPS):
+            pairs = self._best_pairs()
+            if not len(pairs):
+                break
             one, other = pairs.unbind(1)
             self.order[one], self.order[other] = self.order[other], self.order[one]
             self._refresh(pairs.flatten())
@@ -78,7 +89,8 @@ class Search:
         return self.order.clone(), [gains.clone() for gains in self.gains], self.kept
 
     def restore(self, state: tuple[Tensor, list[Tensor], float]) -> None:
-        self.order, self.gains, self.kept = state
+        order, gains, self.kept = state
+        self.order, self.gains = order.clone(), [each.clone() for each in gains]
 
     def _measure(self) -> float:
         return sum(reading.kept(self.order) for reading in self.readings)
@@ -109,10 +121,23 @@ class Search:
 
 
 def best_order(readings: list[Reading], seed: int = 0) -> tuple[Tensor, float, float]:
-    """(order of the channels, score kept without it, and with it): the best that is found."""
-    channels, generator = len(readings[0].columns), torch.Generator().manual_seed(seed)
-    search = Search(readings, torch.arange(channels))
-    before = search.kept
+    """(order of the channels, score kept without it, and with it): the best that is found.
+
+    Of many channels, each stays among some of its neighbours, so that the effort is bounded.
+    """
+    channels, numbers = len(readings[0].columns), sum(reading.columns.numel() for reading in readings)
+    step = math.lcm(*(reading.m for reading in readings))
+    parts = math.ceil(CLIMB * channels * numbers / EFFORT)
+    blocks = torch.arange(channels).split(max(math.ceil(channels / step / parts), MIN_GROUPS) * step)
+    effort, generator = EFFORT / len(blocks), torch.Generator().manual_seed(seed)
+    order = torch.cat([block[improved([each.of(block) for each in readings], effort, generator)] for block in blocks])
+    before, after = (sum(each.kept(o) for each in readings) for o in (torch.arange(channels), order))
+    return (order, before, after) if after > before else (torch.arange(channels), before, before)
+
+
+def improved(readings: list[Reading], effort: float, generator: torch.Generator) -> Tensor:
+    """The best order of some channels that an effort, or at least one climb, finds."""
+    search = Search(readings, torch.arange(len(readings[0].columns)), effort)
     search.climb()
     best = search.state()
     for _ in range(ROUNDS):
@@ -123,6 +148,5 @@ def best_order(readings: list[Reading], seed: int = 0) -> tuple[Tensor, float, f
         if search.kept > best[2]:
             best = search.state()
         else:
-            search.restore((best[0].clone(), [gains.clone() for gains in best[1]], best[2]))
-    order, _, after = best
-    return (order, before, after) if after > before else (torch.arange(channels), before, before)
+            search.restore(best)
+    return best[0]

@@ -41,7 +41,7 @@ def test_of_a_few_channels_the_best_order_is_found(pattern, seed):
 
 def test_what_an_exchange_gains_is_what_it_is_said_to_gain_and_in_the_end_none_gains():
     readings = [reading(7, 12, 2, 4), reading(3, 12, 1, 3, seed=1)]
-    search = Search(readings, torch.arange(12))
+    search = Search(readings, torch.arange(12), 0)
 
     def gain(one, other):
         order = search.order.clone()
@@ -69,3 +69,10 @@ def test_two_layers_share_an_order_that_is_best_for_both_together():
     assert (before, after) == pytest.approx((0.5 + 1, 2))
     assert order.tolist() != list(range(8))
     assert best_order([Reading(one, 2, 4), Reading(other, 2, 4)])[2] == pytest.approx(2)
+
+
+def test_of_many_channels_each_stays_among_its_neighbours(monkeypatch):
+    monkeypatch.setattr("snows.masks.order.EFFORT", 1e5)
+    order, before, after = best_order([reading(5, 96, 2, 4)])
+    assert after > before
+    assert torch.equal(order.view(-1, 32).sort().values, torch.arange(96).view(-1, 32))
