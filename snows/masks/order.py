@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-EFFORT = 1e9  # numbers compared: seconds on a CPU core
+EFFORT = 3e8  # numbers compared: seconds on a CPU core
 CLIMB = 7  # times the effort of counting all the gains anew is what it takes until no exchange keeps more
 STEPS = 200  # of a climb, at most: rounding cannot make it go round
-ROUNDS = 30  # of shuffling, at most
+ROUNDS = 15  # of shuffling, at most
 MIN_GROUPS = 8  # of the channels that are put in order together
 OVERHEAD = 5e5  # numbers compared in the time of one step of the search that compares none
 SHUFFLED = 3  # groups at a time
