@@ -122,6 +122,7 @@ class Task:
                 *(self.network, images, self.pattern, options),
                 mask_alg=settings.mask_alg,
                 layers=self.layers,
+                keep_zeros=settings.keep_zeros,
                 device=settings.device,
             )
             self.selections = {key: chosen}

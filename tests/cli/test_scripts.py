@@ -90,6 +90,21 @@ def test_masks_of_another_tool_are_solved_through_the_script(script, small, tmp_
     assert "does not keep to 2:4 in conv1" in err
 
 
+def test_zeros_of_a_sparse_checkpoint_stay_zeros(script, small, tmp_path):
+    state = torch.load(small / "resnet20.pt")
+    state["fc.weight"][:, :4] = 0  # a group of 2:4 in each row
+    torch.save(state, tmp_path / "sparse.pt")
+    flags = [*cifar_flags(small), "--checkpoint", tmp_path / "sparse.pt", "--schedule", 0, "--skip", "conv1", "layer*"]
+    for keep, told in (("True", "stay zero (--keep_zeros)"), ("False", "may come back (--keep_zeros)")):
+        run = tmp_path / keep
+        captured = script("CNN_pruning/prune_NM.py", *flags, "--keep_zeros", keep, "--out_dir", run)
+        assert "".join(captured).count(f"40 weights are zero already, in 1 of 1 layers, and {told}") == 1
+        assert json.loads((run / "args.json").read_text())["keep_zeros"] is (keep == "True")
+        weight = safetensors.torch.load_file(run / "model.safetensors")["fc.weight"]
+        assert bool((weight[:, :4] == 0).all()) is (keep == "True")
+        assert ((weight.unflatten(1, (-1, 4)) != 0).sum(-1) <= 2).all()
+
+
 def test_methods_layers_and_their_sparsities_are_chosen_by_flags_and_masks_are_handed_on(script, small, tmp_path):
     (tmp_path / "rules.json").write_text(json.dumps({"layer1.*": 0.5, "layer2.0.conv1": "dense"}))
     flags = [*cifar_flags(small), "--schedule", 0]
