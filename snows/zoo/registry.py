@@ -72,7 +72,7 @@ def load_classifier(
     torch.manual_seed(seed)
     classifier = known[arch](pretrained) if arch in known else from_library(arch, pretrained, num_classes)
     if checkpoint:
-        load_checkpoint(classifier.model, checkpoint, checkpoint_key)
+        load_checkpoint(classifier.model, checkpoint, checkpoint_key, classifier.in_order)
         classifier.stated_accuracy = None
     return classifier
 
