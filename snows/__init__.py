@@ -1,5 +1,6 @@
 """SNOWS: one-shot pruning of vision networks by a Hessian-free second-order method (arXiv 2411.18376)."""
 
+import snows.cli.loading  # noqa: F401, for what follows takes seconds
 from snows.cli.run_folder import load as load_run
 from snows.errors import SnowsError, TraceError, UsageError
 from snows.masks.patterns import NM, Selection, Unstructured

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from snows.errors import UsageError
-from snows.masks.patterns import NM, Selection, Unstructured, every_layer
+from snows.masks.patterns import NM, Choice, Selection, Unstructured, every_layer
 from snows.masks.saliency import SALIENCIES
 from snows.methods import METHODS, Method
 from snows.network.checks import check_device, check_model
@@ -13,12 +13,13 @@ from snows.network.layers import Network
 from snows.options import Options
 
 
-def check_arguments(model: Any, pattern: Any, options: Any, mask_alg: Any, algo: Any, layers: Any, device: Any) -> None:
-    """Refuse arguments of `prune` that it cannot do anything with.
+def check_arguments(model: Any, choice: Choice, options: Any, algo: Any, device: Any) -> None:
+    """Refuse arguments of `prune` that it cannot do anything with; `choice` holds those of the masks.
 
     Raises:
         UsageError: one of them is none of what it may be. TraceError: the model is no plain module.
     """
+    pattern, mask_alg, layers = choice.pattern, choice.mask_alg, choice.layers
     check_device(device)
     if not isinstance(model, Network):
         check_model(model)
@@ -36,5 +37,9 @@ def check_arguments(model: Any, pattern: Any, options: Any, mask_alg: Any, algo:
         raise UsageError(f"the masks are given: there is nothing for {mask_alg} to choose.")
     if isinstance(pattern, Selection) and layers is not every_layer:
         raise UsageError("the masks are given: there are no `layers` to choose.")
+    if not isinstance(choice.keep_zeros, bool):
+        raise UsageError(f"keep_zeros must be bool, not {choice.keep_zeros!r}.")
+    if isinstance(pattern, Selection) and not choice.keep_zeros:
+        raise UsageError("the masks are given: `keep_zeros` says nothing about them; it is for snows.choose_masks.")
     if not callable(layers):
         raise UsageError("layers must be a function that says of a layer's name whether to prune it.")

@@ -18,6 +18,7 @@ from snows.masks import sparsegpt
 from snows.masks.choose import layer_budget, select
 from snows.masks.patterns import NM, Choice, Pattern, Selection
 from snows.masks.saliency import SALIENCIES
+from snows.masks.zeros import kept_zeros
 from snows.memory import forget_peak, peak_memory
 from snows.methods import Method, sparsegpt_problem
 from snows.network.layers import Layer, Masks, Network, copied
@@ -101,7 +102,8 @@ class Job:
             if (budget := self._budget(layer, sweep, mask)) is not None:
                 for attempt in retry_on_out_of_memory(streams, place):
                     with attempt:
-                        mask = sparsegpt.choose_mask(*sparsegpt_problem(layer, streams), budget)
+                        zero = kept_zeros(self.network, [layer], self.choice).get(layer.name)
+                        mask = sparsegpt.choose_mask(*sparsegpt_problem(layer, streams), budget, zero)
             if self.method.update is not None:
                 for attempt in retry_on_out_of_memory(streams, place):
                     with attempt:

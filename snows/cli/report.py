@@ -7,9 +7,6 @@ With one run folder it writes report.html into it, as every run does at its end;
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    import snows.cli.loading  # noqa: F401, since what follows takes seconds
-
 import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ import copy
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,6 +16,7 @@ from snows.cli.settings import PatternOf, RunSettings, check_mask_flags, from_fl
 from snows.errors import UsageError
 from snows.options import Options
 from snows.result import Step
+from snows.zoo.evaluate import Score
 
 # Flags that may change when a run goes on, since its problem stays the same; and what that means for the result.
 MEANINGS = ROUNDING, LEFT_OUT = ("the last bits of the result may differ", "those steps are left out")
@@ -47,8 +48,7 @@ def resumed(flags: argparse.ArgumentParser, folder: Path, pattern_of: PatternOf)
     check_mask_flags(alone)
     settings = from_flags(now, pattern_of, saved["argv"])
     before = dict(from_flags(began, pattern_of, saved["argv"]).flags)
-    before |= {name: value for name, value in saved.items() if value is not None}  # a null once stood for a default
-    before |= {"algo": began.algo, "seed": began.seed}
+    before |= {**saved, "algo": began.algo, "seed": began.seed}
     changed = {name: (before[name], value) for name, value in settings.flags.items() if before[name] != value}
     settings = replace(
         settings,
@@ -102,14 +102,15 @@ def changes(settings: RunSettings, finished: int) -> list[dict]:
 def earlier(resumes: Iterable[dict], steps: Iterable[Step]) -> Iterator[Step]:
     """The finished steps; how many images fitted the memory is no longer known of those before a change of sizes."""
     sizes_changed = [resume for resume in resumes if SIZES & resume.keys()]
-    after = max((resume.get("after", resume.get("behind", 0)) for resume in sizes_changed), default=0)  # 0.2: "behind"
+    after = max((resume["after"] for resume in sizes_changed), default=0)
     return (replace(step, fitted=number >= after) for number, step in enumerate(steps))
 
 
 def read_metrics(folder: Path) -> dict:
     """The metrics of a run that was begun."""
     checksums = (f"{what}_checksum" for what in ("weights", "masks", "calibration"))
-    return run_folder.read_json(folder / "metrics.json", "dense_accuracy", "masked_accuracy", *checksums)
+    masked = (f"masked_{each.name}" for each in fields(Score))
+    return run_folder.read_json(folder / "metrics.json", "dense_accuracy", *masked, *checksums)
 
 
 def check_unchanged(folder: Path, metrics: dict, environment: dict) -> None:

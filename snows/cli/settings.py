@@ -48,6 +48,7 @@ class RunSettings:
     permute: bool
     mask_alg: str
     masks: Path | None
+    keep_zeros: bool
     export_masks: Path | None
     skip: tuple[str, ...]
     # the runs

@@ -98,7 +98,7 @@ class Task:
         chosen = self.selection(seed)
         print(f"pruning {len(chosen.masks)} layers: {console.kinds(chosen.masks)}", flush=True)
         if measured:
-            known = (measured.get(f"masked_{each.name}") for each in fields(Score))  # 0.2 has the accuracy alone
+            known = (measured[f"masked_{each.name}"] for each in fields(Score))
             self.masked_scores[self.mask_seed(seed)] = Score(*known)
         self.masked_score(seed)
         return {
@@ -126,6 +126,7 @@ class Task:
                 *(self.network, images, self.pattern, options),
                 mask_alg=settings.mask_alg,
                 layers=self.layers,
+                keep_zeros=settings.keep_zeros,
                 device=settings.device,
             )
             self.selections = {key: chosen}

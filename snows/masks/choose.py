@@ -11,6 +11,7 @@ from snows.calibration.streams import Streams, retry_on_out_of_memory
 from snows.errors import UsageError, by_reason, listed
 from snows.masks.patterns import NM, Choice, Pattern, Selection, Unstructured, are_masks
 from snows.masks.saliency import SALIENCIES, Saliency, check_inputs, scores
+from snows.masks.zeros import kept_zeros, leave_all_zero
 from snows.network.layers import Layer, Masks, Network
 from snows.options import Options
 
@@ -48,7 +49,9 @@ def select(network: Network, choice: Choice, streams: Streams | None, options: O
             check_inputs(choice.mask_alg, chosen, network, inverse=saliency.sequential)
         if saliency.score is not None and (pattern.compares_layers or not saliency.sequential):
             weights = measured(chosen, saliency, streams, options)
-        selection = pattern.select(weights, counted_parameters(network, pattern), by_row=saliency.by_row)
+        zeros, total = kept_zeros(network, chosen, choice), counted_parameters(network, pattern)
+        selection = pattern.select(weights, total, by_row=saliency.by_row, zeros=zeros)
+        leave_all_zero(selection, zeros)
     if not selection.masks:
         raise UsageError(f"nothing to prune: {by_reason(selection.left_dense)}.")
     selection.left_dense |= {layer.name: "not selected" for layer in network.layers if layer not in chosen}

@@ -33,6 +33,7 @@ class Choice:
     pattern: Any  # Pattern | Masks
     mask_alg: str = "MP"
     layers: Callable[[str], bool] = every_layer
+    keep_zeros: bool = True  # what is zero already in a sparse network stays zero (snows/masks/zeros.py)
 
 
 @dataclass
@@ -117,35 +118,42 @@ class Unstructured:
         halfway = (1 + self.target_sparsity) / 2
         return halfway if needed <= halfway else min(1.0, (1 + needed) / 2)
 
-    def select(self, scores: dict[str, Tensor], total_parameters: int, by_row: bool = False) -> Selection:
+    def select(
+        self, scores: dict[str, Tensor], total_parameters: int, by_row: bool = False, zeros: Masks | None = None
+    ) -> Selection:
         """Masks from `scores` (layer name -> weight, or what each weight is worth) in a model of `total_parameters`.
 
         by_row: within a layer, compare the weights of one output row (one filter), each of which loses the same
             number, give or take one. Exact to one weight.
+        zeros: the weights that go whatever the scores, of the layers that have such; they count.
         """
+        zeros = zeros or {}
+        least = {name: int(zeros[name].sum()) if name in zeros else 0 for name in scores}
         check_patterns(self.layer_sparsity, scores, "layer sparsities")
         rules = {name: rule_of(name, self.layer_sparsity) for name in scores}
         ruled = {name: rule for name, rule in rules.items() if rule is not None}
-        counts = {name: 0 if rule == DENSE else round(rule * scores[name].numel()) for name, rule in ruled.items()}
+        dense = [name for name, rule in ruled.items() if rule in (0, DENSE)]
+        counts = dict.fromkeys(dense, 0)
+        counts |= {n: max(round(r * scores[n].numel()), least[n]) for n, r in ruled.items() if n not in dense}
         free = {name: score for name, score in scores.items() if name not in ruled}
         if free:
-            counts |= self.allocate(free, total_parameters, sum(counts.values()))
-        dense = [name for name, rule in ruled.items() if rule in (0, DENSE)]
-        masks = {n: smallest_removed(s, counts[n], by_row) for n, s in scores.items() if n not in dense}
+            counts |= self.allocate(free, total_parameters, sum(counts.values()), least)
+        masks = {n: smallest_removed(s, counts[n], by_row, zeros.get(n)) for n, s in scores.items() if n not in dense}
         return Selection(masks, dict.fromkeys(dense, LEFT_DENSE))
 
-    def allocate(self, scores: dict[str, Tensor], total_parameters: int, already: int) -> Counts:
-        """How many weights each of the layers without a rule loses; `already` go in the others."""
+    def allocate(self, scores: dict[str, Tensor], total_parameters: int, already: int, least: Counts) -> Counts:
+        """How many weights each of the layers without a rule loses, `least` or more; `already` go in the others."""
         removed = round(self.target_sparsity * total_parameters) - already
         if removed < 0:
             raise UsageError(
                 f"target sparsity {self.target_sparsity:g} is out of reach: the layer sparsities alone remove "
                 f"{already / total_parameters:.4f} of all parameters. Raise the target, or lower those."
             )
+        removed = max(removed, sum(least[name] for name in scores))
         cap = self.cap(removed / sum(score.numel() for score in scores.values()))
-        caps = {name: math.floor(cap * score.numel()) for name, score in scores.items()}
+        caps = {name: max(math.floor(cap * score.numel()), least[name]) for name, score in scores.items()}
         if self.max_layer_sparsity is None and removed > sum(caps.values()):  # for want of a few weights
-            caps = {name: math.ceil(cap * score.numel()) for name, score in scores.items()}
+            caps = {name: max(math.ceil(cap * score.numel()), least[name]) for name, score in scores.items()}
         if removed > sum(caps.values()):
             reach = (sum(caps.values()) + already) / total_parameters
             raise UsageError(
@@ -154,15 +162,32 @@ class Unstructured:
                 f"the cap (`max_layer_sparsity`)."
             )
         scores = normalised(scores) if self.normalise else scores
-        return ALLOCATIONS[self.allocation](removed, scores, caps)
+        fixed: Counts = {}  # layers that an allocation would leave less than `least`: the others make up for it
+        while True:
+            free = {name: score for name, score in scores.items() if name not in fixed}
+            counts = ALLOCATIONS[self.allocation](removed - sum(fixed.values()), free, caps)
+            short = {name: least[name] for name in free if counts[name] < least[name]}
+            if not short:
+                return fixed | counts
+            fixed |= short
 
 
-def smallest_removed(score: Tensor, count: int, by_row: bool = False) -> Tensor:
-    """A mask that removes the `count` entries of smallest magnitude (ties: the first ones), by_row evenly from rows."""
-    rows = score.abs().flatten(1) if by_row else score.abs().reshape(1, -1)
+def smallest_removed(score: Tensor, count: int, by_row: bool = False, zero: Tensor | None = None) -> Tensor:
+    """A mask that removes the `count` entries of smallest magnitude (ties: the first ones), by_row evenly from rows.
+
+    zero: entries that are removed all the same, and before others.
+    """
+    worth = zeros_last(score, zero)
+    rows = worth.flatten(1) if by_row else worth.reshape(1, -1)
     bounds = torch.arange(len(rows) + 1, device=score.device) * count // len(rows)
     rank = rows.argsort(dim=1, stable=True).argsort(dim=1)
-    return (rank >= bounds.diff()[:, None]).view(score.shape)
+    mask = (rank >= bounds.diff()[:, None]).view(score.shape)
+    return mask if zero is None else mask & ~zero
+
+
+def zeros_last(score: Tensor, zero: Tensor | None) -> Tensor:
+    """The magnitudes, those of what is to be zero below all others."""
+    return score.abs() if zero is None else score.abs().masked_fill(zero, -1)
 
 
 @dataclass(frozen=True)
@@ -214,8 +239,11 @@ class NM:
             return NM(self.n, self.m)
         return None if rule == DENSE else NM.parse(rule)
 
-    def select(self, scores: dict[str, Tensor], total_parameters: int, by_row: bool = False) -> Selection:
-        """Masks from `scores`, (out, in, ...) of each layer; nothing else plays a part."""
+    def select(
+        self, scores: dict[str, Tensor], total_parameters: int, by_row: bool = False, zeros: Masks | None = None
+    ) -> Selection:
+        """Masks from `scores`, (out, in, ...) of each layer, and from what goes whatever they are: `zeros`."""
+        zeros = zeros or {}
         check_patterns(self.layer_sparsity, scores, "layer sparsities")
         selection = Selection()
         for name, score in scores.items():
@@ -227,7 +255,7 @@ class NM:
             elif inputs % pattern.m:
                 selection.left_dense[name] = f"{inputs} inputs are not a multiple of {pattern.m}"
             else:
-                selection.masks[name] = pattern.mask(score)
+                selection.masks[name] = pattern.mask(score, zeros.get(name))
         return selection
 
     def holds(self, mask: Tensor) -> bool:
@@ -253,12 +281,13 @@ class NM:
         }
         return replace(part(self.n, self.m), layer_sparsity=rules)
 
-    def mask(self, score: Tensor) -> Tensor:
-        """The mask of one weight from its scores (out, in, ...), `in` a multiple of M."""
-        groups = score.abs().movedim(1, -1).unflatten(-1, (-1, self.m))  # (out, ..., in / M, M)
+    def mask(self, score: Tensor, zero: Tensor | None = None) -> Tensor:
+        """The mask of one weight from its scores (out, in, ...), `in` a multiple of M, without what is to be zero."""
+        groups = zeros_last(score, zero).movedim(1, -1).unflatten(-1, (-1, self.m))  # (out, ..., in / M, M)
         kept = groups.argsort(dim=-1, descending=True, stable=True)[..., : self.n]
         mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True)
-        return mask.flatten(-2).movedim(-1, 1).contiguous()
+        mask = mask.flatten(-2).movedim(-1, 1).contiguous()
+        return mask if zero is None else mask & ~zero
 
 
 Pattern = Unstructured | NM

@@ -25,21 +25,31 @@ BLOCK = 128  # columns at a time, unless a pattern has groups of its own
 Chooser = Callable[[Tensor, int], Tensor]  # (what columns j, j + 1, ... are worth (groups, out, n), j) -> which to keep
 
 
-def choose_mask(weight: Tensor, moment: Tensor, rule: NM | int) -> Tensor:
+def choose_mask(weight: Tensor, moment: Tensor, rule: NM | int, zero: Tensor | None = None) -> Tensor:
     """SparseGPT's own mask of a weight (out, in, ...): N:M, or with `rule` weights removed, evenly from the blocks.
 
-    moment: A, (groups, in, in), `in` as in weight.flatten(1).
+    moment: A, (groups, in, in), `in` as in weight.flatten(1). zero: what the mask leaves out whatever it is worth.
     """
+    zeros = None if zero is None else to_columns(zero, len(moment))  # (groups, out, in)
+
+    def zeros_at(start: int, worth: Tensor) -> Tensor | None:
+        return None if zeros is None else zeros[:, :, start : start + worth.shape[2]]
+
     if isinstance(rule, NM):
 
         def choose(worth: Tensor, start: int) -> Tensor:
-            return rule.mask(worth.flatten(0, 1)).view(worth.shape)
+            gone = zeros_at(start, worth)
+            return rule.mask(worth.flatten(0, 1), None if gone is None else gone.flatten(0, 1)).view(worth.shape)
 
         _, mask = eliminate(weight, moment, choose, rule.m)
         return mask
     starts = range(0, moment.shape[-1], BLOCK)
     counts = dict(zip(starts, proportional(rule, [min(BLOCK, moment.shape[-1] - start) for start in starts])))
-    _, mask = eliminate(weight, moment, lambda worth, start: smallest_removed(worth, counts[start]), BLOCK)
+
+    def choose_evenly(worth: Tensor, start: int) -> Tensor:
+        return smallest_removed(worth, counts[start], zero=zeros_at(start, worth))
+
+    _, mask = eliminate(weight, moment, choose_evenly, BLOCK)
     return mask
 
 

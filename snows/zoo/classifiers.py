@@ -23,6 +23,7 @@ class Classifier:
     model: nn.Module
     transform: Callable
     stated_accuracy: float | None = None  # percent, top-1
+    in_order: bool = False  # files fit too that hold the weights by other names, in the model's order
     pixels: int | None = None  # a side of the images that it was trained on, where its transform does not resize
 
 
@@ -79,42 +80,30 @@ def is_normalisation(transform: Callable) -> bool:
     return isinstance(transform, (v2.Normalize, torchvision.transforms.Normalize))
 
 
-def load_checkpoint(model: nn.Module, path: Path, key: str | None = None) -> None:
+def load_checkpoint(model: nn.Module, path: Path, key: str | None = None, in_order: bool = False) -> None:
     """Load local weights into `model`, strictly: every name and shape must fit.
 
     Takes .safetensors, or what torch.save wrote (.pt, .pth, .bin, ...), told apart by what is in it; no code of a
     pickle runs. The weights may lie bare or under one of the usual keys, with or without a common prefix. key: which
-    entry to take, where the file has several.
+    entry to take, where the file has several. in_order: where none of the names is the model's, tensors whose kinds
+    and shapes stand in its order are taken for its own.
 
     Raises:
-        UsageError: the file is missing, damaged, or does not fit; the message lists what does not.
+        UsageError: the file is missing, damaged, or does not fit; the message lists what does not, or is no number.
     """
-    load_finite(model, fitted(read_state(path, key), model.state_dict(), path), path)
-
-
-def load_in_order(model: nn.Module, path: Path) -> None:
-    """Load a file whose names are others, but whose tensors stand in the order of the model's.
-
-    Raises:
-        UsageError: the file is missing or damaged, or another number, kind or shape of tensors stands in it.
-    """
-    state, own = read_state(path), model.state_dict()
-    kinds = [[(name.rpartition(".")[2], tensor.shape) for name, tensor in each.items()] for each in (state, own)]
-    if kinds[0] != kinds[1]:
-        raise UsageError(f"{path} does not fit the network: its tensors stand in another order or are others.")
-    load_finite(model, dict(zip(own, state.values())), path)
-
-
-def load_finite(model: nn.Module, state: State, path: Path) -> None:
-    """Put weights that fit into a model.
-
-    Raises:
-        UsageError: some of their numbers are none.
-    """
+    state, own = read_state(path, key), model.state_dict()
+    if in_order and state.keys().isdisjoint(own) and kinds(state) == kinds(own):
+        state = dict(zip(own, state.values()))
+    state = fitted(state, own, path)
     broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise UsageError(f"{path} holds NaN or infinity in {listed(broken)}.")
     model.load_state_dict(state, strict=True)
+
+
+def kinds(state: State) -> list[tuple[str, tuple[int, ...]]]:
+    """What stands in a state dict, in its order: the last part of each name, and the shape."""
+    return [(name.rpartition(".")[2], tuple(tensor.shape)) for name, tensor in state.items()]
 
 
 def cifar_transform(classes: int) -> Callable:

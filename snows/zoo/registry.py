@@ -72,7 +72,7 @@ def load_classifier(
     torch.manual_seed(seed)
     classifier = known[arch](pretrained) if arch in known else from_library(arch, pretrained, num_classes)
     if checkpoint:
-        load_checkpoint(classifier.model, checkpoint, checkpoint_key)
+        load_checkpoint(classifier.model, checkpoint, checkpoint_key, classifier.in_order)
         classifier.stated_accuracy = None
     return classifier
 
@@ -158,7 +158,7 @@ def check_fits(classifier: Classifier, data: Data, complaint: str) -> int:
         if index is None:
             raise UsageError(f"{complaint}: none of them can be read.")
         image, _ = part[index]
-        name = part.part.paths[index] if isinstance(part, Pictures) else "the first"
+        name = part.part.paths[index] if isinstance(part, Pictures) else "the first image"
         found = f"{name} becomes {pixels(image.shape)}"
         try:
             outputs = classifier.model.eval()(image[None])
@@ -170,5 +170,5 @@ def check_fits(classifier: Classifier, data: Data, complaint: str) -> int:
             data.train.shape = data.test.shape = image.shape
     if classifier.pixels is not None and max(image.shape[1:]) > classifier.pixels:
         side = classifier.pixels
-        log.warning("warning: %s, and the network was trained on %d x %d: `resize` scales images", found, side, side)
+        log.warning("warning: %s, and the network was trained on %d x %d: `resize` %d scales it", found, *[side] * 3)
     return outputs.shape[-1]

@@ -176,7 +176,6 @@ def test_micro_batches_that_ran_out_of_memory_are_cut_again_only_where_nothing_h
         ([], [True] * 4),
         ([{"after": 2, "num_workers": 4}, {"after": 3, "joint_steps": 0}], [True] * 4),
         ([{"after": 1, "device": "cpu"}, {"after": 3, "batch_size": 2}], [False, False, False, True]),
-        ([{"behind": 2, "batch_size": 2}], [False, False, True, True]),  # as version 0.2 wrote it
     ):
         assert [step.fitted for step in earlier(resumes, steps)] == fitted
 

@@ -68,10 +68,9 @@ def test_every_default_is_resolved(settings):
     assert made.flags["max_CG_iterations"] == made.options.max_CG_iterations == 20
 
 
-def test_a_run_of_an_earlier_version_goes_on(settings, tmp_path):
-    """Its args.json holds null for what had no default among the flags, and its `resumes` other words."""
-    saved = {"script": UNSTR, "argv": ["--seed", "5", "6"], "algo": "SNOWS", "seed": 6, "dset": None, "normalise": None}
-    saved |= {"max_layer_sparsity": None, "batch_size": 64, "resumes": [{"behind": 3, "batch_size": 64}]}
+def test_a_run_goes_on_with_the_settings_that_it_began_with_and_later_commands_changed(settings, tmp_path):
+    saved = {"script": UNSTR, "argv": ["--seed", "5", "6"], "algo": "SNOWS", "seed": 6, "dset": "digits"}
+    saved |= {"max_layer_sparsity": None, "batch_size": 64, "resumes": [{"after": 3, "batch_size": 64}]}
     run_folder.write_json(tmp_path / "args.json", saved)
     made = settings("--resume", tmp_path, default=0.8)
     assert not made.changed
@@ -79,7 +78,7 @@ def test_a_run_of_an_earlier_version_goes_on(settings, tmp_path):
     assert made.runs == [("SNOWS", 6)]
     assert made.options.seed == 5  # random weights are those of the first command's first seed
     assert made.argv == ("--seed", "5", "6")
-    assert made.resumes == ({"behind": 3, "batch_size": 64},)
+    assert made.resumes == ({"after": 3, "batch_size": 64},)
     with pytest.raises(UsageError, match="--dset was digits, now cifar10"):
         settings("--resume", tmp_path, "--dset", "cifar10", default=0.8)
 

@@ -3,6 +3,7 @@
 import copy
 import os
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -50,13 +51,24 @@ def test_a_signal_while_torch_is_imported_ends_in_one_line(tmp_path, folder, num
     assert ended == (SIGNALS[number], "error: interrupted\n")
 
 
-@pytest.mark.parametrize("name", ["snows.report", "snows.cli.report"])
-def test_a_report_ends_in_one_line(tmp_path, name):
-    """Once torch is there, which the package imports before any of its modules is asked."""
-    ended = signalled_at_import(tmp_path, "matplotlib", signal.SIGINT, "-m", name, "nowhere")
+REPORTS = ["snows.report", "snows.cli.report"]
+
+
+@pytest.mark.parametrize(("library", "name"), [*(("torch", name) for name in REPORTS), ("matplotlib", REPORTS[1])])
+def test_a_signal_while_a_report_imports_its_libraries_ends_in_one_line(tmp_path, library, name):
+    ended = signalled_at_import(tmp_path, library, signal.SIGINT, "-m", name, "nowhere")
     assert ended == (130, "error: interrupted\n")
-    done = subprocess.run([sys.executable, "-m", name, "nowhere"], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr.count("\n"), done.stderr[:22]) == (2, 1, "error: nowhere holds n")
+
+
+@pytest.mark.usefixtures("signals")
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("name", REPORTS)
+def test_a_report_of_no_run_ends_in_one_line(monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, "argv", ["report", "nowhere"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module(name, run_name="__main__")
+    err = capsys.readouterr().err
+    assert (exit.value.code, err.count("\n"), err[:22]) == (2, 1, "error: nowhere holds n")
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -8,6 +8,7 @@ import torch
 import torchvision
 from helpers import TinyCNN, randomise
 from torch import nn
+from torchvision.models.regnet import BlockParams, RegNet
 
 import snows
 from snows.calibration.streams import gather
@@ -62,10 +63,10 @@ def test_inputs_by_keyword_are_found_like_those_by_position(tiny, images, mask_a
 
 
 FAMILIES = {
-    "depthwise, squeeze-excite": lambda: timm.create_model("mobilenetv3_small_050", num_classes=8),
+    "depthwise, squeeze-excite": lambda: timm.create_model("test_efficientnet", num_classes=8),
     "concatenation": lambda: torchvision.models.DenseNet(8, (2, 3), 16, num_classes=8),
     "layer norms": lambda: timm.create_model("convnext_atto", num_classes=8, depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)),
-    "groups": lambda: timm.create_model("regnety_002", num_classes=8),
+    "groups": lambda: RegNet(BlockParams.from_init_params(3, 24, 36, 2.5, 8, se_ratio=0.25), num_classes=8),
 }
 
 

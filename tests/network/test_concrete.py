@@ -1,5 +1,6 @@
 """Forward passes that count, compare and unpack: traced with real images, for any number of them."""
 
+import einops
 import pytest
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,6 @@ def folding(self, images):
 
 
 def with_einops(self, images):
-    einops = pytest.importorskip("einops")
     x = einops.rearrange(self.patches(images), "b c h w -> b (h w) c")
     cls = einops.repeat(self.cls, "1 1 d -> b 1 d", b=x.shape[0])
     x = torch.cat([cls, x], dim=1) + self.positions

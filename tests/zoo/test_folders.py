@@ -267,8 +267,13 @@ def test_images_larger_than_those_that_a_network_was_trained_on_are_warned_of(tm
     folder_of(tmp_path, "train/a", "val/a")
     for side in (6, 4):
         load_data("mine", Classifier(Pooled(2), TRANSFORM, pixels=side), str(tmp_path), tmp_path)
-        assert ("`resize` scales images" in caplog.text) == (side == 4)
+        assert ("`resize` 4 scales it" in caplog.text) == (side == 4)
     assert "0.png becomes 6 x 4 pixels, and the network was trained on 4 x 4" in caplog.text
+    np.savez(tmp_path / "x.npz", x=np.zeros((2, 4, 6, 3), np.uint8))
+    load_data("mine", Classifier(Pooled(2), TRANSFORM, pixels=4), str(tmp_path / "x.npz"), tmp_path)
+    assert (
+        "the first image becomes 6 x 4 pixels, and the network was trained on 4 x 4: `resize` 4 scales" in caplog.text
+    )
 
 
 def test_images_too_large_for_a_network_are_told_with_what_to_do(tmp_path):

