@@ -22,7 +22,7 @@ from snows.network.trace import run_node
 from snows.network.window import Window
 
 LINEAR = (operator.add, torch.add, F.linear, F.conv2d)  # functions that keep no slope
-VECTORS = 12  # of theta's size that the solver holds at a time, its products' included
+VECTORS = 14  # of theta's size that the solver holds at a time, its products' included
 
 
 @dataclass
@@ -78,6 +78,10 @@ class Plan:
         """Bytes per image of the columns that a layer's weight multiplies, in the two copies that unfolding takes."""
         positions = self.output[layer.node] // layer.shape[0]
         return 2 * positions * layer.groups * layer.shape[1:].numel()
+
+    def numbers(self, layer: Layer) -> int:
+        """How many numbers a layer puts out for an image."""
+        return self.output[layer.node] // next(self.network.model.parameters()).element_size()
 
     def cut(self, layer: Layer) -> int:
         """Bytes per image that a stream holds when it stands at a layer."""

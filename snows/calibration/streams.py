@@ -19,6 +19,9 @@ from snows.memory import Budget, halved_to_fit, is_out_of_memory
 from snows.network.layers import Layer, Masks, Network
 from snows.options import Options
 
+HELD_OUT = 4  # images at least, if any are held out
+PARTS = 8  # micro-batches at least, where some of them are held out
+FEW_SAMPLES = 10  # outputs of a layer, for each of its weights that survive: with fewer, some are held out
 CHECKED = 8  # images that the traced network is compared with the model on
 
 log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
@@ -79,19 +82,40 @@ class Streams:
         return self.budget.kept(self.plan.vectors(layers)) if self.budget.asked else None
 
     @property
+    def images(self) -> int:
+        return sum(map(len, self.mini_batches))
+
+    @property
     def batch_size(self) -> int:
         """Images in the largest micro-batch."""
         return max(len(batch) for batch in self.batches)
 
-    def fit(self, need: int) -> None:
+    def fit(self, need: int, parted: bool = False) -> None:
         """Cut the micro-batches for work that needs so many bytes per image.
 
         Both streams start anew where that is done: smaller ones are cut when they must be, larger ones when it pays.
+
+        parted: into so many that some can be held out, if there are as many images.
         """
         self.need = need
         wanted = halved_to_fit(max(map(len, self.mini_batches)), need, self.ceiling)
+        if parted:
+            wanted = min(wanted, max(1, self.images // PARTS))
         if wanted < self.batch_size or wanted >= 4 * self.batch_size:
             self.cut(wanted)
+
+    def fit_layer(self, layer: Layer, mask: Tensor, options: Options) -> None:
+        """Cut the micro-batches for the solution of a layer."""
+        self.fit(self.plan.need([layer], options.k_step), self.holds_out(layer, mask, options))
+
+    def holds_out(self, layer: Layer, mask: Tensor, options: Options) -> bool:
+        """Whether part of the images is held out while a layer is solved: they give it few samples per unknown."""
+        few = self.plan.numbers(layer) * self.images < FEW_SAMPLES * int(mask.sum())
+        return few and not options.batching and self.suffice(options.held_out)
+
+    def suffice(self, share: float) -> bool:
+        """Whether there are images enough to hold out that share of them."""
+        return share * self.images >= HELD_OUT
 
     def halve(self) -> None:
         """Let the micro-batches of the work at hand be half as large from now on."""
@@ -118,9 +142,9 @@ class Streams:
         """
         return outlook(self.plan, self.budget, masks, options, max(map(len, self.mini_batches)))
 
-    def recall(self, layer: Layer, k_step: int, batch_size: int | None) -> None:
+    def recall(self, layer: Layer, mask: Tensor, options: Options, batch_size: int | None) -> None:
         """Pass over a finished layer, in micro-batches of the size that had fitted then, if that is to be kept to."""
-        self.fit(self.plan.need([layer], k_step))
+        self.fit_layer(layer, mask, options)
         if batch_size is not None and batch_size < self.batch_size:
             self.allow(batch_size)
 

@@ -225,6 +225,9 @@ def unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
+LOSSES = ("loss_before", "loss_after", "held_out_before", "held_out_after")
+
+
 def layer_rows(records: list[LayerRecord]) -> list[dict]:
     """One row per layer: the losses of each sweep (the first without a number), the effort summed over sweeps."""
     rows: dict[str, dict] = {}
@@ -237,7 +240,7 @@ def layer_rows(records: list[LayerRecord]) -> list[dict]:
         if sweep > 0:
             row |= {"sparsity": record.sparsity, "accuracy": record.accuracy, "batch_size": record.batch_size}
             row["problem"] = record.problem or row["problem"]
-            row |= {f"{loss}_{sweep + 1}": values[loss] for loss in ("loss_before", "loss_after")}
+            row |= {f"{loss}_{sweep + 1}": values[loss] for loss in LOSSES}
             own = () if record.joint else ("newton_steps", "cg_iterations")  # joint steps are no single layer's
             for effort in (*own, "products", "seconds"):
                 row[effort] += values[effort]

@@ -21,7 +21,7 @@ from snows.solve.solver import solve
 def joint_objective(layers: list[Layer], streams: Streams, options: Options) -> Objective:
     """L of all the layers' weights; the streams are left at the first layer, in micro-batches that fit."""
     everything = len(streams.network.nodes)
-    streams.fit(streams.plan.need(layers, everything))
+    streams.fit(streams.plan.need(layers, everything), parted=streams.suffice(options.held_out))
     streams.restart()
     streams.advance(layers[0], options.targets)
     options = options.but(k_step=everything, curvature_images=options.joint_images)
@@ -38,6 +38,8 @@ def update_jointly(
         UsageError: the solver gives back something else than a solution.
     """
     objective, precondition = joint_objective(layers, streams, options), None
+    if streams.suffice(options.held_out):
+        objective = objective.holding_out(options.held_out)
     variables, window = objective.variables, objective.window
     theta = variables.pack([streams.network.masked(layer, masks[layer.name]) for layer in layers])
     support = variables.pack([masks[layer.name] for layer in layers], True)

@@ -64,6 +64,11 @@ def update_layer(layer: Layer, mask: Tensor, streams: Streams, options: Options,
     )
     variables, precondition = objective.variables, None
     theta, support = variables.pack([start]), variables.pack([mask], True)
+    if streams.holds_out(layer, mask, options):
+        objective = objective.holding_out(options.held_out)
+    if objective.held_out is not None:
+        # The rows' inverses would fit few samples by heart in one iteration, and leave nothing to stop early.
+        options = options.but(preconditioner="none", cg_tolerance=0.0)
     with explained(objective.window):
         if options.preconditioner == "rows":
             precondition = row_inverses(objective, theta, support, options.seed, streams.budget.layer_inverses)

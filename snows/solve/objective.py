@@ -84,6 +84,7 @@ class Objective:
         self.indices = list(range(len(examples.sizes))) if indices is None else indices
         self.variables = Variables(self.window.layers, options.biases)
         self.coefficients = self._coefficients()
+        self.held_out: Objective | None = None  # the same loss on images that theta is not fitted to
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -99,6 +100,19 @@ class Objective:
     def on(self, indices: list[int]) -> Objective:
         """The same loss on some of the micro-batches alone, with coefficients of their own."""
         return Objective(self.examples, self.options, self.kept_bytes, indices)
+
+    def holding_out(self, share: float) -> Objective:
+        """The same loss without about that share of the images, on which it is checked; one micro-batch at least.
+
+        Itself, where there is no share or a single micro-batch.
+        """
+        count = min(len(self) // 2, max(1, round(share * len(self)))) if share else 0
+        if count == 0:
+            return self
+        held = [self.indices[(2 * i + 1) * len(self) // (2 * count)] for i in range(count)]  # spread over all
+        fitted = self.on([i for i in self.indices if i not in held])
+        fitted.held_out = self.on(held)
+        return fitted
 
     def sample(self, images: int) -> list[int]:
         """Micro-batches of about so many images, at least one, spread over the calibration set; 0: all of them."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ Operator = Callable[[Tensor], Tensor]  # a linear map, known by its products wit
 
 SUFFICIENT_DECREASE = 1e-4  # Armijo's constant
 MAX_HALVINGS = 8
+PATIENCE = 2  # iterates of CG that may fail to lower the loss on images held out, one after the other
 STAGNATION = 1e-3  # relative decrease of the loss below which another Newton step is not worth its products
 
 
@@ -45,11 +46,13 @@ def conjugate_gradients(
     damping: float = 0.0,
     tolerance: float = 1e-2,
     max_iterations: int = 20,
+    watch: Callable[[Tensor, Tensor], bool] = lambda step, product: True,
 ) -> CGResult:
     """Approximately solve (B + lambda I) x = b, B given by `matvec`, b by `right_side`.
 
     damping: lambda in units of the curvature along the first direction, p^T B p / p^T p: one value for any scale.
     tolerance: stop once ||b - (B + lambda I) x|| <= tolerance * ||b||; the least is the type's own precision.
+    watch: told x and B x after each iteration, which change in place; whether to go on.
 
     Stops at the first direction whose curvature is not positive, and where the residual has become too small for the
     type to tell a direction from it, with what it has; if that is the very first direction, with a step along it.
@@ -92,7 +95,7 @@ def conjugate_gradients(
         bx += alpha * bp
         r = next_r
         residuals.append(residual)
-        if residual <= tolerance:
+        if not watch(x, bx) or residual <= tolerance:
             break
         z = precondition(r)
         rz, previous = dot(r, z), rz
@@ -113,6 +116,37 @@ def check_finite(value: Tensor, what: str) -> Tensor:
     if not value.isfinite().all():
         raise FloatingPointError(f"{what} is not finite")
     return value
+
+
+class EarlyStop:
+    """Of the iterates of CG, the one at which the loss on images that are held out is least.
+
+    Truncated CG regularises as a ridge does (each iteration lets in directions of less curvature), so that the images
+    say how much: once an iterate has lowered their loss, CG goes on until PATIENCE in a row have not. Where none does,
+    steps are too long rather than too well fitted: the line search has its turn, and its result is checked.
+    """
+
+    def __init__(self, held_out: Objective, theta: Tensor):
+        self.held_out, self.theta = held_out, theta
+        self.start = self.loss = held_out.loss(theta)
+        self.found: tuple[Tensor, Tensor] | None = None  # the best iterate and its product
+        self.worse = 0
+
+    def __call__(self, step: Tensor, product: Tensor) -> bool:
+        loss = self.held_out.loss(self.theta + step)
+        if loss < self.loss:
+            self.loss, self.worse, self.found = loss, 0, (step.clone(), product.clone())
+        else:
+            self.worse += 1
+        return self.found is None or self.worse < PATIENCE
+
+    def allows(self, theta: Tensor) -> bool:
+        """Whether theta, which a line search may have shortened the step to, is better than the start here too."""
+        self.loss = self.held_out.loss(theta)
+        if not self.loss < self.start:
+            self.loss = self.start
+            return False
+        return True
 
 
 @dataclass
@@ -140,6 +174,8 @@ class SolveStats:
 
     loss_before: float = float("nan")
     loss_after: float = float("nan")
+    held_out_before: float = float("nan")  # the loss on images that were held out, where any were
+    held_out_after: float = float("nan")
     newton_steps: int = 0
     cg_iterations: int = 0
     products: float = 0.0  # curvature-vector products, in units of the whole calibration set
@@ -169,6 +205,10 @@ def solve(
             stats.cg_iterations += len(step.residuals)
             stats.products += len(step.residuals) * step.share / len(parts)
             stats.residuals.append(step.residuals)
+            if step.unseen is not None:
+                stats.held_out_after = step.unseen.loss.item()
+                if number == 0:
+                    stats.held_out_before = step.unseen.start.item()
         before, after = step.before, step.after
         if options.batching:  # steps that each helped their own mini-batch may still hurt the whole
             before, after = objective.loss(start), objective.loss(theta)
@@ -193,6 +233,7 @@ class NewtonStep:
     residuals: list[float]  # of CG, one per iteration; its vectors are as large as theta, and not kept
     share: float  # of the images, those that its products looked at
     searched: bool = True  # whether there was a direction to search along
+    unseen: EarlyStop | None = None  # what the images that were held out say
 
 
 def newton_step(
@@ -207,6 +248,7 @@ def newton_step(
     here = Curvature(objective, theta)
     check_finite(here.loss, "the loss")
     descent = here.gradient.mul_(support).neg_()
+    unseen = None if objective.held_out is None else EarlyStop(objective.held_out, theta)
     cg = conjugate_gradients(
         lambda v: here.matvec(v).mul_(support),
         descent,
@@ -214,18 +256,22 @@ def newton_step(
         damping,
         options.cg_tolerance,
         options.max_CG_iterations,
+        unseen or (lambda step, product: True),
     )
-    slope = -dot(descent, cg.step)
+    direction, product = (unseen and unseen.found) or (cg.step, cg.product)
+    result = NewtonStep(theta, damping, here.loss, here.loss, cg.residuals, here.share, unseen=unseen)
+    slope = -dot(descent, direction)
     if not slope < 0:  # a zero gradient, or nothing found
-        return NewtonStep(theta, damping, here.loss, here.loss, cg.residuals, here.share, searched=False)
-    search = backtrack(objective.loss, theta, cg.step, here.loss, slope)
-    if search.length > 0:
-        theta = theta + search.length * cg.step
+        return replace(result, searched=False)
+    search = backtrack(objective.loss, theta, direction, here.loss, slope)
     # Levenberg-Marquardt: trust the quadratic model more where it predicted well, less where it did not.
-    predicted = -(slope + dot(cg.step, cg.product) / 2)
+    predicted = -(slope + dot(direction, product) / 2)
     ratio = (here.loss - search.loss) / predicted
     if search.length < 1 or ratio < 0.25:
         damping *= 4
     elif ratio > 0.75:
         damping /= 4
-    return NewtonStep(theta, damping, here.loss, search.loss, cg.residuals, here.share)
+    theta = theta + search.length * direction
+    if unseen is not None and not unseen.allows(theta):
+        return replace(result, damping=damping)
+    return replace(result, theta=theta, damping=damping, after=search.loss)
