@@ -106,13 +106,12 @@ class Objective:
 
         Itself, where there is no share or a single micro-batch.
         """
-        count = min(len(self) // 2, max(1, round(share * len(self)))) if share else 0
-        if count == 0:
+        fitted, held = held_out(self.indices, share)
+        if not held:
             return self
-        held = [self.indices[(2 * i + 1) * len(self) // (2 * count)] for i in range(count)]  # spread over all
-        fitted = self.on([i for i in self.indices if i not in held])
-        fitted.held_out = self.on(held)
-        return fitted
+        objective = self.on(fitted)
+        objective.held_out = self.on(held)
+        return objective
 
     def sample(self, images: int) -> list[int]:
         """Micro-batches of about so many images, at least one, spread over the calibration set; 0: all of them."""
@@ -149,6 +148,13 @@ class Objective:
         sizes = self.examples.numbers() if self.options.depth_weights == "mean" else self.examples.energies()
         totals = [sum(depth) for depth in zip(*sizes[self.indices].tolist())]
         return [1 / total if total > 0 else 0.0 for total in totals]
+
+
+def held_out(indices: list[int], share: float) -> tuple[list[int], list[int]]:
+    """(micro-batches that are fitted, about that share of them that are not, spread over all); of one, none is not."""
+    count = min(len(indices) // 2, max(1, round(share * len(indices)))) if share else 0
+    held = [indices[(2 * i + 1) * len(indices) // (2 * count)] for i in range(count)]
+    return [i for i in indices if i not in held], held
 
 
 def reconstruction(

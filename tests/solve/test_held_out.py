@@ -14,6 +14,7 @@ from torch import nn
 import snows
 from snows.calibration.streams import Streams
 from snows.cli.run_folder import csv_text, layer_rows
+from snows.masks.sparsegpt import shortened
 from snows.network.layers import Network
 from snows.solve.layer import update_layer
 from snows.solve.solver import EarlyStop, conjugate_gradients
@@ -154,3 +155,29 @@ def test_the_loss_of_the_record_is_that_of_the_images_that_were_held_out():
     error = ((found - wanted).square().sum() / wanted.square().sum()).item()
     assert update.stats.held_out_after == pytest.approx(error)
     assert len(sizes) >= 8
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_sparsegpt_goes_as_far_as_the_other_images_say(groups):
+    generator = torch.Generator().manual_seed(groups)
+    start, end, dense = torch.randn(3, 4, 6, generator=generator, dtype=torch.float64)
+    columns = torch.randn(groups, 6, 40, generator=generator, dtype=torch.float64)
+
+    def error(weight):
+        change = (weight - dense).unflatten(0, (groups, -1))
+        return (change @ columns).square().sum().item()
+
+    found = shortened(dense, start, end, columns @ columns.mT / 40)
+    lengths = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    assert error(found) <= min(error(start + length * (end - start)) for length in lengths) * (1 + 1e-9)
+
+
+def test_sparsegpt_on_few_images_is_better_on_others():
+    model, unseen = head(), images(500, seed=100)
+
+    def error(held_out):
+        options = snows.Options(held_out=held_out)
+        pruned = snows.prune(model, images(40, 1), HALF, options, algo="SparseGPT")
+        return (pruned.model(unseen) - model(unseen)).square().sum().item()
+
+    assert error(0.2) < error(0.0)
