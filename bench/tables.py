@@ -205,6 +205,30 @@ def networks() -> str:
     return table(header, cells)
 
 
+def real() -> str:
+    """One row per pattern and way of a network with its real weights."""
+    lines = []
+    rows = [row for row in load("imagenet_real_efficientnet_lite0") if row["layers"] == "all"]
+    for row in sorted(rows, key=lambda row: PATTERNS.index(row["pattern"])):
+        way = f"{row['algo']}{', channels permuted' * row['permuted']}"
+        errors = [row["accuracy"], row["agreement"], f"{row['logit_error']:.3f}"]
+        lines.append([row["pattern"], row["mask"], way, *errors, f"{row['sparsity']:.1%}", round(row["seconds"])])
+    figures = ["top-1 %", "agrees with dense %", "logit error", "zeros", "seconds"]
+    said = f"Dense: {rows[0]['dense_accuracy']:.2f}. {rows[0]['images']} images calibrate, "
+    said += f"{rows[0]['test_images']} of other classes test."
+    return table(["pattern", "mask", "survivors", *figures], lines) + f"\n\n{said}"
+
+
+def real_classifier() -> str:
+    """The classifier alone, by the number of images: masked, solved, and solved with some images held out."""
+    cells: dict[int, list[str]] = {}
+    for row in load("imagenet_real_efficientnet_lite0"):
+        if row["layers"] == "classifier":
+            cells.setdefault(row["images"], []).append(f"{row['accuracy']:.1f} / {row['logit_error']:.3f}")
+    header = ["images", "masked, top-1 % / logit error", "SNOWS, none held out", "SNOWS, a tenth held out"]
+    return table(header, [[images, *row] for images, row in sorted(cells.items())])
+
+
 def products() -> str:
     """One row per network and curvature: what a product costs, in forward passes of its window."""
     kinds = {}
@@ -294,6 +318,8 @@ TABLES = {
     "compare_vit": lambda: comparison(load("compare_vit_2048")),
     "permute": permuted,
     "networks": networks,
+    "real": real,
+    "real_classifier": real_classifier,
     "products": products,
     "checkpointing": checkpointing,
     "memory": memory,
