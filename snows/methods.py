@@ -58,7 +58,7 @@ def update_by_sparsegpt(layer: Layer, mask: Tensor, streams: Streams, options: O
 
 
 def sparsegpt_problem(layer: Layer, streams: Streams, indices: list[int] | None = None) -> tuple[Tensor, Tensor]:
-    """(weight, second moment of its inputs) of a layer on the pruned network as it stands; indices: as in that."""
+    """(weight, second moment of its inputs) of a layer on the pruned network as it stands; of some micro-batches."""
     streams.sparse.advance(layer.node)
     weight = streams.network.model.get_parameter(layer.parameter).detach()
     return weight, mean_moment(layer, streams.sparse, indices)

@@ -140,6 +140,11 @@ class EarlyStop:
             self.worse += 1
         return self.found is None or self.worse < PATIENCE
 
+    def take(self, cg: CGResult) -> tuple[Tensor, Tensor]:
+        """The best iterate and its product, which are kept no longer; CG's last where none has lowered the loss."""
+        found, self.found = self.found, None
+        return found or (cg.step, cg.product)
+
     def allows(self, theta: Tensor) -> bool:
         """Whether theta, which a line search may have shortened the step to, is better than the start here too."""
         self.loss = self.held_out.loss(theta)
@@ -258,7 +263,7 @@ def newton_step(
         options.max_CG_iterations,
         unseen or (lambda step, product: True),
     )
-    direction, product = (unseen and unseen.found) or (cg.step, cg.product)
+    direction, product = (cg.step, cg.product) if unseen is None else unseen.take(cg)
     result = NewtonStep(theta, damping, here.loss, here.loss, cg.residuals, here.share, unseen=unseen)
     slope = -dot(descent, direction)
     if not slope < 0:  # a zero gradient, or nothing found
