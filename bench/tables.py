@@ -1,8 +1,9 @@
 """The tables of README.md and docs/: one function for each, from the CSV files in results/."""
 
 import itertools
-from statistics import mean, median, stdev
+from statistics import median
 
+from cells import average, changed, deviation, flags, found, over_seeds, quoted, spread, table
 from common import RESULTS, read
 
 PATTERNS = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "1:4", "2:8")  # of compare.py, in their usual order, as are these
@@ -13,14 +14,6 @@ WAYS = ("alone", "MP+", "SNOWS")
 def load(name: str) -> list[dict]:
     """The rows of a results file."""
     return read(RESULTS / f"{name}.csv")
-
-
-def table(header: list[str], rows: list[list]) -> str:
-    """A Markdown table; floats with two digits."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in line) + " |" for line in lines
-    )
 
 
 def default(arch: str) -> str:
@@ -73,34 +66,6 @@ def accuracy() -> str:
             others.setdefault((row["pattern"], quoted(flags(row))), []).append(row)
     more = [f"{pattern}, {changes}: {spread(found)}." for (pattern, changes), found in others.items()]
     return "\n\n".join([table(["pattern", "zeros", *columns, "products"], cells), *more])
-
-
-def average(rows: list[dict], figure: str) -> float | str:
-    """The mean of a figure; nothing where there is no row."""
-    return mean(row[figure] for row in rows) if rows else ""
-
-
-def spread(rows: list[dict]) -> str:
-    """The mean accuracy of some seeds, with the lowest, the highest and how many there are."""
-    found = [row["accuracy"] for row in rows]
-    if len(found) < 2:
-        return "".join(f"{each:.2f}" for each in found)
-    return f"{sum(found) / len(found):.2f} ({min(found):.2f} to {max(found):.2f}, {len(found)} seeds)"
-
-
-def flags(row: dict) -> list[str]:
-    """A row of cifar10.py as flags: the number of images first."""
-    words = row["flags"].split()
-    return [f"--images {row['images']}", *(f"{flag} {word}" for flag, word in zip(words[::2], words[1::2]))]
-
-
-def quoted(words: list[str]) -> str:
-    return ", ".join(f"`{word}`" for word in words)
-
-
-def changed(row: dict, first: dict) -> str:
-    """The flags of a row that the first of its table has not; for that one, all of them but the images."""
-    return quoted(flags(row)[1:] if row is first else [flag for flag in flags(row) if flag not in flags(first)])
 
 
 def ablation() -> str:
@@ -282,24 +247,6 @@ def comparison(rows: list[dict]) -> str:
         if any(cells):
             lines.append([pattern, mask, *map(deviation, cells)])
     return table(["pattern", "mask", *ways], lines)
-
-
-def over_seeds(rows: list[dict], **wanted) -> list[float]:
-    """The accuracies of all the seeds of one cell."""
-    return [row["accuracy"] for row in rows if wanted.items() <= row.items()]
-
-
-def found(rows: list[dict], key: str, order: tuple[str, ...]) -> list[str]:
-    """The values that the rows have, known ones in their usual order and first."""
-    values = {row[key] for row in rows}
-    return [value for value in order if value in values] + sorted(values - set(order))
-
-
-def deviation(accuracies: list[float]) -> str:
-    """A mean and, of several, the standard deviation."""
-    if not accuracies:
-        return ""
-    return f"{mean(accuracies):.2f}" + (f" ± {stdev(accuracies):.2f}" if len(accuracies) > 1 else "")
 
 
 TABLES = {

@@ -1,0 +1,57 @@
+"""What the tables share: Markdown, means over seeds, and rows found by what they are of."""
+
+from statistics import mean, stdev
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    """A Markdown table; floats with two digits."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        "| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in line) + " |" for line in lines
+    )
+
+
+def average(rows: list[dict], figure: str) -> float | str:
+    """The mean of a figure; nothing where there is no row."""
+    return mean(row[figure] for row in rows) if rows else ""
+
+
+def spread(rows: list[dict]) -> str:
+    """The mean accuracy of some seeds, with the lowest, the highest and how many there are."""
+    found = [row["accuracy"] for row in rows]
+    if len(found) < 2:
+        return "".join(f"{each:.2f}" for each in found)
+    return f"{sum(found) / len(found):.2f} ({min(found):.2f} to {max(found):.2f}, {len(found)} seeds)"
+
+
+def deviation(accuracies: list[float]) -> str:
+    """A mean and, of several, the standard deviation."""
+    if not accuracies:
+        return ""
+    return f"{mean(accuracies):.2f}" + (f" ± {stdev(accuracies):.2f}" if len(accuracies) > 1 else "")
+
+
+def over_seeds(rows: list[dict], **wanted) -> list[float]:
+    """The accuracies of all the seeds of one cell."""
+    return [row["accuracy"] for row in rows if wanted.items() <= row.items()]
+
+
+def found(rows: list[dict], key: str, order: tuple[str, ...]) -> list[str]:
+    """The values that the rows have, known ones in their usual order and first."""
+    values = {row[key] for row in rows}
+    return [value for value in order if value in values] + sorted(values - set(order))
+
+
+def flags(row: dict) -> list[str]:
+    """A row of cifar10.py as flags: the number of images first."""
+    words = row["flags"].split()
+    return [f"--images {row['images']}", *(f"{flag} {word}" for flag, word in zip(words[::2], words[1::2]))]
+
+
+def quoted(words: list[str]) -> str:
+    return ", ".join(f"`{word}`" for word in words)
+
+
+def changed(row: dict, first: dict) -> str:
+    """The flags of a row that the first of its table has not; for that one, all of them but the images."""
+    return quoted(flags(row)[1:] if row is first else [flag for flag in flags(row) if flag not in flags(first)])
