@@ -8,8 +8,10 @@ diagonal, and P the projection on the pattern, the row w and its sparse copy d a
 rho growing the faster the more of the support still changes. On the support that it ends with, least squares.
 """
 
+from collections.abc import Callable
 from functools import partial
 
+import common  # noqa: F401  (it says where the project lies)
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ def update_by_admm(layer: Layer, mask: Tensor, streams: Streams, options: Option
     return Update(solved.reshape(weight.shape).to(weight.dtype))
 
 
-def split(rows: Tensor, moment: Tensor, choose) -> Tensor:
+def split(rows: Tensor, moment: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
     """The support (groups, out, in) that the splitting ends with."""
     scale = moment.diagonal(dim1=1, dim2=2).sqrt()[:, None]  # (groups, 1, in)
     values, basis = torch.linalg.eigh(moment / scale.mT / scale)  # one factorisation serves every rho

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product, starmap
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from networks import views
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
+from snows.calibration.stream import channels_last_on_cpu
 from snows.memory import is_gpu
 from snows.network.layers import Masks
 
@@ -66,6 +68,12 @@ LOSSES: dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]] = {
     "layers": squared,  # of the outputs of all the pruned layers beside the logits
 }
 OPTIMIZERS = {"Adam": torch.optim.Adam, "SGD": partial(torch.optim.SGD, momentum=0.9, nesterov=True)}
+RATES = {"Adam": (3e-4, 1e-3, 3e-3), "SGD": (1e-2, 3e-2, 1e-1)}  # that are tried
+ADAPRUNE = Training("layers", views=False, batch_norm="evaluation")
+KINDS = product(("MSE", "KL"), OPTIMIZERS, (True, False), ("training", "evaluation"))
+# name -> (the algorithm that it begins with, the training)
+TRAININGS = {f"distillation: {each}": ("MP", each) for each in starmap(Training, KINDS)}
+TRAININGS |= {"global AdaPrune": ("MP+", ADAPRUNE), "global AdaPrune from the mask": ("MP", ADAPRUNE)}
 
 
 class Outputs:
@@ -100,6 +108,7 @@ def train(
     held = None if training.views or names else logits_of(teacher, images, training.batch_size, device)
     for _, chosen in zip(range(training.steps), batches(len(images), training.batch_size, generator)):
         batch = (views(images[chosen], generator) if training.views else images[chosen]).to(device)
+        batch = channels_last_on_cpu(batch, device)
         with torch.no_grad():
             targets = wanted(batch) if held is None else [held[chosen]]
         optimizer.zero_grad()

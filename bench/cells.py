@@ -55,3 +55,29 @@ def quoted(words: list[str]) -> str:
 def changed(row: dict, first: dict) -> str:
     """The flags of a row that the first of its table has not; for that one, all of them but the images."""
     return quoted(flags(row)[1:] if row is first else [flag for flag in flags(row) if flag not in flags(first)])
+
+
+def seconds_of(row: dict) -> float:
+    """A row's seconds of the processor; earlier rows have those of the clock alone."""
+    return row.get("cpu_seconds") or row["seconds"]
+
+
+def training_of(row: dict) -> tuple:
+    """What the learning rates of end_to_end.py are tried for, each time anew."""
+    return tuple(row.get(name) for name in ("network", "images", "method", "pattern", "budget"))
+
+
+def chosen_rates(rows: list[dict]) -> dict[tuple, float]:
+    """Of each training the learning rate whose error on held-out training images is least, with its first seed."""
+    tried: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row.get("lr") is not None and row["held_out_error"] is not None:
+            tried.setdefault(training_of(row), []).append(row)
+    best = {name: min(each, key=lambda row: (row["seed"], row["held_out_error"])) for name, each in tried.items()}
+    return {name: row["lr"] for name, row in best.items()}
+
+
+def of_chosen_rates(rows: list[dict]) -> list[dict]:
+    """The rows without the trainings at other learning rates than the chosen."""
+    best = chosen_rates(rows)
+    return [row for row in rows if row.get("lr") is None or row["lr"] == best.get(training_of(row))]
