@@ -1,6 +1,11 @@
 """What the tables share: Markdown, means over seeds, and rows found by what they are of."""
 
+import itertools
 from statistics import mean, stdev
+
+PATTERNS = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "1:4", "2:8")  # of compare.py, in their usual order, as are these
+MASKS = ("MP", "Wanda", "SparseGPT", "OBS")
+WAYS = ("alone", "MP+", "SNOWS")
 
 
 def table(header: list[str], rows: list[list]) -> str:
@@ -81,3 +86,22 @@ def of_chosen_rates(rows: list[dict]) -> list[dict]:
     """The rows without the trainings at other learning rates than the chosen."""
     best = chosen_rates(rows)
     return [row for row in rows if row.get("lr") is None or row["lr"] == best.get(training_of(row))]
+
+
+def reached(rows: list[dict]) -> str:
+    """Accuracy, error on held-out images and seconds, means over the seeds; "-" where a training has diverged."""
+    if not rows:
+        return ""
+    errors = [row["held_out_error"] for row in rows]
+    error = "-" if None in errors else f"{mean(errors):.4f}"
+    return f"{deviation([row['accuracy'] for row in rows])} / {error} / {mean(map(seconds_of, rows)):.0f}"
+
+
+def comparison(rows: list[dict]) -> str:
+    """Accuracy in percent, mean and standard deviation over seeds: a line for each mask of each pattern."""
+    ways, lines = found(rows, "way", WAYS), []
+    for pattern, mask in itertools.product(found(rows, "pattern", PATTERNS), found(rows, "mask", MASKS)):
+        cells = [over_seeds(rows, pattern=pattern, mask=mask, way=way) for way in ways]
+        if any(cells):
+            lines.append([pattern, mask, *map(deviation, cells)])
+    return table(["pattern", "mask", *ways], lines)

@@ -1,14 +1,25 @@
 """The tables of README.md and docs/: one function for each, from the CSV files in results/."""
 
-import itertools
 from statistics import median
 
-from cells import average, changed, deviation, flags, found, over_seeds, quoted, spread, table
+from cells import (
+    PATTERNS,
+    WAYS,
+    average,
+    changed,
+    comparison,
+    flags,
+    found,
+    of_chosen_rates,
+    quoted,
+    reached,
+    seconds_of,
+    spread,
+    table,
+)
 from common import RESULTS, read
 
-PATTERNS = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "1:4", "2:8")  # of compare.py, in their usual order, as are these
-MASKS = ("MP", "Wanda", "SparseGPT", "OBS")
-WAYS = ("alone", "MP+", "SNOWS")
+END_TO_END, BASELINES = "end_to_end_resnet20_cifar10", "baselines_resnet20_cifar10"
 
 
 def load(name: str) -> list[dict]:
@@ -49,9 +60,10 @@ def headline() -> str:
 def accuracy() -> str:
     """One row per pattern: every method's accuracy, its mean over the seeds and how far they spread."""
     rows = load("resnet20_cifar10_accuracy")
-    zeros = {row["pattern"]: row["sparsity"] for row in rows}
+    zeros = {row["pattern"]: row["sparsity"] for row in rows if "--protocol" not in row["flags"]}
     columns = {"MP (mask only)": ("MP", ""), "MP+": ("MP+", "")}
-    columns |= {"SNOWS, layer by layer": ("SNOWS", "--joint_steps 0"), "**SNOWS**": ("SNOWS", "")}
+    columns |= {"SNOWS, layer by layer": ("SNOWS", "--joint_steps 0")}
+    columns |= {"SNOWS, published protocol": ("SNOWS", "--protocol published"), "**SNOWS**": ("SNOWS", "")}
     cells = []
     for pattern in sorted(zeros, key=lambda pattern: (":" in pattern, zeros[pattern])):  # unstructured first
         found = [
@@ -90,12 +102,27 @@ def vit_ablation() -> str:
 
 def end_to_end() -> str:
     """One row per method, in the order of their seconds."""
-    rows = sorted(load("end_to_end_resnet20_cifar10"), key=lambda row: row["seconds"])
     cells = [
-        [row["method"], row["accuracy"], f"{row['held_out_loss']:.3f}", round(row["products"]), f"{row['seconds']:.1f}"]
-        for row in rows
+        [row["method"], row["accuracy"], f"{row['held_out_loss']:.3f}", round(row["products"]), f"{seconds:.1f}"]
+        for seconds, row in sorted(((seconds_of(row), row) for row in load(END_TO_END)), key=lambda pair: pair[0])
     ]
-    return table(["method", "accuracy %", "error of held-out logits", "products or gradients", "seconds"], cells)
+    return table(["method", "accuracy %", "error of test logits", "products or gradients", "seconds"], cells)
+
+
+def baselines() -> str:
+    """One row per method and seconds of a training, with what it reaches at each pattern."""
+    rows = of_chosen_rates(load(BASELINES))
+    if not rows:
+        return "Not measured yet."
+    patterns = found(rows, "pattern", ("unstructured 0.8", "unstructured 0.9", "2:4", "1:4"))
+    lines: dict[tuple, dict[str, list[dict]]] = {}
+    for row in rows:
+        budget = row.get("budget")
+        name = row["method"] if budget is None else f"{row['method']}, {budget:g} s"
+        lines.setdefault((name, row["images"]), {}).setdefault(row["pattern"], []).append(row)
+    cells = [[*name, *(reached(each.get(pattern, [])) for pattern in patterns)] for name, each in lines.items()]
+    said = "Accuracy in percent / relative error of the logits of held-out training images / seconds of the processor."
+    return table(["method", "images", *patterns], cells) + f"\n\n{said}"
 
 
 def convergence() -> str:
@@ -239,16 +266,6 @@ def memory() -> str:
     return table(["job", "images", *(name for *_, name in columns)], cells)
 
 
-def comparison(rows: list[dict]) -> str:
-    """Accuracy in percent, mean and standard deviation over seeds: a line for each mask of each pattern."""
-    ways, lines = found(rows, "way", WAYS), []
-    for pattern, mask in itertools.product(found(rows, "pattern", PATTERNS), found(rows, "mask", MASKS)):
-        cells = [over_seeds(rows, pattern=pattern, mask=mask, way=way) for way in ways]
-        if any(cells):
-            lines.append([pattern, mask, *map(deviation, cells)])
-    return table(["pattern", "mask", *ways], lines)
-
-
 TABLES = {
     "headline": headline,
     "default": lambda: default("resnet20_digits"),
@@ -258,6 +275,7 @@ TABLES = {
     "vit": vit,
     "vit_ablation": vit_ablation,
     "end_to_end": end_to_end,
+    "baselines": baselines,
     "convergence": convergence,
     "scaling": scaling,
     "compare_256": lambda: comparison(load("compare_resnet20")),
