@@ -21,7 +21,7 @@ from snows.zoo.evaluate import Score, score
 from snows.zoo.images import Data
 from snows.zoo.registry import load_classifier, load_data
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 SIDE = 64  # pixels of random images, which a network's transform scales to its own
 
 
@@ -111,8 +111,8 @@ def classifier_of(name: str, entry: Entry, args: Namespace) -> Classifier:
     try:
         classifier = load_classifier(entry.arch, KNOWN, file, args.random_weights)
     except SnowsError as error:
-        where = f"Its file in --weights_dir is called {name} and ends in {', '.join(SUFFIXES)}."
-        raise type(error)(f"weights: {error} {where}") from error
+        where = f"Put a file {name}{SUFFIXES[0]} (or {', '.join(SUFFIXES[1:])}) into --weights_dir."
+        raise SnowsError(f"weights: {str(error).rstrip('.')}. {where}") from error
     if file is not None and entry.statistics is not None:
         classifier.transform = with_statistics(classifier.transform, *entry.statistics)
     return classifier
@@ -125,10 +125,8 @@ def data_of(entry: Entry, classifier: Classifier, args: Namespace) -> Data:
     try:
         return load_data(entry.arch, classifier, found, args.data_dir, args.num_workers)
     except SnowsError as error:
-        where = (
-            f"--data_dir has {places[0].name}, or a folder {places[1].name} with train and val in ImageFolder layout."
-        )
-        raise type(error)(f"images: {error} {where}") from error
+        where = f"Put {places[0].name}, or a folder {places[1].name} with train and val, into --data_dir."
+        raise SnowsError(f"images: {str(error).rstrip('.')}. {where}") from error
 
 
 def random_data(classifier: Classifier) -> Data:
@@ -136,4 +134,4 @@ def random_data(classifier: Classifier) -> Data:
     side = classifier.pixels or SIDE
     generator = np.random.default_rng(0)
     parts = [generator.integers(0, 256, (count, side, side, 3), dtype=np.uint8) for count in (64, 16)]
-    return Data(*(Arrays(part, np.zeros(len(part), dtype=np.int64), classifier.transform) for part in parts))
+    return Data(*(Arrays(part, generator.integers(0, 10, len(part)), classifier.transform) for part in parts))

@@ -99,7 +99,7 @@ def test_a_network_that_lacks_something_is_left_out_with_what_to_do(run, small, 
     assert run(*where, "--methods", "MP", "--patterns", "2:4") == []
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("resnet20_cifar10: left out: images: ")
-    assert said[0].endswith("--data_dir has cifar10.npz, or a folder cifar10 with train and val in ImageFolder layout.")
+    assert said[0].endswith(". Put cifar10.npz, or a folder cifar10 with train and val, into --data_dir.")
     assert said[1:] == ["no row to make a table of"]
     (tmp_path / "data" / "cifar10.npz").write_bytes((small / "images.npz").read_bytes())
     assert run(*where, "--check") == []
@@ -111,7 +111,9 @@ def test_a_network_that_lacks_something_is_left_out_with_what_to_do(run, small, 
     assert "holds rows of other weights" in capsys.readouterr().out
     (tmp_path / "resnet20_cifar10.pt").write_bytes(b"")
     run(*where, "--check")
-    assert "left out: weights: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "left out: weights: " in said
+    assert "Put a file resnet20_cifar10.pt (or .pth, .bin, .safetensors) into --weights_dir." in said
 
 
 def test_workers_are_this_command_on_each_device(monkeypatch):
