@@ -16,7 +16,6 @@ from snows.network.layers import Layer, Masks
 from snows.options import Options
 from snows.solve.joint import update_jointly
 from snows.solve.layer import LEAST_SQUARES, Solver, Update, update_layer
-from snows.solve.objective import held_out
 from snows.solve.solver import solve
 
 
@@ -44,24 +43,17 @@ def snows_with(solver: Solver = solve) -> Method:
 
 
 def update_by_sparsegpt(layer: Layer, mask: Tensor, streams: Streams, options: Options) -> Update:
-    """SparseGPT's own update of the surviving weights, on any mask.
-
-    From few samples, as much of it as helps on the images that are held out.
-    """
-    share = options.held_out if streams.holds_out(layer, mask, options) else 0.0
-    fitted, held = held_out(list(range(len(streams.sparse))), share)
-    weight, moment = sparsegpt_problem(layer, streams, fitted)
-    new = sparsegpt.update(weight, moment, mask)
-    if held:
-        new = sparsegpt.shortened(weight, weight * mask, new, mean_moment(layer, streams.sparse, held))
-    return Update(new)
+    """SparseGPT's own update of the surviving weights, on any mask; none from too few samples."""
+    if not streams.solvable(layer, mask, options).any():
+        return Update(streams.network.masked(layer, mask))
+    return Update(sparsegpt.update(*sparsegpt_problem(layer, streams), mask))
 
 
-def sparsegpt_problem(layer: Layer, streams: Streams, indices: list[int] | None = None) -> tuple[Tensor, Tensor]:
-    """(weight, second moment of its inputs) of a layer on the pruned network as it stands; of some micro-batches."""
+def sparsegpt_problem(layer: Layer, streams: Streams) -> tuple[Tensor, Tensor]:
+    """(weight, second moment of its inputs) of a layer on the pruned network as it stands."""
     streams.sparse.advance(layer.node)
     weight = streams.network.model.get_parameter(layer.parameter).detach()
-    return weight, mean_moment(layer, streams.sparse, indices)
+    return weight, mean_moment(layer, streams.sparse)
 
 
 ONE_PASS = dict(sweeps=1, schedule=0, joint_steps=0)

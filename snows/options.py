@@ -27,6 +27,7 @@ PRESETS = {
         schedule=0,
         joint_steps=0,
         held_out=0.0,
+        min_samples=0.0,
         newton_steps=3,
         max_CG_iterations=20,
         cg_tolerance=1e-2,
@@ -80,9 +81,13 @@ class Options:
     )  # fmt: skip
     cg_tolerance: float = option(0.1, "relative residual at which CG stops: Newton's step is inexact", low=0)
     damping: float = option(1e-3, "first Levenberg-Marquardt damping, relative to the curvature", low=0)
+    min_samples: float = option(
+        10.0, "outputs that the images give of a layer, per surviving weight: where they are fewer (heads), only its "
+        "bias is solved; 0: all is solved", low=0,
+    )  # fmt: skip
     held_out: float = option(
-        0.1, "share of the calibration images that are held out, to stop at the solution that is best on them: in the "
-        "joint steps, and in layers with few samples per unknown (heads); fewer than 4 images: none", low=0, high=0.5,
+        0.1, "share of the calibration images that are held out in the joint steps, to stop at the solution that is "
+        "best on them; fewer than 4 images: none", low=0, high=0.5,
     )  # fmt: skip
     batching: bool = option(False, "True: a Newton step per mini-batch (paper); False: one for all the images")
     batch_size: int = option(128, "calibration images per mini-batch or micro-batch; bounds the memory", low=1)

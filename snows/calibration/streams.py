@@ -21,7 +21,6 @@ from snows.options import Options
 
 HELD_OUT = 4  # images at least, if any are held out
 PARTS = 8  # micro-batches at least, where some of them are held out
-FEW_SAMPLES = 10  # outputs of a layer, for each of its weights that survive: with fewer, some are held out
 CHECKED = 8  # images that the traced network is compared with the model on
 
 log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
@@ -106,12 +105,16 @@ class Streams:
 
     def fit_layer(self, layer: Layer, mask: Tensor, options: Options) -> None:
         """Cut the micro-batches for the solution of a layer."""
-        self.fit(self.plan.need([layer], options.k_step), self.holds_out(layer, mask, options))
+        self.fit(self.plan.need([layer], options.k_step))
 
-    def holds_out(self, layer: Layer, mask: Tensor, options: Options) -> bool:
-        """Whether part of the images is held out while a layer is solved: they give it few samples per unknown."""
-        few = self.plan.numbers(layer) * self.images < FEW_SAMPLES * int(mask.sum())
-        return few and not options.batching and self.suffice(options.held_out)
+    def solvable(self, layer: Layer, mask: Tensor, options: Options) -> Tensor:
+        """What is solved of a layer's weight: the support, or nothing where the images give too few samples for it.
+
+        From few samples a classifier learns that the classes which they do not show are never the answer. Images that
+        are held out do not tell: the errors of the logits become smaller with it.
+        """
+        enough = self.plan.numbers(layer) * self.images >= options.min_samples * int(mask.sum())
+        return mask if enough else torch.zeros_like(mask)
 
     def suffice(self, share: float) -> bool:
         """Whether there are images enough to hold out that share of them."""

@@ -14,7 +14,7 @@ stream along the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -112,10 +112,10 @@ def weight_of(layer: Layer, stream: Stream) -> Tensor:
     return stream.model.get_parameter(layer.parameter)
 
 
-def inputs(layer: Layer, stream: Stream, indices: Iterable[int] | None = None) -> Iterator[Tensor]:
-    """The layer's input columns of each micro-batch, or of some, (groups, in, positions)."""
+def inputs(layer: Layer, stream: Stream) -> Iterator[Tensor]:
+    """The layer's input columns of each micro-batch, (groups, in, positions)."""
     source = layer.node.args[0]
-    for i in range(len(stream)) if indices is None else indices:
+    for i in range(len(stream)):
         x = value_of(source, stream.model, stream.read(i, {source}), {})
         yield layer_columns(stream.network, layer, x)
 
@@ -128,13 +128,10 @@ def mean_squares(layer: Layer, stream: Stream) -> Tensor:
     return checked(total / count, layer)
 
 
-def mean_moment(layer: Layer, stream: Stream, indices: Iterable[int] | None = None) -> Tensor:
-    """A, the mean of x x^T over images and positions, (groups, in, in) in float64; the stream stands at the layer.
-
-    indices: the micro-batches that it is of; None: all.
-    """
+def mean_moment(layer: Layer, stream: Stream) -> Tensor:
+    """A, the mean of x x^T over images and positions, (groups, in, in) in float64; the stream stands at the layer."""
     total, count = 0.0, 0
-    for x in inputs(layer, stream, indices):
+    for x in inputs(layer, stream):
         total, count = total + second_moment(x).double(), count + x.shape[2]
     return checked(total / count, layer)
 

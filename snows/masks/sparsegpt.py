@@ -60,22 +60,6 @@ def update(weight: Tensor, moment: Tensor, mask: Tensor) -> Tensor:
     return new
 
 
-def shortened(weight: Tensor, start: Tensor, end: Tensor, moment: Tensor) -> Tensor:
-    """The point between two solutions that is best on other images, whose second moment is A: tr (w - w0) A (w - w0)^T.
-
-    weight: w0, the dense weight. moment: A, (groups, in, in).
-    """
-
-    def inner(a: Tensor, b: Tensor) -> Tensor:
-        rows, others = (each.flatten(1).unflatten(0, (len(moment), -1)).to(moment.dtype) for each in (a, b))
-        return (rows @ moment * others).sum()
-
-    step = end - start
-    slope, curvature = inner(weight - start, step), inner(step, step)
-    length = (slope / curvature).clamp(0, 1).item() if curvature > 0 else 0.0
-    return start + length * step
-
-
 def eliminate(weight: Tensor, moment: Tensor, choose: Chooser, width: int) -> tuple[Tensor, Tensor]:
     """(new weight, mask), both (out, in, ...): `choose` is asked about `width` columns at a time."""
     order = torch.arange(moment.shape[-1], device=weight.device).view(1, *weight.shape[1:])

@@ -63,12 +63,7 @@ def update_layer(layer: Layer, mask: Tensor, streams: Streams, options: Options,
         [layer], streams.sparse, streams.dense, options, streams.kept_bytes([layer]), streams.groups
     )
     variables, precondition = objective.variables, None
-    theta, support = variables.pack([start]), variables.pack([mask], True)
-    if streams.holds_out(layer, mask, options):
-        objective = objective.holding_out(options.held_out)
-    if objective.held_out is not None:
-        # The rows' inverses would fit few samples by heart in one iteration, and leave nothing to stop early.
-        options = options.but(preconditioner="none", cg_tolerance=0.0)
+    theta, support = variables.pack([start]), variables.pack([streams.solvable(layer, mask, options)], True)
     with explained(objective.window):
         if options.preconditioner == "rows":
             precondition = row_inverses(objective, theta, support, options.seed, streams.budget.layer_inverses)
@@ -101,10 +96,10 @@ def minimise(
             "%s: %s", f"layer {names} keeps its masked weights" if alone else "the layers keep their weights", error
         )
         return start, SolveStats(problem=str(error))
-    if theta[~support].any():  # not the solver of this library
-        theta = theta.where(support, 0)
+    if (theta != start)[~support].any():  # not the solver of this library
+        theta = theta.where(support, start)
         stats.loss_after = objective.loss(theta).item()
-        log.warning("the solver moved removed weights of layer %s: they are set back to zero", names)
+        log.warning("the solver moved weights off the support of layer %s: they are set back", names)
     return theta, stats
 
 
