@@ -3,6 +3,7 @@
 import itertools
 from statistics import mean, median, stdev
 
+import ranks_tables
 from common import RESULTS, read
 
 PATTERNS = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "1:4", "2:8")  # of compare.py, in their usual order, as are these
@@ -323,4 +324,6 @@ TABLES = {
     "products": products,
     "checkpointing": checkpointing,
     "memory": memory,
+    "ranks": ranks_tables.measured,
+    "ranks_model": ranks_tables.modelled,
 }

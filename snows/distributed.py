@@ -44,7 +44,9 @@ class Group:
     """This process alone; `Ranks` are several."""
 
     rank, size, neighbours = 0, 1, 1  # neighbours: the processes on this machine, this one included
-    moved: Counter  # what was exchanged: bytes and number, by kind
+
+    def __init__(self):
+        self.moved: Counter = Counter()  # what was exchanged: bytes and number, by kind
 
     def share(self, start: int, count: int) -> slice:
         """Which of `count` images are this process's: of all, whose number `start` is the first, every size-th."""
@@ -103,7 +105,8 @@ class Ranks(Group):
     """
 
     def __init__(self):
-        self.rank, self.size, self.moved = dist.get_rank(), dist.get_world_size(), Counter()
+        super().__init__()
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.control = dist.new_group(backend="gloo", timeout=SILENCE)
         machines: list = [None] * self.size
         dist.all_gather_object(machines, socket.gethostname(), group=self.control)
