@@ -3,9 +3,13 @@
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -89,12 +93,20 @@ def killed_at(rank, layers):
     try:
         prune("best", listener=listener)
     except distributed.Lost as lost:
-        return steps, lost
-    return steps, None
+        return steps, str(lost)
+    return steps, "nothing was lost"
 
 
 def going_on(steps):
     return prune("best", finished=steps if dist.get_rank() == 0 else ())
+
+
+class Raised(NamedTuple):
+    """An error that a process ended with."""
+
+    kind: type
+    text: str
+    layers: int  # that it had finished
 
 
 def child(rank, number, folder, work, args):
@@ -103,7 +115,7 @@ def child(rank, number, folder, work, args):
     try:
         result = work(*args)
     except snows.SnowsError as error:
-        error.__cause__, result = None, error
+        result = Raised(type(error), str(error), 0 if error.result is None else len(error.result.layers))
     torch.save(result, Path(folder) / f"{rank}.tmp")
     (Path(folder) / f"{rank}.tmp").rename(Path(folder) / f"{rank}.pt")
     os._exit(0)
@@ -112,7 +124,9 @@ def child(rank, number, folder, work, args):
 def in_processes(number, work, *args):
     """What `work` gives back, or raises, in each process of a group; None of one that was killed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranks"])
+    context.set_forkserver_preload(["ranks"])  # once, from where its path does not lead yet
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
         processes = [context.Process(target=child, args=(i, number, folder, work, args)) for i in range(number)]
         for process in processes:

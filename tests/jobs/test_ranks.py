@@ -7,8 +7,8 @@ from ranks import CASES, in_processes
 
 from snows import distributed
 from snows.cli.launch import first_host, place
-from snows.distributed import ALONE, Ended, Lost
-from snows.errors import UsageError
+from snows.distributed import ALONE, Ended
+from snows.errors import Unfinished, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,9 @@ def test_the_result_is_that_of_one_process_in_single_precision():
 
 def test_memory_that_one_process_lacks_halves_the_micro_batches_of_all():
     first, second = in_processes(2, ranks.with_little_memory)
-    assert {record.batch_size for record in first.layers} == {record.batch_size for record in second.layers} == {2}
+    sizes = [record.batch_size for record in first.layers]
+    assert sizes == [record.batch_size for record in second.layers]
+    assert max(sizes) == 2
     assert not first.problems
     assert same_weights(first, second)
 
@@ -54,21 +56,21 @@ def test_memory_that_one_process_lacks_halves_the_micro_batches_of_all():
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_in_one_process_ends_all(rank):
     errors = in_processes(2, ranks.with_an_error_at, rank)
-    assert isinstance(errors[1 - rank], Ended)
-    assert str(errors[1 - rank]).startswith(f"process {rank}: unexpected OSError after 2 layers: no space")
-    assert [len(error.result.layers) for error in errors] == [2, 2 if rank == 1 else len(errors[1].result.layers)]
+    what = "unexpected OSError after 2 layers: no space"
+    assert errors[rank] == (Unfinished, what, 2)
+    assert errors[1 - rank] == (Ended, f"process {rank}: {what}", 2)
 
 
 def test_processes_that_were_given_other_images_say_so():
     first, second = in_processes(2, ranks.with_other_images)
-    assert str(second) == "process 1 was given other calibration images than process 0."
-    assert str(first) == f"process 1: {second}"
+    assert second.text == "process 1 was given other calibration images than process 0."
+    assert first.text == f"process 1: {second.text}"
 
 
 def test_fewer_images_than_processes_are_refused():
     for error in in_processes(2, ranks.with_too_few_images):
-        assert isinstance(error, UsageError)
-        assert "1 calibration images cannot be shared by 2 processes" in str(error)
+        assert error.kind is UsageError
+        assert "1 calibration images cannot be shared by 2 processes" in error.text
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -76,8 +78,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_job_goes_on_in_fewer(r
     found = in_processes(3, ranks.killed_at, rank, 3)
     assert found.pop(rank) is None
     for steps, lost in found:
-        assert isinstance(lost, Lost)
-        assert "another process of the job has ended" in str(lost)
+        assert lost == "another process of the job has ended."
         assert len(steps) >= 3
     first, second = in_processes(2, ranks.going_on, found[0][0])
     assert off(first, alone["best"]) < 1e-10
