@@ -51,7 +51,7 @@ def kill_one(number: int, ranks: int, folder: Path) -> dict:
     chance = random.Random(number)
     rank, after, pause = chance.randrange(ranks), chance.randint(1, LAYERS - 1), chance.random()
     run = started(ranks, *FLAGS.split(), "--out_dir", folder)
-    while len(list(folder.glob("steps/*.safetensors"))) < after:
+    while len(list(folder.glob("steps/*.safetensors"))) < after and run.poll() is None:
         time.sleep(0.02)
     time.sleep(pause)
     os.kill(processes(run.pid)[rank], signal.SIGKILL)
