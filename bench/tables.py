@@ -2,6 +2,7 @@
 
 from statistics import median
 
+import ranks_tables
 from cells import (
     PATTERNS,
     WAYS,
@@ -288,4 +289,6 @@ TABLES = {
     "products": products,
     "checkpointing": checkpointing,
     "memory": memory,
+    "ranks": ranks_tables.measured,
+    "ranks_model": ranks_tables.modelled,
 }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from snows.calibration.streams import Streams, retry_on_out_of_memory
+from snows.distributed import Group
 from snows.errors import Interrupted, SnowsError, Unfinished, Unsolvable, UsageError, first_line
 from snows.masks import sparsegpt
 from snows.masks.choose import layer_budget, select
@@ -47,6 +48,7 @@ class Job:
     options: Options
     scoring: Options  # the caller's, which masks are chosen with whatever the method
     streams: Streams | None  # None: nothing looks at images
+    group: Group  # the processes that share the images
     finished: Iterator[Step] = field(default_factory=lambda: iter(()))  # of an earlier call, still to be written back
     masks: Masks = field(default_factory=dict)  # of the layers that are set, on the device
     layers: list[LayerRecord] = field(default_factory=list)
@@ -230,18 +232,21 @@ class Job:
     def _step(
         self, layer: Layer, sweep: int, mask: Tensor, update: Update, seconds: float, joint: bool = False
     ) -> Step:
+        """A finished layer, the same in all the processes: what each of them rounds otherwise does not add up."""
+        group, bias_update = self.group, update.bias_update
+        mask, weight = group.agree(mask), group.agree(update.weight)
         record = LayerRecord(
             **vars(update.stats),
             name=layer.name,
             sweep=sweep,
             shape=tuple(layer.shape),
-            sparsity=zeros(update.weight),
+            sparsity=zeros(weight),
             seconds=seconds,
-            peak_memory_bytes=0 if self.streams is None else peak_memory(self.network.device),
+            peak_memory_bytes=0 if self.streams is None else -group.least(-peak_memory(self.network.device)),
             batch_size=0 if self.streams is None else self.streams.batch_size,
             joint=joint,
         )
-        return Step(record, mask, update.weight, update.bias_update)
+        return Step(group.agree(record), mask, weight, None if bias_update is None else group.agree(bias_update))
 
 
 def stages(pattern: Pattern | Masks, options: Options) -> list[Pattern | Masks]:

@@ -176,15 +176,17 @@ class Budget:
     vectors: int = 0
     asked: bool = False
     apart: bool = False  # the device is not the host
+    processes: int = 1  # that share a micro-batch
 
     @classmethod
-    def of(cls, options: Options, device: torch.device | str, vectors: int = 0) -> Budget:
+    def of(cls, options: Options, device: torch.device | str, vectors: int = 0, neighbours: int = 1) -> Budget:
         """What `memory_budget` leaves besides the networks and images that are in memory already, or what is free.
 
         vectors: bytes that the solver's vectors take at the most.
+        neighbours: the processes that share the host, each of which has a device of its own where that is not the host.
         """
         asked, places = int(options.memory_budget * GIB), (device, "cpu")
-        free = [free_memory(place) for place in places]
+        free = [free_memory(place) // (1 if is_gpu(place) else neighbours) for place in places]
         if asked:
             free = [min(left, asked - used_memory(place)) for left, place in zip(free, places)]
         on_device, on_host = (max(0, left) for left in free)
@@ -194,6 +196,15 @@ class Budget:
     def micro_batch(self) -> int:
         """Bytes for the linearisation of one micro-batch, with what comes and goes meanwhile."""
         return min(GPU_MICRO_BATCH if self.apart else MICRO_BATCH, self.device // 4)
+
+    @property
+    def shared_micro_batch(self) -> int:
+        """Bytes for a micro-batch of all the processes together.
+
+        On the host they are as many for any number of processes, which so does not change the micro-batches; a device
+        of one's own is busy with large shares only.
+        """
+        return self.micro_batch * (self.processes if self.apart else 1)
 
     def kept(self, vectors: int) -> int:
         """Bytes for what products need not compute again, besides the solver's vectors of the work at hand."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from snows.arguments import check_arguments
 from snows.calibration.streams import Streams, gather, micro_batches
+from snows.distributed import current, fingerprint
 from snows.errors import UsageError
 from snows.job import Job, Listener
 from snows.masks.choose import check_selection, chosen_layers, select, without
@@ -61,6 +62,10 @@ def prune(
     A layer that cannot be solved (not finite, no derivative, no memory) keeps its masked weights; its record says so,
     and the job goes on. So do all where the joint steps cannot be taken.
 
+    Where torch.distributed has a process group, all of its processes make this call with the same arguments, and share
+    the work: each takes its own of the images. `finished` counts in the first of them alone. All get the same result.
+    `with snows.distributed.alone():` keeps a call to one process.
+
     Raises:
         TraceError: the model cannot be traced.
         UsageError: an argument is none of the above, or does not fit the model; a method needs what a layer hides.
@@ -72,9 +77,10 @@ def prune(
     check_arguments(model, choice, options, algo, device)
     started, method = time.perf_counter(), METHODS[algo] if isinstance(algo, str) else algo
     wanted = pattern if isinstance(pattern, Selection) else choice
-    with precision(options.precision):
+    group = current()
+    with group.together(), precision(options.precision):
         job = prepared(model, calibration, wanted, options, method, device)
-        job.started, job.finished = started, iter(finished)
+        job.started, job.finished = started, group.first(finished)
         with job.kept():
             for sweep in range(len(job.stages)):
                 masks = job.begin(sweep)
@@ -114,7 +120,7 @@ def choose_masks(
     check_arguments(model, choice, options, "MP", device)
     if isinstance(pattern, Selection):
         raise UsageError("these masks are chosen already: give a pattern, or masks as a dict.")
-    with precision(options.precision):
+    with current().together(), precision(options.precision):
         network = model if isinstance(model, Network) else Network(model, device, example_of(calibration))
         streams = None
         if calibration is not None or SALIENCIES[mask_alg].score is not None:
@@ -163,7 +169,7 @@ def prepared(
         log.info(streams.outlook(selection.masks, options))
     masks = {name: mask.to(network.device) for name, mask in selection.masks.items()}
     streams = streams if solving or options.schedule else None
-    job = Job(network, choice, replace(selection, masks=masks), method, options, scoring, streams)
+    job = Job(network, choice, replace(selection, masks=masks), method, options, scoring, streams, current())
     job.earlier = selection.seconds if isinstance(wanted, Selection) else 0.0
     return job
 
@@ -179,5 +185,12 @@ def opened(
     network: Network, calibration: Tensor | Iterable | None, options: Options, dense_model: nn.Module | None
 ) -> Streams:
     """The calibration images at the start of the network, once they are known to run through it."""
-    batches = micro_batches(network, calibration, options.batch_size, options.k_step)
-    return Streams(network, batches, network.device, options, dense_model)
+    batches, group = micro_batches(network, calibration, options.batch_size, options.k_step), current()
+    if group.size > 1:
+        group.check_same(
+            weights=fingerprint(network.model.parameters()),
+            calibration_images=(sum(map(len, batches)), fingerprint(batches[:1])),
+            layers=[layer.name for layer in network.layers],
+            options=options.but(cache_dir=""),
+        )
+    return Streams(network, batches, network.device, options, dense_model, group)

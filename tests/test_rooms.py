@@ -11,6 +11,7 @@ FLOORS = [
     ("errors", "modes"),
     ("options",),
     ("memory",),
+    ("distributed",),
     ("network",),
     ("calibration",),
     ("zoo",),

@@ -43,7 +43,7 @@ class Examples:
         self.held: list[Held | None] = [None] * len(self.sizes)
         self.measured: Tensor | None = None
         if self.window.side_inputs:
-            for i in range(len(self.sizes)):
+            for i in self.sparse.own:
                 self.side[i] = self.sparse.store.put(self.window.compute_side_inputs(self.sparse[i]))
 
     def inputs(self, index: int) -> Values:
@@ -79,7 +79,9 @@ class Examples:
     def _of_targets(self, measure: Callable[[Tensor], Tensor]) -> Tensor:
         """One number for each target, which the host waits for only once."""
         if self.measured is None:
-            self.measured = torch.stack(
-                [torch.stack([measure(y) for y in self.targets(i)]) for i in range(len(self.sizes))]
-            ).cpu()
+            own, depths = self.sparse.own, len(self.window.features)
+            measured = torch.zeros(len(self.sizes), depths, dtype=torch.float64, device="cpu")
+            if own:
+                measured[own] = torch.stack([torch.stack([measure(y) for y in self.targets(i)]) for i in own]).cpu()
+            self.measured = self.sparse.group.sum(measured)
         return self.measured

@@ -30,7 +30,7 @@ def works(plan: Plan, budget: Budget, layers: list[Layer], options: Options, lar
     result = []
     for name, chosen, k_step in groups:
         need = plan.need(chosen, k_step)
-        images = halved_to_fit(largest, need, budget.micro_batch)
+        images = halved_to_fit(largest, need, budget.shared_micro_batch)
         result.append(Work(name, need, plan.vectors(chosen), images))
     return result
 

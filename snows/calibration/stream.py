@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
 from snows.calibration.store import Held, Store
+from snows.distributed import ALONE, Group
 from snows.memory import is_gpu
 from snows.network.layers import Network
 from snows.network.trace import Values, run_node
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the images are cut into micro-batches, and which of them are this process's."""
+
+    group: Group
+    sizes: list[int]  # images in each micro-batch, those of all the processes
+    own: list[slice]  # which of a micro-batch's images are this process's
 
 
 class Stream:
@@ -18,6 +29,9 @@ class Stream:
 
     `advance` runs each node once for the whole job. Between its micro-batches the device holds what the store has room
     for there. Parameters are not among the values: whoever needs one reads it from the model.
+
+    batches: the images of each micro-batch; of those that several processes share as `shared` says, this one's, which
+        may be none. `own` are the micro-batches of which it has some.
     """
 
     def __init__(
@@ -27,10 +41,13 @@ class Stream:
         batches: list[Tensor],
         device: torch.device | str,
         store: Store | None = None,
+        shared: Cut | None = None,
     ):
         self.network, self.model, self.batches, self.device = network, model, batches, device
         self.store = Store(device) if store is None else store
-        self.sizes = [len(batch) for batch in batches]  # images in each micro-batch
+        self.shared = shared or Cut(ALONE, [len(batch) for batch in batches], [slice(None)] * len(batches))
+        self.group, self.sizes = self.shared.group, self.shared.sizes
+        self.own = [i for i, batch in enumerate(batches) if len(batch)]
         self.held: list[Held | None] = [None] * len(batches)  # None: the images themselves
         self.expected: weakref.ref[Held] | None = None
         self.cut = 1  # the position of the first node that has not run
@@ -65,7 +82,7 @@ class Stream:
         position, last_use = self.network.position, self.network.last_use
         end = position[node]
         steps = [step for step in self.network.nodes[self.cut : end] if step.op != "get_attr"]
-        for i in range(len(self) if steps else 0):
+        for i in self.own if steps else ():
             held, self.held[i] = self.held[i], None  # its room is free for what follows
             values = self._images(i) if held is None else held.get()
             del held

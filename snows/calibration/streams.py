@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,8 @@ from snows.calibration.faithful import check_trace
 from snows.calibration.outlook import check_fits, outlook, works
 from snows.calibration.plan import Plan
 from snows.calibration.store import Store
-from snows.calibration.stream import Stream
+from snows.calibration.stream import Cut, Stream
+from snows.distributed import ALONE, Group
 from snows.errors import Unsolvable, UsageError, listed
 from snows.memory import Budget, halved_to_fit, is_out_of_memory
 from snows.network.layers import Layer, Masks, Network
@@ -34,6 +37,11 @@ class Streams:
 
     batches: mini-batches, each of which is cut into micro-batches of its own.
     dense_model: the dense network's weights; None: those of `network` as they are now.
+    group: the processes that share the images, all of which are given all of them: each holds its own of every
+        micro-batch, whose size counts those of all.
+
+    Raises:
+        UsageError: there are fewer images than processes.
     """
 
     def __init__(
@@ -43,31 +51,48 @@ class Streams:
         device: torch.device | str,
         options: Options | None = None,
         dense_model: nn.Module | None = None,
+        group: Group = ALONE,
     ):
-        self.network, self.mini_batches, self.device = network, batches, device
+        self.network, self.device, self.group = network, device, group
+        self.lengths = list(map(len, batches))  # images in each mini-batch, those of all the processes
+        if self.images < group.size:
+            raise UsageError(f"{self.images} calibration images cannot be shared by {group.size} processes.")
+        self.mini_batches = self._own(batches)
         options = Options() if options is None else options
         self.dense_model = copy.deepcopy(network.model) if dense_model is None else dense_model
-        self.plan = Plan.of(network, batches[0][:2].to(device), sum(map(len, batches)))
+        self.plan = Plan.of(network, batches[0][:2].to(device), sum(map(len, self.mini_batches)))
         chosen = network.layers if options.joint_steps else network.layers[:1]
-        self.budget = Budget.of(options, device, self.plan.vectors(chosen))
+        budget = Budget.of(options, device, self.plan.vectors(chosen), group.neighbours)
+        device_bytes, host_bytes = group.least(budget.device), group.least(budget.host)  # else they would cut otherwise
+        self.budget = replace(budget, device=device_bytes, host=host_bytes, processes=group.size)
         self.store = Store(device, self.budget.features("device"), self.budget.features("host"), options.cache_dir)
-        self.ceiling = self.budget.micro_batch  # bytes that a micro-batch may need
+        self.ceiling = self.budget.shared_micro_batch  # bytes that a micro-batch may need
         self.need = self.plan.passing  # bytes per image of the work at hand
-        self.cut(halved_to_fit(max(map(len, batches)), self.need, self.ceiling))
+        self.cut(halved_to_fit(max(self.lengths), self.need, self.ceiling))
+
+    def _own(self, batches: list[Tensor]) -> list[Tensor]:
+        """This process's images of each mini-batch; copies, for views would keep the others' images."""
+        if self.group.size == 1:
+            return batches
+        starts = itertools.accumulate(self.lengths, initial=0)
+        return [batch[self.group.share(start, len(batch))].clone() for start, batch in zip(starts, batches)]
 
     def cut(self, size: int) -> None:
         """Micro-batches of `size` images, at the start of the network."""
-        parts = [batch.split(size) for batch in self.mini_batches]
-        self.batches = [part for batch in parts for part in batch]
-        numbers = iter(range(len(self.batches)))
-        self.groups = [[next(numbers) for _ in batch] for batch in parts]  # the micro-batches of each mini-batch
+        parts = [[min(size, length - start) for start in range(0, length, size)] for length in self.lengths]
+        sizes, numbers = list(itertools.chain(*parts)), itertools.count()
+        self.groups = [[next(numbers) for _ in each] for each in parts]  # the micro-batches of each mini-batch
+        own = list(map(self.group.share, itertools.accumulate(sizes, initial=0), sizes))
+        counts = [len(range(count)[part]) for count, part in zip(sizes, own)]
+        split = (batch.split([counts[i] for i in each]) for batch, each in zip(self.mini_batches, self.groups))
+        self.batches, self.shared = list(itertools.chain(*split)), Cut(self.group, sizes, own)
         self.restart()
 
     def restart(self) -> None:
         """Both streams at the start of the network, for a new sweep."""
         models = (self.network.model, self.dense_model)
         self.sparse, self.dense = (
-            Stream(self.network, model, self.batches, self.device, self.store) for model in models
+            Stream(self.network, model, self.batches, self.device, self.store, self.shared) for model in models
         )
 
     def advance(self, layer: Layer, targets: str = "dense") -> None:
@@ -77,17 +102,21 @@ class Streams:
             self.dense.advance(layer.node)
 
     def kept_bytes(self, layers: list[Layer]) -> int | None:
-        """Bytes that graphs may take to be kept while these layers are solved, where a budget was asked for."""
-        return self.budget.kept(self.plan.vectors(layers)) if self.budget.asked else None
+        """Bytes that graphs may take to be kept while these layers are solved; None: half of what is free then.
+
+        Known where a budget was asked for, or where other processes take of what is free at the same time.
+        """
+        known = self.budget.asked or self.group.neighbours > 1
+        return self.budget.kept(self.plan.vectors(layers)) if known else None
 
     @property
     def images(self) -> int:
-        return sum(map(len, self.mini_batches))
+        return sum(self.lengths)
 
     @property
     def batch_size(self) -> int:
         """Images in the largest micro-batch."""
-        return max(len(batch) for batch in self.batches)
+        return max(self.shared.sizes)
 
     def fit(self, need: int, parted: bool = False) -> None:
         """Cut the micro-batches for work that needs so many bytes per image.
@@ -97,7 +126,7 @@ class Streams:
         parted: into so many that some can be held out, if there are as many images.
         """
         self.need = need
-        wanted = halved_to_fit(max(map(len, self.mini_batches)), need, self.ceiling)
+        wanted = halved_to_fit(max(self.lengths), need, self.ceiling)
         if parted:
             wanted = min(wanted, max(1, self.images // PARTS))
         if wanted < self.batch_size or wanted >= 4 * self.batch_size:
@@ -143,7 +172,7 @@ class Streams:
         Raises:
             SnowsError: not even one image fits.
         """
-        return outlook(self.plan, self.budget, masks, options, max(map(len, self.mini_batches)))
+        return outlook(self.plan, self.budget, masks, options, max(self.lengths))
 
     def recall(self, layer: Layer, mask: Tensor, options: Options, batch_size: int | None) -> None:
         """Pass over a finished layer, in micro-batches of the size that had fitted then, if that is to be kept to."""
@@ -166,7 +195,7 @@ def retry_on_out_of_memory(
     """
     ceiling, size = streams.ceiling, streams.batch_size
     while True:
-        attempt = Attempt()
+        attempt = Attempt(streams.group)
         yield attempt
         if attempt.error is None:
             return
@@ -181,16 +210,23 @@ def retry_on_out_of_memory(
 
 
 class Attempt:
-    """A piece of work that may run out of memory: that error ends it, and is kept; others are raised."""
+    """A piece of work that may run out of memory: that error ends it, and is kept; others are raised.
 
-    def __init__(self):
+    Processes that share the work end it alike: what one of them meets, all do.
+    """
+
+    def __init__(self, group: Group):
+        self.group = group
         self.error: BaseException | None = None
 
     def __enter__(self) -> Attempt:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
-        self.error = error if error is not None and is_out_of_memory(error) else None
+        found = self.group.settle(error)
+        self.error = found if found is not None and is_out_of_memory(found) else None
+        if self.error is None and found is not None and found is not error:
+            raise found from error
         return self.error is not None
 
 

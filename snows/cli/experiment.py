@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
-from snows.cli import run_folder
+from snows.cli import launch, run_folder
 from snows.cli.one_run import OneRun, conclude, export_masks
 from snows.cli.settings import RunSettings
 from snows.cli.task import Layers, Task
+from snows.distributed import Group
 from snows.modes import make_deterministic
 from snows.network.checks import check_device
 from snows.zoo.registry import Known
@@ -18,22 +20,32 @@ def run(settings: RunSettings, known: Known, layers: Layers = lambda name: True)
     """Carry out every run of a command, or the one that goes on; returns the metrics of each.
 
     known: networks by name, besides torchvision's and timm's. layers: which layers to prune, by name.
+
+    Of several processes that torchrun or SLURM has started, the first writes, says and returns all there is.
     """
+    settings = replace(settings, device=launch.own_device(settings.device))
+    with launch.joined(settings.device) as group:
+        return carry_out(settings, known, layers, group)
+
+
+def carry_out(settings: RunSettings, known: Known, layers: Layers, group: Group) -> list[dict]:
+    """The runs of a command, in each of its processes."""
     if settings.resume is not None:
         metrics = run_folder.read_json(settings.resume / "metrics.json", "finished")
         if metrics["finished"]:
-            return [finish_again(settings.resume, settings, metrics)]
+            return [finish_again(settings.resume, settings, metrics)] if group.rank == 0 else []
     check_device(settings.device)
     if settings.deterministic:
         make_deterministic()
     alone = len(settings.runs) == 1
-    if settings.resume is None and settings.out_dir is not None and alone:
+    if settings.resume is None and settings.out_dir is not None and alone and group.rank == 0:
         run_folder.check_free(settings.out_dir)  # before the network is loaded and measured
     task = Task(settings, known, layers)
     if settings.resume is not None:
         folders = [settings.resume]
     else:
-        folders = [new_folder(task, algo, seed, alone) for algo, seed in settings.runs]
+        made = (new_folder(task, algo, seed, alone) if group.rank == 0 else None for algo, seed in settings.runs)
+        folders = [folder for folder in map(group.agree, made) if folder is not None]
     return [OneRun(task, algo, seed, folder).carry_out() for (algo, seed), folder in zip(settings.runs, folders)]
 
 

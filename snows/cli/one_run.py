@@ -14,6 +14,7 @@ from snows.cli.report import write_report
 from snows.cli.resume import changes, check_unchanged, earlier, note_changes, resume_command, script
 from snows.cli.shell import ignore_signals, own_stops
 from snows.cli.task import Task
+from snows.distributed import Lost
 from snows.errors import Interrupted, SnowsError, Unfinished, UsageError, WriteError, first_line
 from snows.job import Job
 from snows.memory import is_out_of_memory
@@ -30,6 +31,8 @@ class OneRun:
 
     def carry_out(self) -> dict:
         """Prune, evaluate, save, print; returns the run's metrics."""
+        if self.task.group.rank > 0:
+            return self.follow()
         with run_folder.locked(self.folder):
             if self.settings.resume is None:
                 run_folder.clear_begun(self.folder)
@@ -45,6 +48,20 @@ class OneRun:
                 print(console.summary(metrics, self.folder), flush=True)
                 conclude(self.folder)
         return metrics
+
+    def follow(self) -> dict:
+        """What a process does that is not the first: its share of the images, and nothing of the folder."""
+        images, _ = self.draw()
+        self.task.masked_score(self.seed)
+        with telling_how_to_go_on(self.folder, None):
+            pruned = self.task.prune(self.algo, self.seed, images, listener=self.judge)
+            self.task.score(pruned.model)
+        return {}
+
+    def judge(self, step: Step, job: Job) -> None:
+        """Measure the network as it stands after a layer, if that is asked for."""
+        if self.settings.evaluate_layers and not step.replayed:
+            step.record.accuracy = self.task.score(job.network.model).accuracy
 
     def draw(self) -> tuple[Tensor | None, list[int]]:
         """The calibration images and their indices, if the run looks at any."""
@@ -91,9 +108,8 @@ class OneRun:
         progress = console.Progress(title, self.settings.style, earlier=len(self.journal))
 
         def keep(step: Step, job: Job) -> None:
+            self.judge(step, job)
             if not step.replayed:
-                if self.settings.evaluate_layers:
-                    step.record.accuracy = self.task.score(job.network.model).accuracy
                 self.journal.append(step)
             progress(step.record, job.turns)
 
@@ -111,8 +127,11 @@ class OneRun:
 
 
 @contextmanager
-def telling_how_to_go_on(folder: Path, metrics: dict) -> Iterator[None]:
-    """Whatever stops a run: the finished layers are saved, and the error says with which command the run goes on."""
+def telling_how_to_go_on(folder: Path, metrics: dict | None) -> Iterator[None]:
+    """Whatever stops a run: the finished layers are saved, and the error says with which command the run goes on.
+
+    metrics: what is saved besides; None: by another process.
+    """
     command = resume_command(folder)
     try:
         with own_stops():
@@ -120,10 +139,12 @@ def telling_how_to_go_on(folder: Path, metrics: dict) -> Iterator[None]:
     except WriteError as full:
         raise SnowsError(f"{full} Make room, then go on: {command}") from full
     except SnowsError as stopped:
-        if stopped.result is None or isinstance(stopped, UsageError):
+        if (stopped.result is None and not isinstance(stopped, Lost)) or isinstance(stopped, UsageError):
             raise
         ignore_signals()
-        saved = save_stopped(folder, stopped.result, metrics)
+        saved = "What is finished is kept."
+        if metrics is not None and stopped.result is not None:
+            saved = save_stopped(folder, stopped.result, metrics)
         stopped.args = (f"{str(stopped).rstrip('.')}. {saved} Go on: {command}",)
         raise
     except KeyboardInterrupt as stop:

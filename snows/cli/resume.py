@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from snows.cli import run_folder
 from snows.cli.settings import PatternOf, RunSettings, check_mask_flags, from_flags
+from snows.distributed import current
 from snows.errors import UsageError
 from snows.options import Options
 from snows.result import Step
@@ -81,7 +82,9 @@ def script() -> str:
 
 
 def resume_command(folder: Path) -> str:
-    return shlex.join(["python", sys.argv[0], "--resume", str(folder)])
+    group = current()
+    launcher = ["python"] if group.size == 1 else ["torchrun", "--nproc_per_node", str(group.neighbours)]
+    return shlex.join([*launcher, sys.argv[0], "--resume", str(folder)])
 
 
 def note_changes(changed: Mapping[str, tuple]) -> None:
@@ -123,7 +126,8 @@ def check_unchanged(folder: Path, metrics: dict, environment: dict) -> None:
     for what in ("weights", "masks", "calibration"):
         if before[f"{what}_checksum"] != metrics[f"{what}_checksum"]:
             raise UsageError(f"cannot go on with {folder}: its {what} are not what they were when the run began.")
-    began = run_folder.read_json(folder / "environment.json", *environment)
+    known = run_folder.read_json(folder / "environment.json", *(environment.keys() - {"processes"}))
+    began = {"processes": 1, **known}
     changed = [f"{k} was {began[k]}, now {v}" for k, v in environment.items() if k != "command" and began[k] != v]
     if changed:
         print(f"warning: {'; '.join(changed)}: the last bits of the result may differ.", file=sys.stderr)

@@ -26,6 +26,7 @@ import torch
 import torchvision
 from torch import nn
 
+from snows.distributed import current
 from snows.errors import SnowsError, UsageError, WriteError
 from snows.network.layers import Masks
 from snows.result import LayerRecord, Pruned
@@ -134,6 +135,7 @@ def environment(device: torch.device | str) -> dict:
         "timm": timm.__version__,
         "machine": machine(device),
         "threads": torch.get_num_threads(),
+        "processes": current().size,
         "cuda": torch.version.cuda if cuda else None,
         "command": " ".join(Path(arg).name if arg.startswith("/") else arg for arg in sys.argv),
     }

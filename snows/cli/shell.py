@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from snows import memory
+from snows.cli import launch
 from snows.cli.flags import as_flags
 from snows.errors import Interrupted, SnowsError, Terminated, Unfinished, exit_code, first_line
 
@@ -25,6 +26,8 @@ def shell(main: Callable[[], object]) -> None:
     """Run a script's main: every error ends in one line. 2 is wrong usage, 130 Ctrl-C, 143 SIGTERM, 1 the rest."""
     memory.keep_freed_memory()
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, where it was closed
+    if launch.follows():
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, the first process says the same
     answer_signals()
     log = logging.getLogger("snows")
     log.handlers = [Spoken()]
@@ -78,9 +81,10 @@ def hides_out_of_memory(error: BaseException) -> bool:
 
 
 def fail(message: str, code: int) -> None:
-    """End the process, saying why."""
+    """End the process, saying why, unless another one of the command does."""
     line = " ".join(message.split()).encode(errors="backslashreplace").decode()  # names need not be text
-    print("error:", line, file=sys.stderr)
+    if launch.speaks():
+        print("error:", line, file=sys.__stderr__ if launch.follows() else sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:  # it would fail once more at the exit

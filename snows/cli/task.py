@@ -17,6 +17,7 @@ from snows.cli import console
 from snows.cli.journal import checksum
 from snows.cli.resume import read_metrics
 from snows.cli.settings import RunSettings
+from snows.distributed import current
 from snows.errors import SnowsError
 from snows.masks.files import check_pattern, read_masks
 from snows.masks.patterns import NM, Pattern, Selection
@@ -43,16 +44,18 @@ class Task:
     def __init__(self, settings: RunSettings, known: Known, layers: Layers):
         self.settings = settings
         self.layers = lambda name: layers(name) and not any(fnmatchcase(name, skipped) for skipped in settings.skip)
-        classifier = classifier_of(settings, known)
-        self.data = load_data(
-            settings.arch,
-            classifier,
-            settings.dset,
-            settings.data_dir,
-            settings.num_workers,
-            settings.classes,
-            settings.skip_broken,
-        )
+        self.group = current()
+        with self.group.in_turn():
+            classifier = classifier_of(settings, known)
+            self.data = load_data(
+                settings.arch,
+                classifier,
+                settings.dset,
+                settings.data_dir,
+                settings.num_workers,
+                settings.classes,
+                settings.skip_broken,
+            )
         if any(settings.needs_images(algo) for algo in settings.algo):
             self.data.check_enough(settings.ngrads)
         self.model = classifier.model
@@ -159,21 +162,24 @@ class Task:
         """How the dense network does on the test images, and its logits; nothing with --skip_evaluation."""
         if self.settings.skip_evaluation:
             return Score(), None
-        return evaluate.score(self.model, self.test_batches(), self.settings.device)
+        return evaluate.score(self.model, self.test_batches(), self.settings.device, group=self.group)
 
     def score(self, model: nn.Module) -> Score:
         """How a network does on the test images, beside the dense one; nothing with --skip_evaluation."""
         _, logits = self.dense
         if logits is None:
             return Score()
-        return evaluate.score(model, self.test_batches(), self.settings.device, logits)[0]
+        return evaluate.score(model, self.test_batches(), self.settings.device, logits, self.group)[0]
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The test images; on the host, as many at a time as pass through a network there."""
+        """This process's test images; on the host, as many at a time as pass through a network there."""
         size = self.settings.test_batch_size
         if not is_gpu(self.settings.device):
             size = min(size, evaluate.at_a_time(self.data.test[0][0]))
-        return self.data.test_batches(size)
+        count = len(self.data.test)
+        if self.group.size == 1 or count < self.group.size:  # if all take all, their shares are the same
+            return self.data.test_batches(size)
+        return self.data.batches(Subset(self.data.test, range(count)[self.group.share(0, count)]), size)
 
 
 def classifier_of(settings: RunSettings, known: Known) -> Classifier:

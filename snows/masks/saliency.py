@@ -23,7 +23,7 @@ from torch import Tensor
 from snows.calibration.stream import Stream
 from snows.errors import SnowsError, UsageError, listed
 from snows.network.derivatives import explained
-from snows.network.inputs import MAX_INPUTS, can_factor, layer_columns, second_moment, shows_inputs
+from snows.network.inputs import MAX_INPUTS, can_factor, layer_columns, no_moment, second_moment, shows_inputs
 from snows.network.layers import Layer, Network
 from snows.network.trace import value_of
 from snows.options import Options
@@ -113,27 +113,27 @@ def weight_of(layer: Layer, stream: Stream) -> Tensor:
 
 
 def inputs(layer: Layer, stream: Stream) -> Iterator[Tensor]:
-    """The layer's input columns of each micro-batch, (groups, in, positions)."""
+    """The layer's input columns of each of this process's micro-batches, (groups, in, positions)."""
     source = layer.node.args[0]
-    for i in range(len(stream)):
+    for i in stream.own:
         x = value_of(source, stream.model, stream.read(i, {source}), {})
         yield layer_columns(stream.network, layer, x)
 
 
 def mean_squares(layer: Layer, stream: Stream) -> Tensor:
     """The diagonal of A, (groups, in); the stream stands at the layer."""
-    total, count = 0.0, 0
+    total, count = weight_of(layer, stream).new_zeros(layer.groups, layer.shape[1:].numel()), 0
     for x in inputs(layer, stream):
         total, count = total + x.square().sum(2), count + x.shape[2]
-    return checked(total / count, layer)
+    return checked(stream.group.sum(total) / stream.group.count(count), layer)
 
 
 def mean_moment(layer: Layer, stream: Stream) -> Tensor:
     """A, the mean of x x^T over images and positions, (groups, in, in) in float64; the stream stands at the layer."""
-    total, count = 0.0, 0
+    total, count = no_moment(layer, weight_of(layer, stream)).double(), 0
     for x in inputs(layer, stream):
         total, count = total + second_moment(x).double(), count + x.shape[2]
-    return checked(total / count, layer)
+    return checked(stream.group.sum(total) / stream.group.count(count), layer)
 
 
 def checked(statistic: Tensor, layer: Layer) -> Tensor:

@@ -43,6 +43,12 @@ def input_columns(module: nn.Module | None, x: Tensor) -> Tensor:
     return patches.view(n, module.groups, -1, positions).permute(1, 2, 0, 3).flatten(2)
 
 
+def no_moment(layer: Layer, like: Tensor, ones: bool = False) -> Tensor:
+    """The second moment of no input columns of a layer, of a tensor's type and where it is."""
+    columns = layer.shape[1:].numel() + ones
+    return like.new_zeros(layer.groups, columns, columns)
+
+
 def second_moment(columns: Tensor, ones: bool = False) -> Tensor:
     """The sum of x x^T over input columns x (groups, in, positions): (groups, in, in).
 

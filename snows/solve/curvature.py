@@ -93,19 +93,21 @@ class Curvature:
         self.share = sum(objective.examples.sizes[i] for i in sample) / objective.images
         self.operators: dict[int, MicroBatchCurvature | None] = {}  # None: does not fit the memory
         allowance = Allowance(objective.device, objective.kept_bytes)
-        for i in objective.indices:
+        for i in objective.own(objective.indices):
             operator = self._operator(i) if i in sample else None
             loss, gradient = self._first_order(i) if operator is None else operator.first_order()
             self.loss += loss
             self.gradient += gradient
             if i in sample:
                 self.operators[i] = operator if allowance.holds() else None
+        self.loss, self.gradient = objective.group.sum(self.loss), objective.group.sum(self.gradient)
 
     def matvec(self, vector: Tensor) -> Tensor:
         """B v over all the micro-batches, or the sample; `vector` and the result are shaped as theta."""
         total = torch.zeros_like(vector)
         for i, operator in self.operators.items():
             total += (operator or self._operator(i)).matvec(vector)
+        total = self.objective.group.sum(total)
         return total if self.share == 1 else total / self.share
 
     @torch.enable_grad()

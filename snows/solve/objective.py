@@ -82,6 +82,7 @@ class Objective:
         self.examples, self.window, self.options = examples, examples.window, options
         self.device, self.kept_bytes = examples.sparse.device, kept_bytes
         self.indices = list(range(len(examples.sizes))) if indices is None else indices
+        self.group = examples.sparse.group
         self.variables = Variables(self.window.layers, options.biases)
         self.coefficients = self._coefficients()
         self.held_out: Objective | None = None  # the same loss on images that theta is not fitted to
@@ -118,6 +119,10 @@ class Objective:
         count = min(len(self), math.ceil(len(self) * (images or self.images) / self.images))
         return [self.indices[i * len(self) // count] for i in range(count)]
 
+    def own(self, indices: list[int]) -> list[int]:
+        """Those micro-batches of which this process has images."""
+        return [i for i in indices if i in self.examples.sparse.own]
+
     def inputs(self, index: int) -> Values:
         """What the window reads for micro-batch `index`, on the device."""
         return self.examples.inputs(index)
@@ -139,9 +144,9 @@ class Objective:
     def loss(self, theta: Tensor) -> Tensor:
         """L(theta), a float64 scalar on the device."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for i in self.indices:
+        for i in self.own(self.indices):
             total += self.feature_loss(self.features(self.inputs(i), theta), self.targets(i))
-        return total
+        return self.group.sum(total)
 
     def _coefficients(self) -> list[float]:
         """c_0 .. c_K."""

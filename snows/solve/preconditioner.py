@@ -13,12 +13,14 @@ With K = 0 it is the exact inverse, up to its damping.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 from torch.autograd import grad
 
 from snows.memory import ALL_BYTES, MAX_BYTES, common_cap, inverse_bytes, is_gpu
-from snows.network.inputs import can_factor, layer_columns, second_moment
+from snows.network.inputs import can_factor, layer_columns, no_moment, second_moment
 from snows.network.layers import Layer
 from snows.solve.objective import Objective, Variables
 
@@ -140,26 +142,30 @@ def layer_inverses(
 
     Costs one forward and one backward pass of a sample of the images, for all the layers, and what inverses cost.
     """
-    window, variables, generator = objective.window, objective.variables, generator_for(objective.device, seed)
-    network = window.network
+    window, variables, network = objective.window, objective.variables, objective.window.network
+    signs, group = Signs(objective, seed), objective.group
     factored = [layer for layer in window.layers if can_factor(network, layer)]
     if not factored:
         return None
-    moments, metrics, positions = (dict.fromkeys(window.layers, 0.0) for _ in range(3))
-    with_bias = dict(zip(window.layers, variables.with_bias))
-    for i in objective.sample(SAMPLE):
+    with_bias, positions = dict(zip(window.layers, variables.with_bias)), dict.fromkeys(factored, 0)
+    metrics = {layer: theta.new_zeros(layer.shape[0]) for layer in factored}
+    moments = {layer: no_moment(layer, theta, with_bias[layer]) for layer in factored}
+    for i in objective.own(objective.sample(SAMPLE)):
         with torch.enable_grad():
             parameters = window.parameters(*variables.unpack(theta.detach().requires_grad_()))
             values = window.run(window.nodes, objective.inputs(i), parameters)
         features = [values[node] for node in window.features]
         outputs = [values[layer.node] for layer in factored]
-        for layer, pulled in zip(factored, pull_back(features, outputs, objective.coefficients, generator)):
+        for layer, pulled in zip(factored, pull_back(features, outputs, objective.coefficients, signs.of(i, features))):
             scale = window.output_scale(layer)
             pulled = by_channel(pulled, layer) * (1 if scale is None else scale)  # (positions, out)
             x = values[layer.node.args[0]].detach()
             metrics[layer] += pulled.square().sum(0)
             moments[layer] += second_moment(layer_columns(network, layer, x), with_bias[layer])
             positions[layer] += len(pulled)
+    for layer in factored:
+        metrics[layer], moments[layer] = group.sum(metrics[layer]), group.sum(moments[layer])
+        positions[layer] = group.count(positions[layer])
     masks = {layer: mask.bool() for layer, mask in zip(window.layers, variables.rows(support))}
     needs = [min(MAX_BYTES, inverse_bytes(masks[layer], theta.element_size())) for layer in factored]
     cap = common_cap(needs, max_bytes)
@@ -172,12 +178,12 @@ def layer_inverses(
 
 def input_moment(objective: Objective) -> Tensor:
     """A: the sum of x x^T over sampled images and positions, (groups, in, in); x ends in 1 if biases are solved."""
-    (layer,), (with_bias,), total = objective.window.layers, objective.variables.with_bias, 0.0
-    network = objective.window.network
-    for i in objective.sample(SAMPLE):
+    (layer,), (with_bias,), network = objective.window.layers, objective.variables.with_bias, objective.window.network
+    total = no_moment(layer, network.model.get_parameter(layer.parameter), with_bias)
+    for i in objective.own(objective.sample(SAMPLE)):
         x = objective.inputs(i)[layer.node.args[0]]
-        total = total + second_moment(layer_columns(network, layer, x), with_bias)
-    return total
+        total += second_moment(layer_columns(network, layer, x), with_bias)
+    return objective.group.sum(total)
 
 
 def output_metric(objective: Objective, weight: Tensor, seed: int) -> Tensor:
@@ -185,17 +191,17 @@ def output_metric(objective: Objective, weight: Tensor, seed: int) -> Tensor:
 
     Estimated with one probe of random signs u per image: the mean of (J^T C^1/2 u)^2 is that diagonal (Hutchinson).
     """
-    window, generator, total = objective.window, generator_for(objective.device, seed), 0.0
-    for i in objective.sample(SAMPLE):
+    window, signs, total = objective.window, Signs(objective, seed), weight.new_zeros(len(weight))
+    for i in objective.own(objective.sample(SAMPLE)):
         values = objective.inputs(i)
         with torch.no_grad():
             output = window.output(values, weight)
         with torch.enable_grad():
             features = window.after(values, output.requires_grad_())
-        (pulled,) = pull_back(features, [output], objective.coefficients, generator)
+        (pulled,) = pull_back(features, [output], objective.coefficients, signs.of(i, features))
         del values, features, output  # before the next micro-batch's are computed
-        total = total + by_channel(pulled, window.layers[0]).square().sum(0)
-    return total
+        total += by_channel(pulled, window.layers[0]).square().sum(0)
+    return objective.group.sum(total)
 
 
 def by_channel(output: Tensor, layer: Layer) -> Tensor:
@@ -205,12 +211,39 @@ def by_channel(output: Tensor, layer: Layer) -> Tensor:
 
 
 def pull_back(
-    features: list[Tensor], outputs: list[Tensor], coefficients: list[float], generator: torch.Generator
+    features: list[Tensor], outputs: list[Tensor], coefficients: list[float], signs: Iterable[Tensor]
 ) -> tuple[Tensor, ...]:
     """J^T C^1/2 u for random signs u, by each of the outputs that the features were computed from."""
-    signs = [random_signs(f, generator) * c**0.5 for f, c in zip(features, coefficients)]
-    pairs = [(f, sign) for f, sign in zip(features, signs) if f.requires_grad]
-    return grad([f for f, _ in pairs], outputs, [sign for _, sign in pairs])
+    scaled = [u * c**0.5 for u, c in zip(signs, coefficients)]
+    pairs = [(f, u) for f, u in zip(features, scaled) if f.requires_grad]
+    return grad([f for f, _ in pairs], outputs, [u for _, u in pairs])
+
+
+class Signs:
+    """Random signs for the features of the sampled micro-batches: an image has the same whichever process holds it.
+
+    They are drawn for all the images, in order; each process takes those of its own.
+    """
+
+    def __init__(self, objective: Objective, seed: int):
+        self.generator, self.stream = generator_for(objective.device, seed), objective.examples.sparse
+        self.to_come = objective.sample(SAMPLE)
+
+    def of(self, index: int, features: list[Tensor]) -> Iterator[Tensor]:
+        """Signs for each feature of a micro-batch; those of micro-batches before it, of others' images, are passed."""
+        while (due := self.to_come.pop(0)) != index:
+            for f in features:
+                self._draw(f, index, due)
+        for f in features:
+            yield self._draw(f, index, index)
+
+    def _draw(self, like: Tensor, index: int, due: int) -> Tensor:
+        """Signs for what a feature of micro-batch `index` is in micro-batch `due`; a process's own where both agree."""
+        images, own, shared = self.stream.sizes[due], len(self.stream.batches[index]), self.stream.shared
+        if own == images or like.numel() % own:
+            return random_signs(like, self.generator)
+        drawn = random_signs(like.new_empty(()).expand(images, like.numel() // own), self.generator)
+        return drawn[shared.own[index]].reshape(like.shape) if due == index else drawn
 
 
 def generator_for(device: torch.device | str, seed: int) -> torch.Generator:

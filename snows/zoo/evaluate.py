@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from snows.distributed import ALONE, Group
 from snows.errors import SnowsError
 from snows.memory import is_gpu, is_out_of_memory
 
@@ -41,11 +42,16 @@ def accuracy(model: nn.Module, batches: Batches, device: torch.device | str = "c
 
 
 def score(
-    model: nn.Module, batches: Batches, device: torch.device | str = "cpu", dense: Tensor | None = None
+    model: nn.Module,
+    batches: Batches,
+    device: torch.device | str = "cpu",
+    dense: Tensor | None = None,
+    group: Group = ALONE,
 ) -> tuple[Score, Tensor]:
     """(how `model` does, its logits on the host); see `accuracy`.
 
     dense: the dense network's logits on the same images.
+    group: the processes that share the images: the score is of all of theirs, the logits are of this one's.
     """
     training = model.training
     parts = list(outputs(model.eval().to(device), batches, device))
@@ -54,15 +60,20 @@ def score(
         raise SnowsError("there are no test images.")
     logits, labels = (torch.cat(each) for each in zip(*parts))  # (n, classes), (n,)
     chosen, known = logits.argmax(1), labels >= 0
-    right = percent(chosen[known] == labels[known]) if known.any() else None
+    right = percent(chosen[known] == labels[known], group)
     if dense is None:
         return Score(right), logits
-    error = ((logits - dense).double().square().sum() / dense.double().square().sum()).item()
-    return Score(right, percent(chosen == dense.argmax(1)), error if math.isfinite(error) else None), logits
+    squares = [part.double().square().sum() for part in (logits - dense, dense)]
+    error, size = group.sum(torch.stack(squares))
+    relative = (error / size).item()
+    agreement = percent(chosen == dense.argmax(1), group)
+    return Score(right, agreement, relative if math.isfinite(relative) else None), logits
 
 
-def percent(which: Tensor) -> float:
-    return 100 * int(which.sum()) / len(which)
+def percent(which: Tensor, group: Group) -> float | None:
+    """Percent of what is true, in all the processes; None of nothing."""
+    true, total = group.sum(torch.tensor([int(which.sum()), len(which)], device="cpu")).tolist()
+    return 100 * true / total if total else None
 
 
 @torch.no_grad()
