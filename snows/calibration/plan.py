@@ -79,9 +79,9 @@ class Plan:
         positions = self.output[layer.node] // layer.shape[0]
         return 2 * positions * layer.groups * layer.shape[1:].numel()
 
-    def numbers(self, layer: Layer) -> int:
-        """How many numbers a layer puts out for an image."""
-        return self.output[layer.node] // next(self.network.model.parameters()).element_size()
+    def numbers(self, node: fx.Node) -> int:
+        """How many numbers an operation puts out for an image."""
+        return self.output[node] // next(self.network.model.parameters()).element_size()
 
     def cut(self, layer: Layer) -> int:
         """Bytes per image that a stream holds when it stands at a layer."""

@@ -20,6 +20,7 @@ from snows.distributed import ALONE, Group
 from snows.errors import Unsolvable, UsageError, listed
 from snows.memory import Budget, halved_to_fit, is_out_of_memory
 from snows.network.layers import Layer, Masks, Network
+from snows.network.window import Window
 from snows.options import Options
 
 HELD_OUT = 4  # images at least, if any are held out
@@ -136,14 +137,19 @@ class Streams:
         """Cut the micro-batches for the solution of a layer."""
         self.fit(self.plan.need([layer], options.k_step))
 
-    def solvable(self, layer: Layer, mask: Tensor, options: Options) -> Tensor:
-        """What is solved of a layer's weight: the support, or nothing where the images give too few samples for it.
+    def counted(self, layer: Layer, mask: Tensor, options: Options) -> list[bool]:
+        """Which depths of a layer's window the images give enough samples of, for the weights that survive.
 
-        From few samples a classifier learns that the classes which they do not show are never the answer. Images that
-        are held out do not tell: the errors of the logits become smaller with it.
+        One of few samples, such as the logits, is fitted by heart: a classifier learns from it that classes which the
+        images do not show are never the answer. Images that are held out do not tell: the logits' errors shrink.
         """
-        enough = self.plan.numbers(layer) * self.images >= options.min_samples * int(mask.sum())
-        return mask if enough else torch.zeros_like(mask)
+        needed = options.min_samples * int(mask.sum())
+        features = Window(self.network, [layer], options.k_step).features
+        return [self.plan.numbers(node) * self.images >= needed for node in features]
+
+    def solvable(self, layer: Layer, mask: Tensor, options: Options) -> Tensor:
+        """What is solved of a weight: its support; nothing where the layer's own outputs are few, as a classifier's."""
+        return mask if self.counted(layer, mask, options)[0] else torch.zeros_like(mask)
 
     def suffice(self, share: float) -> bool:
         """Whether there are images enough to hold out that share of them."""

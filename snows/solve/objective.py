@@ -70,6 +70,7 @@ class Objective:
         images; and of the rest what says how to differentiate: `curvature`, `curvature_images`, `biases`.
     kept_bytes: what the graphs of micro-batches may take to be kept; None: half of what is free.
     indices: the micro-batches that the loss is of; None: all.
+    counted: for each depth, whether it counts: c_k is 0 where not; none does: all do, and so with None.
     """
 
     def __init__(
@@ -78,7 +79,9 @@ class Objective:
         options: Options,
         kept_bytes: int | None = None,
         indices: list[int] | None = None,
+        counted: list[bool] | None = None,
     ):
+        self.counted = counted if counted and any(counted) else [True] * len(examples.window.features)
         self.examples, self.window, self.options = examples, examples.window, options
         self.device, self.kept_bytes = examples.sparse.device, kept_bytes
         self.indices = list(range(len(examples.sizes))) if indices is None else indices
@@ -100,7 +103,7 @@ class Objective:
 
     def on(self, indices: list[int]) -> Objective:
         """The same loss on some of the micro-batches alone, with coefficients of their own."""
-        return Objective(self.examples, self.options, self.kept_bytes, indices)
+        return Objective(self.examples, self.options, self.kept_bytes, indices, self.counted)
 
     def holding_out(self, share: float) -> Objective:
         """The same loss without about that share of the images, on which it is checked; one micro-batch at least.
@@ -152,7 +155,7 @@ class Objective:
         """c_0 .. c_K."""
         sizes = self.examples.numbers() if self.options.depth_weights == "mean" else self.examples.energies()
         totals = [sum(depth) for depth in zip(*sizes[self.indices].tolist())]
-        return [1 / total if total > 0 else 0.0 for total in totals]
+        return [1 / total if total > 0 and counts else 0.0 for total, counts in zip(totals, self.counted)]
 
 
 def held_out(indices: list[int], share: float) -> tuple[list[int], list[int]]:
@@ -169,6 +172,7 @@ def reconstruction(
     options: Options,
     kept_bytes: int | None = None,
     groups: list[list[int]] | None = None,
+    counted: list[bool] | None = None,
 ) -> Objective:
     """The objective of the layers from the first on, at which the streams stand.
 
@@ -176,6 +180,7 @@ def reconstruction(
         that the layers also repair what those before them broke; "same" runs the dense network on the pruned network's
         current features (the paper's choice).
     groups: the micro-batches of each mini-batch; None: each is one.
+    counted: as `Objective` takes it.
 
     The targets of many layers are not held, but computed when they are asked for: they would be features of them all.
     """
@@ -188,4 +193,4 @@ def reconstruction(
 
     source = dense if options.targets == "dense" else sparse
     examples = Examples(window, sparse, source, teach, hold=len(layers) == 1, groups=groups or [])
-    return Objective(examples, options, kept_bytes)
+    return Objective(examples, options, kept_bytes, counted=counted)

@@ -1,4 +1,4 @@
-"""Layers of which the images give few samples per weight: only their biases are solved."""
+"""Depths of which the images give few samples per weight: they do not count; of such layers, the bias is solved."""
 
 import pytest
 import torch
@@ -6,6 +6,9 @@ from helpers import randomise
 from torch import nn
 
 import snows
+from snows.calibration.streams import Streams
+from snows.network.layers import Network
+from snows.solve.objective import reconstruction
 
 ONE_PASS = snows.Options(schedule=0, joint_steps=0)
 CLASSES = 40
@@ -82,3 +85,23 @@ def test_layers_of_many_samples_are_solved_as_before():
     without = snows.prune(model, some, pattern, ONE_PASS.but(min_samples=0.0))
     assert torch.equal(found.model[2].weight, without.model[2].weight)
     assert not torch.equal(found.model[2].weight, model[2].weight * found.masks["2"])
+
+
+@pytest.mark.parametrize("count", [3, 10])
+def test_depths_of_few_samples_do_not_count(count):
+    """The logits of few images, which the convolution before them would fit by heart."""
+    body = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES)]
+    network, options = Network(randomise(nn.Sequential(*body))), ONE_PASS.but(min_samples=10.0)
+    some = torch.randn(count, 1, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    streams, layer = Streams(network, [some], "cpu", options), network.layers[0]
+    mask = torch.ones(layer.shape, dtype=torch.bool)
+    features = [8 * 36, 8 * 36, CLASSES]  # of the convolution, the ReLU, the classifier
+    wanted = [numbers * count >= 10 * mask.numel() for numbers in features]
+    assert streams.counted(layer, mask, options) == wanted
+    assert any(wanted)
+    assert not all(wanted)
+    objective = reconstruction([layer], streams.sparse, streams.dense, options, counted=wanted)
+    every = reconstruction([layer], streams.sparse, streams.dense, options)
+    assert [c > 0 for c in objective.coefficients] == wanted
+    assert objective.coefficients == [c * counts for c, counts in zip(every.coefficients, wanted)]
+    assert objective.on([0]).coefficients == objective.coefficients
