@@ -20,7 +20,9 @@ PATTERNS = [snows.NM(2, 4), snows.NM(1, 2), snows.Unstructured(0.5)]
 
 
 def fast(**changes):
-    return snows.Options(**{"batch_size": 2, "schedule": 1, "joint_steps": 1, "max_CG_iterations": 3, **changes})
+    return snows.Options(
+        **{"batch_size": 2, "schedule": 1, "joint_steps": 1, "max_CG_iterations": 3, "min_samples": 0, **changes}
+    )
 
 
 def assert_same(one, other):

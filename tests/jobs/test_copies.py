@@ -66,7 +66,7 @@ def tied():
 
 
 def fast(**changes):
-    return snows.Options(**{"batch_size": 2, "schedule": 0, "joint_steps": 1, **changes})
+    return snows.Options(**{"batch_size": 2, "schedule": 0, "joint_steps": 1, "min_samples": 0, **changes})
 
 
 def held():

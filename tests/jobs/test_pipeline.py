@@ -18,7 +18,7 @@ from snows.solve.solver import solve
 
 
 def fast(**changes):
-    return snows.Options(**{"batch_size": 2, "schedule": 0, "joint_steps": 0, **changes})
+    return snows.Options(**{"batch_size": 2, "schedule": 0, "joint_steps": 0, "min_samples": 0, **changes})
 
 
 @pytest.mark.parametrize("algo", ["MP", "MP+", "SNOWS"])
@@ -74,7 +74,7 @@ FAMILIES = {
 def test_every_family_of_cnns_is_pruned_and_its_loss_falls_at_every_layer(family):
     torch.manual_seed(0)
     model = FAMILIES[family]()
-    options = snows.Options(k_step=2, schedule=0, max_CG_iterations=2, batch_size=3)
+    options = snows.Options(k_step=2, schedule=0, max_CG_iterations=2, batch_size=3, min_samples=0)
     pruned = snows.prune(model, torch.randn(4, 3, 32, 32), snows.NM(2, 4), options)
     weights = {name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
     assert {layer.name for layer in pruned.layers} | set(pruned.left_dense) == weights

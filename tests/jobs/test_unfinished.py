@@ -81,7 +81,7 @@ def masks_of(model):
 
 
 def fast(**changes):
-    return snows.Options(**{"batch_size": 2, "schedule": 0, "joint_steps": 0, **changes})
+    return snows.Options(**{"batch_size": 2, "schedule": 0, "joint_steps": 0, "min_samples": 0, **changes})
 
 
 @pytest.mark.parametrize("preconditioner", ["rows", "none"])

@@ -127,7 +127,7 @@ def test_a_vision_transformer_written_by_hand_is_traced_for_any_number_of_images
 
 def test_such_a_network_is_pruned_as_any(images):
     network = Network(randomise(ViT(asserting)), example=SHAPE)
-    options = snows.Options(batch_size=4, schedule=0, joint_steps=0)
+    options = snows.Options(batch_size=4, schedule=0, joint_steps=0, min_samples=0)
     pruned = snows.prune(network, images, snows.NM(2, 4), options, mask_alg="Wanda")
     assert len(pruned.masks) == 9  # three input channels are no multiple of four
     assert all(layer.loss_after < layer.loss_before for layer in pruned.layers)

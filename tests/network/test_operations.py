@@ -173,7 +173,8 @@ def test_a_function_with_a_computed_bias_or_settings_is_no_more_than_it_shows(im
     network = Network(randomise(Computed()))
     assert [layer.bias for layer in network.layers] == [None, "second.bias"]
     assert not network.batch_norm_of
-    pruned = snows.prune(randomise(Computed()), images, snows.NM(1, 2), snows.Options(batch_size=5))
+    options = snows.Options(batch_size=5, min_samples=0)
+    pruned = snows.prune(randomise(Computed()), images, snows.NM(1, 2), options)
     assert all(layer.loss_after < layer.loss_before for layer in pruned.layers if not layer.joint)
     with pytest.raises(snows.UsageError, match="those of second cannot be unfolded"):
         snows.prune(randomise(Computed()), images, snows.NM(1, 2), mask_alg="Wanda", algo="MP")

@@ -45,7 +45,7 @@ def one_bias(pair):
 def test_the_loss_of_the_returned_model_is_the_one_that_was_reported(images, share):
     model = randomise(Pair(share))
     for name in ("first", "second", "head"):
-        options = snows.Options(k_step=10, batch_size=5, schedule=0, joint_steps=0)
+        options = snows.Options(k_step=10, batch_size=5, schedule=0, joint_steps=0, min_samples=0)
         pruned = snows.prune(model, images, snows.NM(1, 2), options, layers=lambda layer, name=name: layer == name)
         network = Network(model)
         layer = next(layer for layer in network.layers if layer.name == name)

@@ -204,7 +204,8 @@ def test_the_weights_that_ship_fit(name, utils):
 def test_a_transformer_whose_embedding_returns_a_pair_is_pruned(pool):
     options = dict(patch_size=4, embed_dim=8, depth=1, num_heads=2, mlp_ratio=1.5, pos_embed_grid_size=(2, 2))
     model = randomise(naflexvit.NaFlexVit(naflexvit.NaFlexVitCfg(**options, global_pool=pool), num_classes=3))
-    pruned = snows.prune(model, image_batch(model, 3), snows.NM(2, 4), snows.Options(k_step=2, schedule=0))
+    options = snows.Options(k_step=2, schedule=0, min_samples=0)
+    pruned = snows.prune(model, image_batch(model, 3), snows.NM(2, 4), options)
     assert "embeds.proj" in pruned.masks
     assert all(layer.loss_after < layer.loss_before for layer in pruned.layers if not layer.joint)
 
