@@ -20,8 +20,10 @@ FLOORS = [
     ("arguments",),
     ("job",),
     ("pipeline",),
+    ("deploy",),
     ("cli",),
     ("snows",),  # the package's own __init__
+    ("export",),
     ("run_folder", "report"),  # former names
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 
 from snows.cli import run_folder
+from snows.cli.exporting import export_run
 from snows.cli.one_run import OneRun, conclude, export_masks
 from snows.cli.settings import RunSettings
 from snows.cli.task import Layers, Task
+from snows.deploy.exports import check_exports
+from snows.deploy.timm_folder import check_network
 from snows.modes import make_deterministic
 from snows.network.checks import check_device
 from snows.zoo.registry import Known
@@ -19,10 +22,11 @@ def run(settings: RunSettings, known: Known, layers: Layers = lambda name: True)
 
     known: networks by name, besides torchvision's and timm's. layers: which layers to prune, by name.
     """
+    check_exports(settings.export, settings.how)
     if settings.resume is not None:
         metrics = run_folder.read_json(settings.resume / "metrics.json", "finished")
         if metrics["finished"]:
-            return [finish_again(settings.resume, settings, metrics)]
+            return [finish_again(settings.resume, settings, metrics, known)]
     check_device(settings.device)
     if settings.deterministic:
         make_deterministic()
@@ -30,18 +34,32 @@ def run(settings: RunSettings, known: Known, layers: Layers = lambda name: True)
     if settings.resume is None and settings.out_dir is not None and alone:
         run_folder.check_free(settings.out_dir)  # before the network is loaded and measured
     task = Task(settings, known, layers)
+    if "timm" in settings.export:
+        check_network(task.model)
     if settings.resume is not None:
         folders = [settings.resume]
     else:
         folders = [new_folder(task, algo, seed, alone) for algo, seed in settings.runs]
-    return [OneRun(task, algo, seed, folder).carry_out() for (algo, seed), folder in zip(settings.runs, folders)]
+    done = []
+    for (algo, seed), folder in zip(settings.runs, folders):
+        done.append(OneRun(task, algo, seed, folder).carry_out())
+        exported(folder, settings, known)
+    return done
 
 
-def finish_again(folder: Path, settings: RunSettings, metrics: dict) -> dict:
-    """What is left of a run whose results are saved: its report, and the masks if they are asked for."""
+def exported(folder: Path, settings: RunSettings, known: Known) -> None:
+    """Make the files of --export of a finished run, if there are any."""
+    if settings.export:
+        with run_folder.locked(folder):
+            export_run(folder, settings.export, settings.how, known, settings.data_dir)
+
+
+def finish_again(folder: Path, settings: RunSettings, metrics: dict, known: Known) -> dict:
+    """What is left of a run whose results are saved: its report, and the masks and exports that are asked for."""
     with run_folder.locked(folder):
         export_masks(settings.export_masks, folder)
         conclude(folder)
+    exported(folder, settings, known)
     print(f"{folder} is finished already.")
     return metrics
 

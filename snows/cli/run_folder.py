@@ -29,6 +29,7 @@ from torch import nn
 from snows.errors import SnowsError, UsageError, WriteError
 from snows.network.layers import Masks
 from snows.result import LayerRecord, Pruned
+from snows.zoo import packed
 
 # What a run writes before its first layer, in this order, and the names that each holds; args.json makes a run of it.
 BEGUN = {"environment.json": "torch", "calibration.json": "indices", "metrics.json": "dense_accuracy"}
@@ -260,12 +261,25 @@ def csv_text(rows: list[dict]) -> str:
 def load(folder: str | Path, model: nn.Module) -> tuple[nn.Module, Masks]:
     """Load a run folder's weights into `model`, a network of the same architecture; returns it and the masks.
 
+    folder: it, where without model.safetensors packed.safetensors is taken; or such a packed file alone.
+
     Raises:
         SnowsError: a file is missing or damaged, or the weights do not fit the model.
     """
     folder = Path(folder)
+    file = folder / "model.safetensors" if folder.is_dir() else folder
+    if not file.exists() and (folder / packed.FILE).exists():
+        file = folder / packed.FILE
     try:
-        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
-        return model, safetensors.torch.load_file(folder / "masks.safetensors")
-    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        state, masks = packed.unpack(file) if packed.is_packed(file) else load_unpacked(folder)
+        model.load_state_dict(state)
+        return model, masks
+    except (OSError, safetensors.SafetensorError, RuntimeError, KeyError, ValueError) as error:
         raise SnowsError(f"cannot load {folder}: {error}") from error
+
+
+def load_unpacked(folder: Path) -> tuple[dict[str, torch.Tensor], Masks]:
+    """The weights and the masks of a run folder."""
+    names = ("model.safetensors", "masks.safetensors")
+    state, masks = (safetensors.torch.load_file(folder / name) for name in names)
+    return state, masks
