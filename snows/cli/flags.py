@@ -52,7 +52,11 @@ def parser(description: str, arch: str) -> argparse.ArgumentParser:
 
 def add_network_flags(flags: argparse.ArgumentParser, arch: str) -> None:
     group = flags.add_argument_group("network and images")
-    group.add_argument("--arch", default=arch, help=f"the network (default: {arch}, which ships with SNOWS)")
+    group.add_argument(
+        "--arch",
+        default=arch,
+        help=f"the network; also hf-hub:OWNER/NAME, local-dir:FOLDER (default: {arch}, which ships with SNOWS)",
+    )
     group.add_argument("--checkpoint", type=Path, help="local weights for --arch (.safetensors, .pt, .pth, .bin)")
     group.add_argument(
         "--checkpoint_key",
@@ -165,7 +169,8 @@ def add_how_flags(group: argparse._ActionsContainer) -> None:
         nargs="+",
         default=[],
         metavar="PATTERN",
-        help="layers that int8 leaves in float, as 'patch_embed.*' 'fc', or none (default: the first convolutions)",
+        help="layers that int8 leaves in float, as 'patch_embed.*' 'fc'; none: NNCF's own defaults (default: the first "
+        "convolutions)",
     )
 
 

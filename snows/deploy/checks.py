@@ -13,7 +13,7 @@ from snows.deploy.product import Product
 from snows.errors import SnowsError, listed
 from snows.zoo.evaluate import outputs, percent
 
-FOUND = 0.1  # the squared error of a layer's weight in the file, as a share, from which on it is another's
+FOUND = 0.5  # how unlike a layer's weight one in a file must be to be another's: those of other layers are about 1
 ZSTD_LEVEL = 10
 
 
@@ -101,7 +101,7 @@ def check(product: Product, before: Logits, read: ReadBack, weights: dict[str, T
 
 
 def matched(weights: dict[str, Tensor], found: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Of the weights in a file the one that is each layer's, by its values; without layers that are not there."""
+    """Of the weights in a file the one that is each layer's, by its signs; without layers that are not there."""
     return {name: weight for name, (_, weight) in matches(weights, found).items()}
 
 
@@ -109,21 +109,23 @@ def matches(weights: dict[str, Tensor], found: Iterable[tuple[str, Tensor]]) -> 
     """The same, with what the file calls each."""
     left, result = list(found), {}
     for name, weight in weights.items():
-        errors = [error_of(weight, each) for _, each in left]
-        if min(errors, default=FOUND) < FOUND:
-            where, each = left.pop(errors.index(min(errors)))
+        unlike = [difference(weight, each) for _, each in left]
+        if min(unlike, default=FOUND) < FOUND:
+            where, each = left.pop(unlike.index(min(unlike)))
             result[name] = where, each.reshape(weight.shape)
     return result
 
 
-def error_of(weight: Tensor, other: Tensor) -> float:
-    """The squared error of another weight as a share of this one's squares; infinite where it has another shape."""
+def difference(weight: Tensor, other: Tensor) -> float:
+    """How unlike the signs of two weights are, by magnitude: 0, the same; 2, opposite; infinite, another shape.
+
+    Runtimes scale rows and columns of weights for int8, which leaves signs and zeros.
+    """
     if core(weight) != core(other):
         return float("inf")
-    weight, other = weight.double(), other.double()
-    size = weight.square().sum()
-    error = (weight - other.reshape(weight.shape)).square().sum()
-    return (error / size if size > 0 else error).item()
+    size = weight.abs().sum()
+    alike = (weight * other.reshape(weight.shape).sign()).sum()
+    return (1 - alike / size).item() if size > 0 else 0.0
 
 
 def core(weight: Tensor) -> tuple[int, ...]:

@@ -20,8 +20,9 @@ from snows.errors import UsageError
 from snows.zoo.packed import weight_name
 
 IMAGES = 300  # of the calibration images, as many as NNCF takes unless told otherwise
+ATTENTION = {"ScaledDotProductAttention", "Softmax"}
 MAPS = {"Convolution", "GroupConvolution", "MatMul"}
-NONE = "none"  # of the layers stays in float
+NONE = "none"  # of the layers stays in float, and NNCF is told nothing of attention: its own defaults
 
 
 def write(product: Product, file: Path, how: How) -> None:
@@ -42,13 +43,14 @@ def write(product: Product, file: Path, how: How) -> None:
     layers = {name: state[weight_name(name, state)] for name in float_layers(product, how.int8_float)}
     operations = [where for where, _ in matches(layers, weights_of(model)).values()]
     images = [image[None].numpy() for image in product.calibration()[:IMAGES]]
-    attention = any(op.get_type_name() in ("ScaledDotProductAttention", "Softmax") for op in model.get_ops())
+    attention = ATTENTION & {operation.get_type_name() for operation in model.get_ops()}
+    careful = attention and tuple(how.int8_float) != (NONE,)
     with redirect_stdout(StringIO()):  # its progress bars
         quantised = nncf.quantize(
             model,
             nncf.Dataset(images),
             subset_size=len(images),
-            model_type=nncf.ModelType.TRANSFORMER if attention else None,
+            model_type=nncf.ModelType.TRANSFORMER if careful else None,
             ignored_scope=nncf.IgnoredScope(names=operations),
         )
     openvino.save_model(quantised, str(file), compress_to_fp16=False)
@@ -126,7 +128,7 @@ def value(node: Any) -> np.ndarray | None:
         return None
     first, *others = inputs
     assert first is not None
-    if kind in ("Convert", "FakeConvert", "FakeQuantize"):
+    if kind == "Convert":
         return first.astype(np.float32)
     if kind == "Subtract":
         return first - others[0]

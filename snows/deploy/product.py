@@ -25,7 +25,8 @@ class How:
 
     half: weights and arithmetic in fp16; images go in and logits come out as float32.
     int8_tolerance: the percent points of accuracy that int8 may lose.
-    int8_float: names or patterns of the layers that int8 leaves in float; empty: its first convolutions; "none": none.
+    int8_float: names or patterns of the layers that int8 leaves in float; empty: its first convolutions; "none": none,
+        and all else by NNCF's defaults too.
     """
 
     half: bool = False

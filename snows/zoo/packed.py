@@ -48,7 +48,7 @@ def pack(state: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None)
 
 def entries(tensor: Tensor) -> Tensor:
     """The bytes of each entry (n, bytes) of a contiguous tensor, which every type of numbers has and can be written."""
-    return tensor.reshape(-1, 1).view(torch.uint8)
+    return tensor.reshape(-1).view(torch.uint8).reshape(tensor.numel(), tensor.itemsize)
 
 
 def has_bits(tensor: Tensor) -> Tensor:
