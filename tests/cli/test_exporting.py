@@ -189,8 +189,8 @@ def test_a_missing_package_is_told_before_anything_is_pruned(script, flags, tmp_
     monkeypatch.setattr(exports, "find_spec", lambda name: None)
     _, err = script("CNN_pruning/prune_NM.py", *flags, "--export", "onnx", "--out_dir", tmp_path / "run", code=2)
     assert err == (
-        "error: onnx and onnxscript and onnxruntime not installed, which onnx needs: pip install 'snows[deploy]', or in "
-        "a checkout -r requirements-deploy.txt.\n"
+        "error: onnx and onnxscript and onnxruntime not installed, which onnx needs: pip install 'snows[deploy]', or "
+        "in a checkout -r requirements-deploy.txt.\n"
     )
     _, err = script("CNN_pruning/prune_NM.py", *flags, "--export", "int8", "--half", code=2)
     assert err == "error: --half is for the other exports: int8 has a precision of its own.\n"
