@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ from snows.deploy import int8, onnx, pt2, timm_folder
 from snows.deploy.checks import Check, Logits, ReadBack, check
 from snows.deploy.product import How, Product
 from snows.errors import SnowsError, UsageError, WriteError
+from snows.network.layers import copied
 from snows.zoo import packed
 
 AS_IT_IS = How()
@@ -31,7 +31,7 @@ def write_packed(product: Product, file: Path, how: How) -> None:
 def read_packed(file: Path, product: Product) -> ReadBack:
     """The network with the tensors of the packed checkpoint."""
     state, _ = packed.unpack(file)
-    return pt2.run_with(copy.deepcopy(product.model), state)
+    return pt2.run_with(copied(product.model), state)
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,13 @@ def check_exports(names: Iterable[str], how: How) -> None:
     """Refuse, before any work, exports that cannot be.
 
     Raises:
-        UsageError: a package is missing, or int8 is to be in fp16.
+        UsageError: a package is missing, int8 is to be in fp16, or its tolerance is no number.
     """
     names = list(names)
     if how.half and "int8" in names:
         raise UsageError("`half` is for the other exports: int8 has a precision of its own.")
+    if not how.int8_tolerance >= 0:
+        raise UsageError(f"`int8_tolerance` is a number of percent points, 0 or more, not {how.int8_tolerance:g}.")
     missing = [package for name in names for package in EXPORTS[name].needs if find_spec(package) is None]
     if missing:
         raise UsageError(

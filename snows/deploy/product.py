@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from snows.errors import SnowsError, TraceError, first_line
 from snows.masks.patterns import NM
-from snows.network.layers import Masks, Network
+from snows.network.layers import Masks, Network, copied
 from snows.zoo.evaluate import Batches
 from snows.zoo.packed import weight_name
 
@@ -74,7 +73,7 @@ class Product:
 
 def folded(product: Product) -> nn.Module:
     """A copy of a product's network in which each BatchNorm after a convolution is a part of that."""
-    model = copy.deepcopy(product.model)
+    model = copied(product.model)
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return model
     try:
@@ -107,7 +106,7 @@ class Half(nn.Module):
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self.network = copy.deepcopy(network).half()
+        self.network = copied(network).half()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images.half()).float()

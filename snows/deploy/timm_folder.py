@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from snows.deploy.checks import ReadBack
 from snows.deploy.product import How, Product
 from snows.deploy.pt2 import weights_of
 from snows.errors import SnowsError, UsageError, first_line
+from snows.network.layers import copied
 
 CITATION = """\
 ```bibtex
@@ -47,7 +47,7 @@ def write(product: Product, folder: Path, how: How) -> None:
         UsageError: the network is not one of timm's. SnowsError: timm cannot describe it.
     """
     check_network(product.model)
-    model = copy.deepcopy(product.model)
+    model = copied(product.model)
     if how.half:
         model.half()
     try:

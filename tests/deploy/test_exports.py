@@ -151,6 +151,12 @@ def test_int8_in_half_is_refused():
         exports.check_exports(["packed", "int8"], How(half=True))
 
 
+@pytest.mark.parametrize("tolerance", [float("nan"), -1.0])
+def test_a_tolerance_that_tells_nothing_is_refused(tolerance):
+    with pytest.raises(UsageError, match="`int8_tolerance` is a number of percent points, 0 or more, not"):
+        exports.check_exports(["int8"], How(int8_tolerance=tolerance))
+
+
 def test_the_packages_of_the_extra_are_those_of_the_requirements_file():
     lines = (ROOT / "requirements-deploy.txt").read_text().splitlines()
     packages = [line for line in lines if line and line[0] not in "#-"]
