@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import runpy
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -14,8 +14,9 @@ from pathlib import Path
 from torch import nn
 
 from snows.cli import console, run_folder
+from snows.cli.flags import add_how_flags, how
 from snows.deploy.checks import Check, Logits
-from snows.deploy.exports import EXPORTS, export
+from snows.deploy.exports import EXPORTS, check_exports, export
 from snows.deploy.product import How, Product
 from snows.errors import UsageError, first_line
 from snows.masks.patterns import NM
@@ -24,16 +25,41 @@ from snows.zoo.evaluate import Batches, at_a_time
 from snows.zoo.images import normalised
 from snows.zoo.registry import Known, load_classifier, load_data
 
+DESCRIPTION = "Files for runtimes from a finished run: python -m snows.export RUN_DIR --to onnx [--out FILE]."
 FILE = "export.json"
 FAR_FROM_RUN = 0.5  # percent points between a run's accuracy and the one measured here that call for a warning
 SAVED = ["script", "arch", "dset", "num_classes", "mean", "std", "resize", "classes", "skip_broken", "num_workers"]
 SAVED += ["ngrads", "mirror", "seed", "test_batch_size", "layer_sparsity"]
 
 
+def main() -> None:
+    """python -m snows.export: the exports of a finished run.
+
+    Raises:
+        UsageError: flags contradict each other.
+    """
+    flags = ArgumentParser(prog="python -m snows.export", description=DESCRIPTION)
+    flags.add_argument("run", type=Path, metavar="RUN_DIR", help="the folder of a finished run")
+    flags.add_argument("--to", nargs="+", required=True, choices=EXPORTS, help="what to make of its network")
+    flags.add_argument("--out", type=Path, help="where it goes (default: into RUN_DIR); with a single --to")
+    flags.add_argument("--data_dir", type=Path, default=Path("data"), help="where datasets lie (default: data)")
+    flags.add_argument(
+        "--factory", metavar="FILE.py:NAME", help="the function that makes the network, where it is one of your own"
+    )
+    add_how_flags(flags)
+    args = flags.parse_args()
+    if args.out is not None and len(args.to) > 1:
+        raise UsageError("--out is for a single --to.")
+    check_exports(args.to, how(args))
+    known = {} if args.factory else known_of(args.run)
+    with run_folder.locked(args.run):
+        export_run(args.run, tuple(args.to), how(args), known, args.data_dir, args.out, args.factory)
+
+
 def export_run(
     folder: Path,
     names: tuple[str, ...],
-    how: How,
+    choices: How,
     known: Known,
     data_dir: Path,
     out: Path | None = None,
@@ -54,8 +80,8 @@ def export_run(
     print(f"exports, each read back and beside the pruned network in PyTorch:\n{heading(product.pattern)}", flush=True)
     for name in names:
         file = out or folder / EXPORTS[name].file
-        found = export(product, name, file, how, before)
-        kept[name] = {"file": str(file), "half": how.half, **asdict(found)}
+        found = export(product, name, file, choices, before)
+        kept[name] = {"file": str(file), "half": choices.half, **asdict(found)}
         run_folder.write_json(folder / FILE, kept)
         print(line(name, found), flush=True)
 

@@ -11,7 +11,7 @@ import torch
 from resnet_cifar import ResNet
 
 import snows
-from snows import export
+from snows.cli.exporting import main
 from snows.cli.shell import shell
 from snows.deploy import exports
 
@@ -45,7 +45,7 @@ def ended(monkeypatch, capsys, signals):
         monkeypatch.setattr(sys, "path", [*sys.path])
         monkeypatch.setattr(signal, "signal", lambda *_: None)
         try:
-            shell(export.main)
+            shell(main)
             code = 0
         except SystemExit as exit:
             code = exit.code
