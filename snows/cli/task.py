@@ -79,7 +79,13 @@ class Task:
 
     def example(self) -> Tensor:
         """An image, for networks that cannot be traced without."""
-        return self.data.train[0][0][None]
+        return self.first_image
+
+    @cached_property
+    def first_image(self) -> Tensor:
+        """The first of the training set that can be read, (1, channels, height, width)."""
+        first = next(self.data.sound(self.data.train, range(len(self.data.train))))
+        return self.data.train[first][0][None]
 
     @cached_property
     def macs(self) -> dict[str, int]:
