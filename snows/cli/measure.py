@@ -26,7 +26,7 @@ from snows.deploy.measure import DENSE, PRUNED, Measured, as_rows, measure, refi
 from snows.errors import SnowsError, UsageError, first_line
 from snows.zoo.registry import CHECKPOINTS, Known, load_classifier
 
-OWN = "give --factory FILE.py:FUNCTION, a function without arguments that returns the network"
+OWN = "give --factory FILE.py:NAME, a function without arguments that returns the network"
 
 
 def network_of(arguments: dict, factory: str | None) -> nn.Module:
@@ -59,7 +59,7 @@ def known_to(script: str) -> Known:
 
 
 def from_factory(factory: str) -> nn.Module:
-    """What the function FILE.py:FUNCTION returns.
+    """What the function FILE.py:NAME returns.
 
     Raises:
         UsageError: there is none, it fails, or returns no network.
@@ -130,7 +130,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=whole(1), default=20, help="forward passes of each (default: %(default)s)")
     parser.add_argument("--batch_size", type=whole(1), default=1, help="images of a pass (default: %(default)s)")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, metavar="NAME", help="; ".join(BACKENDS))
-    parser.add_argument("--factory", metavar="FILE.py:FUNCTION", help="what makes a network of your own")
+    parser.add_argument("--factory", metavar="FILE.py:NAME", help="what makes a network of your own")
     axes = ("CHANNELS", "HEIGHT", "WIDTH")
     parser.add_argument("--image_shape", type=whole(1), nargs=3, metavar=axes, help="where the run does not say it")
     return parser

@@ -111,7 +111,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path, command):
 
 def test_a_network_that_nobody_knows_needs_a_factory(changed, command, tmp_path):
     folder = changed(args={"arch": "mine"})
-    with pytest.raises(UsageError, match=r"unknown architecture 'mine'.*give --factory FILE\.py:FUNCTION"):
+    with pytest.raises(UsageError, match=r"unknown architecture 'mine'.*give --factory FILE\.py:NAME"):
         command(folder, *FEW)
     factory = tmp_path / "mine.py"
     factory.write_text("from vit_small import vit_digits\n\n\ndef build():\n    return vit_digits()\n")
