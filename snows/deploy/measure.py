@@ -125,7 +125,7 @@ def refilled(model: nn.Module, masks: Masks, seed: int = 0) -> nn.Module:
 def sentence(rows: Sequence[Measured]) -> str:
     """What zeros did to the time on each backend: pruned beside dense, by the CPU's time."""
     times = {(row.backend, row.network): row.cpu_ms for row in rows if row.cpu_ms is not None}
-    told: dict[str, list[str]] = {"faster": [], "slower": [], "the same": []}
+    told: dict[str, list[str]] = {"faster": [], "slower": [], "as fast": []}
     for backend in dict.fromkeys(row.backend for row in rows):
         pruned, dense = times.get((backend, PRUNED)), times.get((backend, DENSE), times.get(("torch", DENSE)))
         if pruned is None or dense is None:
@@ -133,7 +133,7 @@ def sentence(rows: Sequence[Measured]) -> str:
         beside = "" if (backend, DENSE) in times else " of torch"
         change = f"{backend} ({pruned:.3g} ms, dense {dense:.3g}{beside})"
         ratio = pruned / dense
-        told["faster" if ratio < 1 - ALIKE else "slower" if ratio > 1 + ALIKE else "the same"].append(change)
+        told["faster" if ratio < 1 - ALIKE else "slower" if ratio > 1 + ALIKE else "as fast"].append(change)
     parts = [f"{what} on {', '.join(found)}" for what, found in told.items() if found]
     if not parts:
         return "Nothing was measured of dense and pruned together."

@@ -165,7 +165,7 @@ def test_the_sentence_says_what_zeros_did_on_each_backend():
     said = measure.sentence(rows(torch=(10.0, 10.5), torch_CSR=(None, 5.0), mine=(10.0, 12.0)))
     assert "faster on torch CSR (5 ms, dense 10 of torch);" in said
     assert "slower on mine (12 ms, dense 10);" in said
-    assert "the same on torch (10.5 ms, dense 10)." in said
+    assert "as fast on torch (10.5 ms, dense 10)." in said
     assert "below 10% counts as none" in said
 
 
