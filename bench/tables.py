@@ -276,6 +276,21 @@ def memory() -> str:
     return table(["job", "images", *(name for *_, name in columns)], cells)
 
 
+def latency() -> str:
+    """One row per network and backend: the CPU's time with each pattern; one of multiply-accumulates a network."""
+    rows = load("latency")
+    patterns, lines = list(dict.fromkeys(row["pattern"] for row in rows)), []
+    for network in dict.fromkeys(row["network"] for row in rows):
+        own = [row for row in rows if row["network"] == network]
+        macs = {row["pattern"]: f"{row['macs'] / 1e9:.3g}" for row in own}
+        lines.append([f"`{network}`", "10⁹ MACs", *(macs.get(pattern, "") for pattern in patterns)])
+        for backend in dict.fromkeys(row["backend"] for row in own):
+            times = {row["pattern"]: row["cpu_ms"] for row in own if row["backend"] == backend}
+            cells = ["-" if times.get(pattern) is None else f"{times[pattern]:.3g}" for pattern in patterns]
+            lines.append(["", backend, *cells])
+    return table(["network", "", *patterns], lines)
+
+
 def comparison(rows: list[dict]) -> str:
     """Accuracy in percent, mean and standard deviation over seeds: a line for each mask of each pattern."""
     ways, lines = found(rows, "way", WAYS), []
@@ -399,4 +414,5 @@ TABLES = {
     "exports": exports,
     "export_sizes": export_sizes,
     "int8": int8,
+    "latency": latency,
 }

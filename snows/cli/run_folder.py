@@ -26,6 +26,7 @@ import torch
 import torchvision
 from torch import nn
 
+from snows.deploy.macs import remaining
 from snows.errors import SnowsError, UsageError, WriteError
 from snows.network.layers import Masks
 from snows.result import LayerRecord, Pruned
@@ -192,13 +193,18 @@ def read_json(path: Path, *names: str) -> Any:
     return record
 
 
-def save(folder: Path, pruned: Pruned, metrics: dict) -> dict:
-    """Write weights, masks, per-layer records and metrics; returns the metrics with what was counted and spent."""
+def save(folder: Path, pruned: Pruned, metrics: dict, macs: dict[str, int] | None = None) -> dict:
+    """Write weights, masks, per-layer records and metrics; returns the metrics with what was counted and spent.
+
+    macs: multiply-accumulates of the dense network, by layer, where they were counted.
+    """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in pruned.model.state_dict().items()}
     masks = {name: mask.cpu().contiguous() for name, mask in pruned.masks.items()}
+    macs = macs or {}
+    kept = remaining(pruned.model, macs)
     write(folder / "model.safetensors", safetensors.torch.save(unshared(state)))
     write(folder / "masks.safetensors", safetensors.torch.save(masks))
-    write(folder / "layers.csv", csv_text(layer_rows(pruned.layers)))
+    write(folder / "layers.csv", csv_text(with_macs(layer_rows(pruned.layers), macs, kept)))
     write_json(folder / "layers.json", [asdict(layer) for layer in pruned.layers])
     saved = safetensors.torch.load_file(folder / "model.safetensors")
     names = [name for name, _ in pruned.model.named_parameters()]
@@ -206,6 +212,8 @@ def save(folder: Path, pruned: Pruned, metrics: dict) -> dict:
     metrics = {
         **metrics,
         "sparsity": zeros / sum(saved[name].numel() for name in names),  # of the saved weights
+        "dense_macs": sum(macs.values()),
+        "macs": sum(kept.values()),
         "seconds": pruned.seconds,
         "curvature_products": pruned.curvature_products,
         "cg_iterations": pruned.cg_iterations,
@@ -247,6 +255,11 @@ def layer_rows(records: list[LayerRecord]) -> list[dict]:
                 row[effort] += values[effort]
             row["peak_memory_bytes"] = max(row["peak_memory_bytes"], record.peak_memory_bytes)
     return list(rows.values())
+
+
+def with_macs(rows: list[dict], dense: dict[str, int], kept: dict[str, int]) -> list[dict]:
+    """The rows with each layer's multiply-accumulates for an image, dense and without its zeros."""
+    return [{**row, "dense_macs": dense.get(row["name"]), "macs": kept.get(row["name"])} for row in rows]
 
 
 def csv_text(rows: list[dict]) -> str:

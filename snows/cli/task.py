@@ -17,6 +17,7 @@ from snows.cli import console
 from snows.cli.journal import checksum
 from snows.cli.resume import read_metrics
 from snows.cli.settings import RunSettings
+from snows.deploy import macs
 from snows.errors import SnowsError
 from snows.masks.files import check_pattern, read_masks
 from snows.masks.patterns import NM, Pattern, Selection
@@ -78,7 +79,18 @@ class Task:
 
     def example(self) -> Tensor:
         """An image, for networks that cannot be traced without."""
-        return self.data.train[0][0][None]
+        return self.first_image
+
+    @cached_property
+    def first_image(self) -> Tensor:
+        """The first of the training set that can be read, (1, channels, height, width)."""
+        first = next(self.data.sound(self.data.train, range(len(self.data.train))))
+        return self.data.train[first][0][None]
+
+    @cached_property
+    def macs(self) -> dict[str, int]:
+        """Multiply-accumulates of the dense network for an image, by layer."""
+        return macs.count(self.model, self.example())
 
     def masks_of_file(self, file: Path) -> Masks:
         """The masks of --masks for the layers to prune."""
@@ -105,6 +117,7 @@ class Task:
             "arch": settings.arch,
             "dset": settings.dset,
             "pattern": self.name,
+            "image_shape": list(self.example().shape[1:]),
             "weights_checksum": checksum(self.model.state_dict().values()),
             "masks_checksum": checksum([] if not isinstance(self.pattern, dict) else self.pattern.values()),
             "dense_accuracy": dense,
