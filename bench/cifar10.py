@@ -9,9 +9,11 @@ table goes on where it stopped. A row's `flags` are the options that it sets, as
 """
 
 import argparse
+from fnmatch import fnmatchcase
 
+import torch
 from common import RESULTS, Parser, Results
-from networks import PATTERNS, Bench, weights
+from networks import PATTERNS, Bench, views, weights
 
 import snows
 from snows import options
@@ -25,8 +27,11 @@ TABLES = {  # name -> (network, results file)
     "vit_ablation": ("vit_cifar10", "vit_cifar10_ablation.csv"),
 }
 LAYER_BY_LAYER = {"algo": "SNOWS", "joint_steps": 0}
-ACCURACY_RUNS = [{"algo": "MP"}, {"algo": "MP+"}, LAYER_BY_LAYER, {"algo": "SNOWS"}]
-METHODS = ("MP", "MP+", "layer-by-layer", "SNOWS")
+# As in the paper: the 1 x 1 shortcuts stay dense, and the calibration images are mirrored and cut out at random.
+PUBLISHED = {"algo": "SNOWS", "protocol": "published"}
+ACCURACY_RUNS = [{"algo": "MP"}, {"algo": "MP+"}, LAYER_BY_LAYER, {"algo": "SNOWS"}, PUBLISHED]
+METHODS = ("MP", "MP+", "layer-by-layer", "SNOWS", "published")
+SHORTCUTS = "*downsample*"
 # Few images, so that a table takes minutes.
 ABLATED = {"images": 256, "sweeps": 1, "k_step": 8, "schedule": 0, "joint_steps": 0}
 ABLATED |= {"max_CG_iterations": 5, "cg_tolerance": 0.01}
@@ -64,8 +69,8 @@ def runs_of(table: str, images: int = 1024, changes: dict | None = None) -> list
 
 
 def method_of(run: dict) -> str:
-    """What `--methods` calls a run: in `accuracy`, SNOWS without joint steps has a name of its own."""
-    return "layer-by-layer" if LAYER_BY_LAYER.items() <= run.items() else run["algo"]
+    """What `--methods` calls a run: in `accuracy`, SNOWS without joint steps or by a protocol has its own name."""
+    return run.get("protocol") or ("layer-by-layer" if LAYER_BY_LAYER.items() <= run.items() else run["algo"])
 
 
 def row_of(run: dict) -> dict:
@@ -74,22 +79,32 @@ def row_of(run: dict) -> dict:
     return {**row, "flags": " ".join(f"--{name} {value}" for name, value in run.items() if name not in row)}
 
 
-def options_of(flags: str, seed: int) -> snows.Options:
-    """The options that a row's flags give."""
+def options_of(flags: str, seed: int) -> tuple[snows.Options, bool]:
+    """(the options that a row's flags give, whether it follows the published protocol)"""
     parser = argparse.ArgumentParser()
     options.add_flags(parser)
-    return options.from_flags(parser.parse_args(flags.split()), seed)
+    parser.add_argument("--protocol", choices=["published"])
+    args = parser.parse_args(flags.split())
+    return options.from_flags(args, seed), args.protocol is not None
+
+
+def pruned_as_published(layer: str) -> bool:
+    return not fnmatchcase(layer, SHORTCUTS)
 
 
 def measure(bench: Bench, row: dict) -> dict:
     """One row's figures."""
-    chosen = options_of(row["flags"], row["seed"])
+    chosen, published = options_of(row["flags"], row["seed"])
     calibration, _ = bench.data.calibration(row["images"], row["seed"])
-    job = dict(algo=row["algo"], layers=bench.layers, device=bench.device)
+    layers = bench.layers
+    if published:
+        calibration = views(calibration, torch.Generator().manual_seed(row["seed"]))
+        layers = pruned_as_published
+    job = dict(algo=row["algo"], layers=layers, device=bench.device)
     pruned = snows.prune(bench.model, calibration, PATTERNS[row["pattern"]], chosen, **job)
     return {
         "dense_accuracy": bench.dense_accuracy,
-        "masked_accuracy": bench.masked_accuracy(row["pattern"]),
+        "masked_accuracy": None if published else bench.masked_accuracy(row["pattern"]),
         "accuracy": accuracy(pruned.model, bench.test, bench.device),
         "sparsity": pruned.sparsity,
         "curvature_products": pruned.curvature_products,

@@ -13,9 +13,9 @@ import argparse
 import itertools
 import statistics
 
+from cells import MASKS, PATTERNS, WAYS, comparison, found, over_seeds
 from common import Parser, Results, panels, save_figure
 from networks import Bench, weights
-from tables import MASKS, PATTERNS, WAYS, comparison, found, over_seeds
 
 import snows
 from snows import options

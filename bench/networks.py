@@ -1,10 +1,14 @@
 """The networks for CIFAR-10 that several benches prune, and their images."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from common import ROOT
 from resnet_cifar import ResNet
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import Subset
 from vit_small import vit_cifar10
 
 import snows
@@ -15,6 +19,8 @@ from snows.zoo.evaluate import accuracy
 
 NETWORKS = {"resnet20_cifar10": lambda: ResNet(20, 10), "vit_cifar10": vit_cifar10}
 HALF = (0.5,) * 3  # the mean and the deviation of the channels that both were trained with
+BLACK = -1.0  # of images that are normalised so
+DRAWN, SEEDS, HELD_OUT = 3000, 10, 1000  # most images of a calibration, its seeds, images that are held out from all
 PATTERNS = {f"unstructured {share}": snows.Unstructured(share) for share in (0.5, 0.6, 0.7, 0.8, 0.9)}
 PATTERNS |= {"2:4": snows.NM(2, 4), "1:4": snows.NM(1, 4), "4:8": snows.NM(4, 8)}
 
@@ -41,6 +47,34 @@ def trained(network: str, checkpoint: Path) -> nn.Module:
 def cifar10(file: Path) -> data.Data:
     """Calibration and test images of an .npz, normalised as the networks expect."""
     return data.Data(*data.npz(file, data.normalised(HALF, HALF)))
+
+
+def views(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
+    """Each image of a batch mirrored or not, and cut out at random of itself with a black border, as in training."""
+    count, channels, height, width = images.shape
+    padded = F.pad(images, [padding] * 4, value=BLACK)  # (count, channels, height + 8, width + 8)
+    top, left = torch.randint(2 * padding + 1, (2, count, 1), generator=generator)
+    rows, columns = (top + torch.arange(height))[:, None, :, None], (left + torch.arange(width))[:, None, None]
+    image, channel = torch.arange(count)[:, None, None, None], torch.arange(channels)[:, None, None]
+    cut = padded[image, channel, rows, columns]
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    return cut.flip(-1).where(mirrored[:, None, None, None], cut)
+
+
+def held_out(images: data.Data, count: int = HELD_OUT) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of training images, always the same, that no calibration of DRAWN images or fewer by SEEDS seeds draws.
+
+    Raises:
+        UsageError: those draw all the images.
+    """
+    total, free = len(images.train), torch.ones(len(images.train), dtype=torch.bool)
+    for seed in range(SEEDS):
+        free[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:DRAWN]] = False
+    (left,) = free.nonzero(as_tuple=True)
+    if not len(left):
+        raise UsageError(f"{total} training images are too few to hold some out from calibrations of {DRAWN}.")
+    order = torch.randperm(len(left), generator=torch.Generator().manual_seed(0))
+    return images.batches(Subset(images.train, left[order[:count]].tolist()), 128)
 
 
 class Bench:

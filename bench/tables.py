@@ -1,28 +1,26 @@
 """The tables of README.md and docs/: one function for each, from the CSV files in results/."""
 
-import itertools
-import re
-from collections.abc import Callable
-from statistics import mean, median, stdev
+from statistics import median
 
-from common import RESULTS, read
+from cells import (
+    PATTERNS,
+    WAYS,
+    average,
+    changed,
+    comparison,
+    flags,
+    found,
+    load,
+    of_chosen_rates,
+    quoted,
+    reached,
+    seconds_of,
+    spread,
+    table,
+)
+from deploy_tables import export_sizes, exports, int8, latency
 
-PATTERNS = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "1:4", "2:8")  # of compare.py, in their usual order, as are these
-MASKS = ("MP", "Wanda", "SparseGPT", "OBS")
-WAYS = ("alone", "MP+", "SNOWS")
-
-
-def load(name: str) -> list[dict]:
-    """The rows of a results file."""
-    return read(RESULTS / f"{name}.csv")
-
-
-def table(header: list[str], rows: list[list]) -> str:
-    """A Markdown table; floats with two digits."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in line) + " |" for line in lines
-    )
+END_TO_END, BASELINES = "end_to_end_resnet20_cifar10", "baselines_resnet20_cifar10"
 
 
 def default(arch: str) -> str:
@@ -58,9 +56,10 @@ def headline() -> str:
 def accuracy() -> str:
     """One row per pattern: every method's accuracy, its mean over the seeds and how far they spread."""
     rows = load("resnet20_cifar10_accuracy")
-    zeros = {row["pattern"]: row["sparsity"] for row in rows}
+    zeros = {row["pattern"]: row["sparsity"] for row in rows if "--protocol" not in row["flags"]}
     columns = {"MP (mask only)": ("MP", ""), "MP+": ("MP+", "")}
-    columns |= {"SNOWS, layer by layer": ("SNOWS", "--joint_steps 0"), "**SNOWS**": ("SNOWS", "")}
+    columns |= {"SNOWS, layer by layer": ("SNOWS", "--joint_steps 0")}
+    columns |= {"SNOWS, published protocol": ("SNOWS", "--protocol published"), "**SNOWS**": ("SNOWS", "")}
     cells = []
     for pattern in sorted(zeros, key=lambda pattern: (":" in pattern, zeros[pattern])):  # unstructured first
         found = [
@@ -75,34 +74,6 @@ def accuracy() -> str:
             others.setdefault((row["pattern"], quoted(flags(row))), []).append(row)
     more = [f"{pattern}, {changes}: {spread(found)}." for (pattern, changes), found in others.items()]
     return "\n\n".join([table(["pattern", "zeros", *columns, "products"], cells), *more])
-
-
-def average(rows: list[dict], figure: str) -> float | str:
-    """The mean of a figure; nothing where there is no row."""
-    return mean(row[figure] for row in rows) if rows else ""
-
-
-def spread(rows: list[dict]) -> str:
-    """The mean accuracy of some seeds, with the lowest, the highest and how many there are."""
-    found = [row["accuracy"] for row in rows]
-    if len(found) < 2:
-        return "".join(f"{each:.2f}" for each in found)
-    return f"{sum(found) / len(found):.2f} ({min(found):.2f} to {max(found):.2f}, {len(found)} seeds)"
-
-
-def flags(row: dict) -> list[str]:
-    """A row of cifar10.py as flags: the number of images first."""
-    words = row["flags"].split()
-    return [f"--images {row['images']}", *(f"{flag} {word}" for flag, word in zip(words[::2], words[1::2]))]
-
-
-def quoted(words: list[str]) -> str:
-    return ", ".join(f"`{word}`" for word in words)
-
-
-def changed(row: dict, first: dict) -> str:
-    """The flags of a row that the first of its table has not; for that one, all of them but the images."""
-    return quoted(flags(row)[1:] if row is first else [flag for flag in flags(row) if flag not in flags(first)])
 
 
 def ablation() -> str:
@@ -127,12 +98,27 @@ def vit_ablation() -> str:
 
 def end_to_end() -> str:
     """One row per method, in the order of their seconds."""
-    rows = sorted(load("end_to_end_resnet20_cifar10"), key=lambda row: row["seconds"])
     cells = [
-        [row["method"], row["accuracy"], f"{row['held_out_loss']:.3f}", round(row["products"]), f"{row['seconds']:.1f}"]
-        for row in rows
+        [row["method"], row["accuracy"], f"{row['held_out_loss']:.3f}", round(row["products"]), f"{seconds:.1f}"]
+        for seconds, row in sorted(((seconds_of(row), row) for row in load(END_TO_END)), key=lambda pair: pair[0])
     ]
-    return table(["method", "accuracy %", "error of held-out logits", "products or gradients", "seconds"], cells)
+    return table(["method", "accuracy %", "error of test logits", "products or gradients", "seconds"], cells)
+
+
+def baselines() -> str:
+    """One row per method and seconds of a training, with what it reaches at each pattern."""
+    rows = of_chosen_rates(load(BASELINES))
+    if not rows:
+        return "Not measured yet."
+    patterns = found(rows, "pattern", ("unstructured 0.8", "unstructured 0.9", "2:4", "1:4"))
+    lines: dict[tuple, dict[str, list[dict]]] = {}
+    for row in rows:
+        budget = row.get("budget")
+        name = row["method"] if budget is None else f"{row['method']}, {budget:g} s"
+        lines.setdefault((name, row["images"]), {}).setdefault(row["pattern"], []).append(row)
+    cells = [[*name, *(reached(each.get(pattern, [])) for pattern in patterns)] for name, each in lines.items()]
+    said = "Accuracy in percent / relative error of the logits of held-out training images / seconds of the processor."
+    return table(["method", "images", *patterns], cells) + f"\n\n{said}"
 
 
 def convergence() -> str:
@@ -276,120 +262,6 @@ def memory() -> str:
     return table(["job", "images", *(name for *_, name in columns)], cells)
 
 
-def latency() -> str:
-    """One row per network and backend: the CPU's time with each pattern; one of multiply-accumulates a network."""
-    rows = load("latency")
-    patterns, lines = list(dict.fromkeys(row["pattern"] for row in rows)), []
-    for network in dict.fromkeys(row["network"] for row in rows):
-        own = [row for row in rows if row["network"] == network]
-        macs = {row["pattern"]: f"{row['macs'] / 1e9:.3g}" for row in own}
-        lines.append([f"`{network}`", "10⁹ MACs", *(macs.get(pattern, "") for pattern in patterns)])
-        for backend in dict.fromkeys(row["backend"] for row in own):
-            times = {row["pattern"]: row["cpu_ms"] for row in own if row["backend"] == backend}
-            cells = ["-" if times.get(pattern) is None else f"{times[pattern]:.3g}" for pattern in patterns]
-            lines.append(["", backend, *cells])
-    return table(["network", "", *patterns], lines)
-
-
-def comparison(rows: list[dict]) -> str:
-    """Accuracy in percent, mean and standard deviation over seeds: a line for each mask of each pattern."""
-    ways, lines = found(rows, "way", WAYS), []
-    for pattern, mask in itertools.product(found(rows, "pattern", PATTERNS), found(rows, "mask", MASKS)):
-        cells = [over_seeds(rows, pattern=pattern, mask=mask, way=way) for way in ways]
-        if any(cells):
-            lines.append([pattern, mask, *map(deviation, cells)])
-    return table(["pattern", "mask", *ways], lines)
-
-
-def over_seeds(rows: list[dict], **wanted) -> list[float]:
-    """The accuracies of all the seeds of one cell."""
-    return [row["accuracy"] for row in rows if wanted.items() <= row.items()]
-
-
-def found(rows: list[dict], key: str, order: tuple[str, ...]) -> list[str]:
-    """The values that the rows have, known ones in their usual order and first."""
-    values = {row[key] for row in rows}
-    return [value for value in order if value in values] + sorted(values - set(order))
-
-
-def deviation(accuracies: list[float]) -> str:
-    """A mean and, of several, the standard deviation."""
-    if not accuracies:
-        return ""
-    return f"{mean(accuracies):.2f}" + (f" ± {stdev(accuracies):.2f}" if len(accuracies) > 1 else "")
-
-
-KINDS = [("onnx", ""), ("pt2", ""), ("timm", ""), ("packed", ""), ("onnx", "--half"), ("int8", "")]  # of exports.py
-
-
-def exported() -> dict[tuple[str, str], dict[tuple[str, str], dict]]:
-    """The rows of exports.csv: of each network and pattern, of each export and its flags."""
-    found: dict = {}
-    for row in load("exports"):
-        found.setdefault((row["network"], row["pattern"]), {})[row["export"], row["flags"] or ""] = row
-    return found
-
-
-def export_table(cell: Callable[[dict], str], *more: Callable[[dict], str]) -> str:
-    """One row per network and pattern, a column per export; `cell` makes what stands there of a row of exports.csv.
-
-    more: columns before these, from all the rows that were made; their docstrings are their names.
-    """
-    lines = []
-    for (network, pattern), by_kind in exported().items():
-        made = {kind: row for kind, row in by_kind.items() if row["bytes"] is not None}
-        cells = [cell(made[kind]) if kind in made else "-" for kind in KINDS]
-        lines.append([network, pattern, *(column(made) for column in more), *cells])
-    heads = [f"{name} {flags}".strip() for name, flags in KINDS]
-    return table(["network", "pattern", *(column.__doc__ for column in more), *heads], lines)
-
-
-def exports() -> str:
-    """Beside the network in PyTorch: the largest difference of a logit, the images with the same class, zeros, N:M."""
-
-    def zeros(made: dict) -> str:
-        """zeros found of asked"""
-        (counts,) = {(row["zeros_found"], row["zeros_asked"]) for row in made.values()}
-        return "{:,} of {:,}".format(*counts)
-
-    def layers(made: dict) -> str:
-        """N:M layers"""
-        (counts,) = {(row["nm_layers"], row["layers"]) for row in made.values()}
-        return "-" if counts[0] is None else "{} of {}".format(*counts)
-
-    def cell(row: dict) -> str:
-        return f"{row['largest_difference']:.1g}, {row['same_class']:,}/{row['images']:,}"
-
-    return export_table(cell, zeros, layers)
-
-
-def export_sizes() -> str:
-    """Megabytes of each export, and with zstandard."""
-
-    def tensors(made: dict) -> str:
-        """all tensors"""
-        return f"{next(iter(made.values()))['bytes_of_tensors'] / 1e6:.2f}"
-
-    return export_table(lambda row: f"{row['bytes'] / 1e6:.2f} ({row['zstd_bytes'] / 1e6:.2f})", tensors)
-
-
-def int8() -> str:
-    """The accuracy before and after, by NNCF's own defaults and with the first convolutions in float."""
-    lines = []
-    for (network, pattern), by_kind in exported().items():
-        ways = [by_kind.get(("int8", flags)) for flags in ("--int8_float none", "")]
-        known = next((row for row in by_kind.values() if row["accuracy_before"] is not None), None)
-        if known is not None and None not in ways:
-            cells = [row["accuracy"] if row["bytes"] is not None else f"refused: {lost(row)}" for row in ways]
-            lines.append([network, pattern, known["accuracy_before"], *cells])
-    return table(["network", "pattern", "float", "all in int8, NNCF's defaults", "first convolutions in float"], lines)
-
-
-def lost(row: dict) -> str:
-    """The accuracy that int8 was refused for."""
-    return re.search(r"to ([\d.]+) %", row["refused"])[1]
-
-
 TABLES = {
     "headline": headline,
     "default": lambda: default("resnet20_digits"),
@@ -399,6 +271,7 @@ TABLES = {
     "vit": vit,
     "vit_ablation": vit_ablation,
     "end_to_end": end_to_end,
+    "baselines": baselines,
     "convergence": convergence,
     "scaling": scaling,
     "compare_256": lambda: comparison(load("compare_resnet20")),

@@ -12,8 +12,10 @@ import snows
 @pytest.mark.parametrize("table", cifar10.TABLES)
 def test_a_rows_flags_give_the_options_that_it_runs_with(table):
     for run in cifar10.runs_of(table):
-        chosen = {name: value for name, value in run.items() if name not in ("pattern", "algo", "images")}
-        assert cifar10.options_of(cifar10.row_of(run)["flags"], 3) == snows.Options(**chosen, seed=3)
+        chosen = {name: value for name, value in run.items() if name not in ("pattern", "algo", "images", "protocol")}
+        found, published = cifar10.options_of(cifar10.row_of(run)["flags"], 3)
+        assert found == snows.Options(**chosen, seed=3)
+        assert published == ("protocol" in run)
 
 
 def test_options_of_the_command_line_make_other_rows():
@@ -23,6 +25,7 @@ def test_options_of_the_command_line_make_other_rows():
     assert [row["flags"] for row in changed if row not in usual and row["pattern"] == "2:4"] == [
         "--joint_steps 0 --newton_steps 2",
         "--newton_steps 2",
+        "--protocol published --newton_steps 2",
     ]
     assert {row["images"] for row in changed} == {8}
 
@@ -44,6 +47,27 @@ def test_a_table_is_measured_once_each_row_with_its_flags(small, tmp_path, monke
     assert capsys.readouterr().out == ""
     with pytest.raises(SystemExit, match="2"):
         run("--out", "table.json")
+
+
+def test_the_published_protocol_leaves_shortcuts_dense_and_calibrates_on_views(small, monkeypatch):
+    bench, jobs = cifar10.Bench("resnet20_cifar10", small / "resnet20.pt", small / "images.npz", "cpu"), []
+
+    def pretend(model, calibration, pattern, chosen, *, layers, **how):
+        jobs.append((calibration, [name for name in names if not layers(name)], how["algo"]))
+        return snows.result.Pruned(model, {})
+
+    names = [layer.name for layer in snows.Network(bench.model).layers]
+    monkeypatch.setattr(snows, "prune", pretend)
+    monkeypatch.setattr(cifar10.Bench, "masked_accuracy", lambda bench, pattern: 10.0)
+    runs = [run for run in cifar10.runs_of("accuracy", 4) if run["pattern"] == "2:4"]
+    rows = {cifar10.method_of(run): {**cifar10.row_of(run), "seed": 1} for run in runs}
+    figures = [cifar10.measure(bench, rows[method]) for method in ("SNOWS", "published")]
+    assert [figure["masked_accuracy"] for figure in figures] == [10.0, None]  # of another mask
+    (images, dense, _), (seen, shortcuts, algo) = jobs
+    assert (dense, algo) == ([], "SNOWS")
+    assert shortcuts == ["layer2.0.downsample.0", "layer3.0.downsample.0"]
+    assert seen.equal(cifar10.views(images, cifar10.torch.Generator().manual_seed(1)))
+    assert not seen.equal(images)
 
 
 def test_weights_that_do_not_ship_must_be_given(tmp_path):

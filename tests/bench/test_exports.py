@@ -3,9 +3,9 @@
 import sys
 
 import common
+import deploy_tables
 import exports
 import pytest
-import tables
 import torch
 from helpers import TinyCNN, randomise
 
@@ -54,7 +54,9 @@ def test_the_tables_of_exports_have_a_row_per_network_and_tell_refusals(run, mon
     shared = {**rows[1], "export": "int8", "accuracy": 83.5}
     told = "int8: the accuracy falls from 83.42 to 65.30 %, by more"
     refused = {**shared, "flags": "--int8_float none", "bytes": None, "accuracy_before": None, "refused": told}
-    monkeypatch.setattr(tables, "load", lambda name: [*rows, shared, refused])
-    assert tables.exports().splitlines()[2] == "| tiny | 2:4 | 8 of 8 | 1 of 1 | - | - | - | 0, 4/4 | - | 0, 4/4 |"
-    assert tables.export_sizes().count("\n") == 3
-    assert tables.int8().splitlines()[2:] == ["| tiny | 2:4 | 83.42 | refused: 65.30 | 83.50 |"]
+    monkeypatch.setattr(deploy_tables, "load", lambda name: [*rows, shared, refused])
+    assert (
+        deploy_tables.exports().splitlines()[2] == "| tiny | 2:4 | 8 of 8 | 1 of 1 | - | - | - | 0, 4/4 | - | 0, 4/4 |"
+    )
+    assert deploy_tables.export_sizes().count("\n") == 3
+    assert deploy_tables.int8().splitlines()[2:] == ["| tiny | 2:4 | 83.42 | refused: 65.30 | 83.50 |"]
