@@ -1,6 +1,6 @@
 """What zeros do to the time of a network on the CPU: dense, 2:4 and unstructured, on every runtime that is installed.
 
-    pip install onnx onnxscript onnxruntime openvino nncf
+    pip install ".[deploy]"
     python bench/latency.py --threads 1 [--networks resnet50] [--backends torch onnxruntime] [--runs 20]
 
 Random weights, masked by their magnitude, every layer alike: time does not depend on which numbers they are. The
@@ -20,11 +20,12 @@ from torch import nn
 import snows
 from snows.cli import run_folder
 from snows.cli.flags import whole
-from snows.cli.measure import needed, versions
+from snows.cli.measure import versions
 from snows.cli.shell import shell
 from snows.deploy import macs
 from snows.deploy.backends import BACKENDS, Subject, eager
 from snows.deploy.measure import on_backend, torch_threads
+from snows.deploy.packages import HOW_TO_INSTALL
 
 NETWORKS = {
     "resnet50": lambda: torchvision.models.resnet50(),
@@ -91,7 +92,7 @@ def main():
     args = parser.parse()
     absent = [name for name in args.backends if BACKENDS[name].missing]
     if absent:
-        print(f"not installed: {', '.join(absent)} (pip install {needed(absent)})")
+        print(f"not installed: {', '.join(absent)} ({HOW_TO_INSTALL})")
     backends = {name: BACKENDS[name] for name in args.backends if name not in absent}
     how = {"threads": args.threads, "runs": args.runs, "batch_size": args.batch_size, "pixels": args.pixels}
     runs = [how | {"network": network, "backend": name} for network in args.networks for name in backends]

@@ -1,34 +1,29 @@
-"""A run's network as files for runtimes: the run folder read back, its exports made and checked, and what is said."""
+"""A finished run's network as files for runtimes: its exports made and checked, and what is said of them."""
 
 from __future__ import annotations
 
-import importlib
-import runpy
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from torch import nn
-
-from snows.cli import console, run_folder
+from snows.cli import console, finished, run_folder
 from snows.cli.flags import add_how_flags, how
 from snows.deploy.checks import Check, Logits
-from snows.deploy.exports import EXPORTS, check_exports, export
+from snows.deploy.exports import EXPORTS, check_exports, check_place, export
 from snows.deploy.product import How, Product
-from snows.errors import UsageError, first_line
+from snows.errors import UsageError
 from snows.masks.patterns import NM
-from snows.zoo.classifiers import Classifier, with_resize, with_statistics
 from snows.zoo.evaluate import Batches, at_a_time
-from snows.zoo.images import normalised
-from snows.zoo.registry import Known, load_classifier, load_data
+from snows.zoo.registry import Known, load_data
 
 DESCRIPTION = "Files for runtimes from a finished run: python -m snows.export RUN_DIR --to onnx [--out FILE]."
 FILE = "export.json"
 FAR_FROM_RUN = 0.5  # percent points between a run's accuracy and the one measured here that call for a warning
-SAVED = ["script", "arch", "dset", "num_classes", "mean", "std", "resize", "classes", "skip_broken", "num_workers"]
+MEASURED = ["pattern", "accuracy", "test_images"]
+SAVED = ["dset", "num_classes", "mean", "std", "resize", "classes", "skip_broken", "num_workers"]
 SAVED += ["ngrads", "mirror", "seed", "test_batch_size", "layer_sparsity"]
 
 
@@ -39,64 +34,60 @@ def main() -> None:
         UsageError: flags contradict each other.
     """
     flags = ArgumentParser(prog="python -m snows.export", description=DESCRIPTION)
-    flags.add_argument("run", type=Path, metavar="RUN_DIR", help="the folder of a finished run")
+    finished.add_run_flags(flags)
     flags.add_argument("--to", nargs="+", required=True, choices=EXPORTS, help="what to make of its network")
     flags.add_argument("--out", type=Path, help="where it goes (default: into RUN_DIR); with a single --to")
     flags.add_argument("--data_dir", type=Path, default=Path("data"), help="where datasets lie (default: data)")
-    flags.add_argument(
-        "--factory", metavar="FILE.py:NAME", help="the function that makes the network, where it is one of your own"
-    )
     add_how_flags(flags)
     args = flags.parse_args()
     if args.out is not None and len(args.to) > 1:
         raise UsageError("--out is for a single --to.")
     check_exports(args.to, how(args))
-    known = {} if args.factory else known_of(args.run)
     with run_folder.locked(args.run):
-        export_run(args.run, tuple(args.to), how(args), known, args.data_dir, args.out, args.factory)
+        export_run(args.run, tuple(args.to), how(args), None, args.data_dir, args.out, args.factory)
 
 
 def export_run(
     folder: Path,
     names: tuple[str, ...],
     choices: How,
-    known: Known,
+    known: Known | None,
     data_dir: Path,
     out: Path | None = None,
     factory: str | None = None,
 ) -> None:
     """Export a finished run's network, into its folder or to `out`; says what each file holds, and keeps it in a file.
 
-    known: networks by name, besides torchvision's and timm's. factory: see `built`.
+    known: networks by name, besides torchvision's and timm's; None: those of the run's script. factory: see
+        `finished.built`.
 
     Raises:
         UsageError: the run is not finished, its network not known, or an export cannot be.
         SnowsError: an export would not be what was pruned.
     """
+    places = {name: out or folder / EXPORTS[name].file for name in names}
+    for name, file in places.items():
+        check_place(name, file)
     product, accuracy = product_of(folder, known, data_dir, factory)
     before = Logits(product.model, product)
     warn_if_other(before.accuracy, accuracy)
     kept = run_folder.read_json(folder / FILE) if (folder / FILE).exists() else {}
     print(f"exports, each read back and beside the pruned network in PyTorch:\n{heading(product.pattern)}", flush=True)
-    for name in names:
-        file = out or folder / EXPORTS[name].file
+    for name, file in places.items():
         found = export(product, name, file, choices, before)
         kept[name] = {"file": str(file), "half": choices.half, **asdict(found)}
         run_folder.write_json(folder / FILE, kept)
         print(line(name, found), flush=True)
 
 
-def product_of(folder: Path, known: Known, data_dir: Path, factory: str | None) -> tuple[Product, float | None]:
+def product_of(folder: Path, known: Known | None, data_dir: Path, factory: str | None) -> tuple[Product, float | None]:
     """(a finished run's network with its masks and images, the accuracy that the run measured).
 
     Raises:
         UsageError: the run is not finished, or its network not known.
     """
-    metrics = run_folder.read_json(folder / "metrics.json", "finished", "pattern", "accuracy", "test_images")
-    saved = Namespace(**run_folder.read_json(folder / "args.json", *SAVED))
-    if not metrics["finished"]:
-        raise UsageError(f"{folder} is not finished: go on with python {saved.script} --resume {folder}")
-    classifier = network_of(folder, saved, known, factory)
+    metrics, saved = finished.read(folder, MEASURED, SAVED)
+    classifier = finished.network_of(folder, saved, known, factory).adapted(saved.mean, saved.std, saved.resize)
     model, masks = run_folder.load(folder, classifier.model)
     model.eval().requires_grad_(False)
     data = load_data(
@@ -115,59 +106,6 @@ def product_of(folder: Path, known: Known, data_dir: Path, factory: str | None) 
     images = partial(data.calibration, saved.ngrads, saved.seed, saved.mirror)
     card = card_of(metrics, run_folder.read_json(folder / "environment.json", "command"))
     return Product(model, masks, test, lambda: images()[0], pattern, card), metrics["accuracy"]
-
-
-def network_of(folder: Path, saved: Namespace, known: Known, factory: str | None) -> Classifier:
-    """The network that a run pruned, without its weights, and the transform of its images.
-
-    Raises:
-        UsageError: it is not known by name.
-    """
-    if factory is not None:
-        classifier = built(factory)
-    else:
-        try:
-            classifier = load_classifier(saved.arch, known, random_weights=True, num_classes=saved.num_classes)
-        except UsageError as error:
-            raise UsageError(
-                f"the network '{saved.arch}' of {folder} is not known here: give the function that makes it, as "
-                f"--factory FILE.py:NAME."
-            ) from error
-    classifier.transform = with_statistics(classifier.transform, saved.mean, saved.std)
-    classifier.transform = with_resize(classifier.transform, saved.resize)
-    return classifier
-
-
-def built(factory: str) -> Classifier:
-    """What a function of the user's makes: a network, for images between 0 and 1, or a Classifier with their transform.
-
-    factory: FILE.py:NAME or MODULE:NAME, called without arguments.
-
-    Raises:
-        UsageError: it cannot be called, or makes something else.
-    """
-    where, _, name = factory.rpartition(":")
-    try:
-        names = runpy.run_path(where) if where.endswith(".py") else vars(importlib.import_module(where))
-        made = names[name]()
-    except Exception as error:  # whatever the user's code raises
-        why = f"it has no {name}" if isinstance(error, KeyError) else first_line(error)
-        raise UsageError(f"--factory {factory} cannot be called without arguments: {why}") from error
-    if isinstance(made, nn.Module):
-        return Classifier(made, normalised((0.0,), (1.0,)))
-    if not isinstance(made, Classifier):
-        raise UsageError(f"--factory {factory} makes a {type(made).__name__}, and neither a network nor a Classifier.")
-    return made
-
-
-def known_of(folder: Path) -> Known:
-    """The networks that the script of a run knows, where its folder lies beside the package, as in a checkout."""
-    saved = run_folder.read_json(folder / "args.json", "script")
-    utils = Path(__file__).resolve().parents[2] / Path(saved["script"]).parent / "utils.py"
-    if not utils.exists():
-        return {}
-    sys.path.insert(0, str(utils.parent))
-    return runpy.run_path(str(utils)).get("KNOWN", {})
 
 
 def card_of(metrics: dict, environment: dict) -> dict[str, str]:

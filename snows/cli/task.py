@@ -28,7 +28,7 @@ from snows.network.layers import Masks, Network
 from snows.pipeline import choose_masks, prune
 from snows.result import Pruned, sparsity
 from snows.zoo import evaluate
-from snows.zoo.classifiers import Classifier, with_resize, with_statistics
+from snows.zoo.classifiers import Classifier
 from snows.zoo.evaluate import Score
 from snows.zoo.images import Data
 from snows.zoo.registry import Known, load_classifier, load_data, twin_of
@@ -191,7 +191,7 @@ class Task:
 
 def classifier_of(settings: RunSettings, known: Known) -> Classifier:
     """The network of --arch with its weights and its transform."""
-    classifier = load_classifier(
+    return load_classifier(
         settings.arch,
         known,
         settings.checkpoint,
@@ -199,10 +199,7 @@ def classifier_of(settings: RunSettings, known: Known) -> Classifier:
         settings.num_classes,
         seed=settings.options.seed,
         checkpoint_key=settings.checkpoint_key,
-    )
-    classifier.transform = with_statistics(classifier.transform, settings.mean, settings.std)
-    classifier.transform = with_resize(classifier.transform, settings.resize)
-    return classifier
+    ).adapted(settings.mean, settings.std, settings.resize)
 
 
 def name_of(settings: RunSettings) -> str:

@@ -5,23 +5,25 @@ A backend of your own is an entry of BACKENDS.
 
 from __future__ import annotations
 
-import io
-import logging
+import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import import_module
-from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from snows.deploy import int8, onnx
 from snows.deploy.opened import as_module, bias_of, mapped_layers
+from snows.deploy.packages import missing
+from snows.deploy.product import How, Product
 from snows.errors import SnowsError
 from snows.network.layers import Network
+from snows.zoo.arrays import NO_LABEL
 
 Run = Callable[[], Any]  # one forward pass, which gives the logits
 
@@ -34,10 +36,18 @@ class Subject:
     images: Tensor
 
     @cached_property
+    def product(self) -> Product:
+        """The network as exports take it."""
+        labels = torch.full((len(self.images),), NO_LABEL)
+        return Product(self.model, {}, lambda: [(self.images, labels)], lambda: self.images)
+
+    @cached_property
     def onnx(self) -> bytes:
-        """The network as ONNX."""
-        program = torch.onnx.export(self.model, (self.images,), dynamo=True, verbose=False)
-        return program.model_proto.SerializeToString()
+        """What the export onnx writes."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "model.onnx")
+            onnx.write(self.product, file, How())
+            return file.read_bytes()
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class Backend:
     @property
     def missing(self) -> list[str]:
         """The packages that are not installed."""
-        return [package for package in self.needs if find_spec(package) is None]
+        return missing(self.needs)
 
 
 def eager(subject: Subject, threads: int) -> Run:
@@ -103,36 +113,35 @@ def is_pointwise(convolution: nn.Conv2d) -> bool:
 
 
 def onnxruntime(subject: Subject, threads: int) -> Run:
-    package = import_module("onnxruntime")
-    options = package.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # which would count as CPU time
-    options.log_severity_level = 3  # errors
-    session = package.InferenceSession(subject.onnx, options, providers=["CPUExecutionProvider"])
-    inputs = {session.get_inputs()[0].name: subject.images.numpy()}
+    session, inputs = onnx.session(subject.onnx, threads), {onnx.INPUT: subject.images.numpy()}
     return lambda: session.run(None, inputs)[0]
 
 
-def openvino(subject: Subject, threads: int, precision: str, quantised: bool = False) -> Run:
+def openvino(subject: Subject, threads: int, precision: str) -> Run:
     """Raises: SnowsError: the processor has no such numbers."""
-    package = import_module("openvino")
-    core = package.Core()
+    core = import_module("openvino").Core()
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise SnowsError("this processor has no bfloat16")
     model, images = core.read_model(subject.onnx), subject.images.numpy()
-    if quantised:
-        model = quantise(model, images)
+    return infers(core, model, images, threads, precision)
+
+
+def openvino_int8(subject: Subject, threads: int) -> Run:
+    """As the export int8, with ranges from these images alone: enough for its time, not for its accuracy."""
+    core = import_module("openvino").Core()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "int8.xml")
+        int8.write(subject.product, file, How())
+        model = core.read_model(str(file))
+        return infers(core, model, subject.images.numpy(), threads, "f32")
+
+
+def infers(core: Any, model: Any, images: Any, threads: int, precision: str) -> Run:
+    """A pass of OpenVINO; the model, which takes batches of any size, is first set to this one."""
+    model.reshape(list(images.shape))
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": "1"}
     request = core.compile_model(model, "CPU", settings).create_infer_request()
     return lambda: request.infer([images], share_inputs=True, share_outputs=True)[0]
-
-
-def quantise(model: Any, images: Any) -> Any:
-    """An OpenVINO model in int8 with ranges from these images alone: enough for its time, not for its accuracy."""
-    nncf = import_module("nncf")
-    nncf.set_log_level(logging.ERROR)
-    with redirect_stdout(io.StringIO()):  # its bars
-        return nncf.quantize(model, nncf.Dataset([images]), subset_size=1)
 
 
 ONNX = ("onnx", "onnxscript")
@@ -142,5 +151,5 @@ BACKENDS = {
     "onnxruntime": Backend(onnxruntime, (*ONNX, "onnxruntime")),
     "OpenVINO f32": Backend(partial(openvino, precision="f32"), (*ONNX, "openvino")),
     "OpenVINO bf16": Backend(partial(openvino, precision="bf16"), (*ONNX, "openvino")),
-    "OpenVINO int8": Backend(partial(openvino, precision="f32", quantised=True), (*ONNX, "openvino", "nncf")),
+    "OpenVINO int8": Backend(openvino_int8, (*ONNX, "openvino", "nncf")),
 }

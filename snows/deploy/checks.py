@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from snows.deploy.product import Product
+from snows.deploy.product import Product, reading_images
 from snows.errors import SnowsError, listed
 from snows.zoo.evaluate import outputs, percent
 
@@ -50,7 +50,8 @@ class Logits:
     """The logits and labels of a network on a product's test images, computed once."""
 
     def __init__(self, run: Callable[[Tensor], Tensor], product: Product):
-        parts = list(outputs(run, product.test(), "cpu"))
+        with reading_images():
+            parts = list(outputs(run, product.test(), "cpu"))
         if not parts:
             raise SnowsError("there are no test images to check an export on.")
         self.values, self.labels = (torch.cat(each) for each in zip(*parts))  # (n, classes), (n,)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from snows.deploy import int8, onnx, pt2, timm_folder
 from snows.deploy.checks import Check, Logits, ReadBack, check
+from snows.deploy.packages import HOW_TO_INSTALL, missing
 from snows.deploy.product import How, Product
 from snows.errors import SnowsError, UsageError, WriteError
 from snows.network.layers import copied
@@ -70,12 +71,38 @@ def check_exports(names: Iterable[str], how: How) -> None:
         raise UsageError("`half` is for the other exports: int8 has a precision of its own.")
     if not how.int8_tolerance >= 0:
         raise UsageError(f"`int8_tolerance` is a number of percent points, 0 or more, not {how.int8_tolerance:g}.")
-    missing = [package for name in names for package in EXPORTS[name].needs if find_spec(package) is None]
-    if missing:
+    absent = missing(package for name in names for package in EXPORTS[name].needs)
+    if absent:
+        raise UsageError(f"{' and '.join(absent)} not installed, which {', '.join(names)} needs: {HOW_TO_INSTALL}.")
+
+
+def check_place(name: str, out: Path) -> None:
+    """Refuse a place that an export cannot be written to.
+
+    Raises:
+        UsageError: it has another ending. WriteError: its folder is missing, or takes no files.
+    """
+    ending = Path(EXPORTS[name].file).suffix
+    if out.suffix != ending:
         raise UsageError(
-            f"{' and '.join(dict.fromkeys(missing))} not installed, which {', '.join(names)} needs: "
-            f"pip install 'snows[deploy]', or in a checkout -r requirements-deploy.txt."
+            f"{out} cannot be {name}, which is {f'a file that ends in {ending}' if ending else 'a folder'}."
         )
+    with writing(out), beside(out):
+        pass
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Raises: WriteError: the file system refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"cannot write {out}: {error.strerror or error}.") from error
+
+
+def beside(out: Path) -> tempfile.TemporaryDirectory:
+    """A folder on the same file system, from which a file can be moved to `out` at once."""
+    return tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent)
 
 
 def export(product: Product, name: str, out: Path, how: How = AS_IT_IS, before: Logits | None = None) -> Check:
@@ -89,15 +116,11 @@ def export(product: Product, name: str, out: Path, how: How = AS_IT_IS, before: 
     """
     check_exports([name], how)
     kind = EXPORTS[name]
-    if out.suffix != Path(kind.file).suffix:
-        ending = Path(kind.file).suffix
-        raise UsageError(
-            f"{out} cannot be {name}, which is {f'a file that ends in {ending}' if ending else 'a folder'}."
-        )
+    check_place(name, out)
     before = before or Logits(product.model, product)
     weights = product.weights(product.folded if kind.folded else product.model)
     try:
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as aside:
+        with writing(out), beside(out) as aside:
             file = Path(aside, out.name)
             kind.write(product, file, how)
             written = sorted(each for each in Path(aside).rglob("*") if each.is_file())
@@ -106,8 +129,8 @@ def export(product: Product, name: str, out: Path, how: How = AS_IT_IS, before: 
                 check_tolerance(found, how)
             for part in (file, *(file.with_suffix(ending) for ending in kind.beside)):
                 put(part, out.with_name(part.name))
-    except OSError as error:
-        raise WriteError(f"cannot write {out}: {error.strerror or error}.") from error
+    except WriteError:
+        raise
     except SnowsError as error:
         error.args = (f"{name}: {error}",)
         raise

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from snows.deploy.checks import ReadBack, matches
-from snows.deploy.product import How, Product, program
+from snows.deploy.onnx import INPUT, OUTPUT
+from snows.deploy.product import How, Product, program, reading_images
 from snows.errors import UsageError
-from snows.zoo.packed import weight_name
+from snows.network.known import weight_name
 
 IMAGES = 300  # of the calibration images, as many as NNCF takes unless told otherwise
 ATTENTION = {"ScaledDotProductAttention", "Softmax"}
@@ -37,12 +38,13 @@ def write(product: Product, file: Path, how: How) -> None:
 
     nncf.set_log_level(logging.ERROR)
     model = openvino.convert_model(program(product, How()))
-    model.inputs[0].set_names({"images"})
-    model.outputs[0].set_names({"logits"})
+    model.inputs[0].set_names({INPUT})
+    model.outputs[0].set_names({OUTPUT})
     state = product.folded.state_dict()
     layers = {name: state[weight_name(name, state)] for name in float_layers(product, how.int8_float)}
     operations = [where for where, _ in matches(layers, weights_of(model)).values()]
-    images = [image[None].numpy() for image in product.calibration()[:IMAGES]]
+    with reading_images():
+        images = [image[None].numpy() for image in product.calibration()[:IMAGES]]
     attention = ATTENTION & {operation.get_type_name() for operation in model.get_ops()}
     careful = attention and tuple(how.int8_float) != (NONE,)
     with redirect_stdout(StringIO()):  # its progress bars

@@ -8,13 +8,15 @@ normalisation and activations do not count.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from snows.network.attention import attention_by_parts
+from snows.network.known import layer_name
 
 NO_WEIGHT = ""  # what products of two activations are counted to
 
@@ -73,11 +75,6 @@ class Count(TorchDispatchMode):
         return NO_WEIGHT
 
 
-def layer_name(parameter: str) -> str:
-    """What the layer of a weight is called in masks and records."""
-    return parameter.removesuffix(".weight").removesuffix("_weight")
-
-
 @torch.no_grad()
 def count(model: nn.Module, images: Tensor) -> dict[str, int]:
     """Layer name -> multiply-accumulates of a pass of these images; NO_WEIGHT for products of activations."""
@@ -87,17 +84,6 @@ def count(model: nn.Module, images: Tensor) -> dict[str, int]:
         model.eval()(images.to(device))
     model.train(training)
     return dict(counter.macs)
-
-
-@contextmanager
-def attention_by_parts() -> Iterator[None]:
-    """Without torch's fast path, which hides the projections of nn.MultiheadAttention in one operation."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def remaining(model: nn.Module, macs: dict[str, int]) -> dict[str, int]:

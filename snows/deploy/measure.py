@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from snows.deploy.backends import BACKENDS, Backend, Run, Subject, eager
 from snows.errors import SnowsError, first_line
+from snows.network.known import weight_name
 from snows.network.layers import Masks
 
 DENSE, PRUNED = "dense", "pruned"
@@ -114,11 +115,10 @@ def refilled(model: nn.Module, masks: Masks, seed: int = 0) -> nn.Module:
     model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     parameters = dict(model.named_parameters())
     for name, mask in masks.items():
-        weight = parameters.get(f"{name}.weight", parameters.get(f"{name}_weight"))
-        if weight is not None:
-            scale = weight[mask].std().nan_to_num(0.0) if mask.any() else torch.tensor(1e-2)
-            noise = scale * torch.randn(weight.shape, generator=generator)
-            weight.data = weight.data.where(mask, noise.to(weight))
+        weight = parameters[weight_name(name, parameters)]
+        scale = weight[mask].std().nan_to_num(0.0) if mask.any() else torch.tensor(1e-2)
+        noise = scale * torch.randn(weight.shape, generator=generator)
+        weight.data = weight.data.where(mask, noise.to(weight))
     return model
 
 

@@ -14,6 +14,7 @@ from snows.deploy.checks import ReadBack
 from snows.deploy.product import How, Product, program
 from snows.errors import SnowsError, first_line
 
+INPUT, OUTPUT = "images", "logits"
 ALIKE = {"Cast", "Identity"}  # operations on a weight that leave it as it lies
 Constants = dict[str, np.ndarray]
 
@@ -28,8 +29,10 @@ def write(product: Product, file: Path, how: How) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = torch.onnx.export(exported, verbose=False, input_names=["images"], output_names=["logits"])
+            made = torch.onnx.export(exported, verbose=False, input_names=[INPUT], output_names=[OUTPUT])
             made.save(str(file), external_data=False)
+    except OSError:  # of the place, not of the network
+        raise
     except Exception as error:  # the exporter's errors are many and wrap one another
         raise SnowsError(f"this network cannot be written as ONNX: {first_line(error)}") from error
 
@@ -37,18 +40,24 @@ def write(product: Product, file: Path, how: How) -> None:
 def read(file: Path, product: Product) -> ReadBack:
     """The file, run by ONNX Runtime on the CPU, and the weights of its convolutions and products with matrices."""
     import onnx
+
+    started = session(str(file), torch.get_num_threads())
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(started.run(None, {INPUT: images.numpy()})[0])
+
+    return ReadBack(run, weights_of(onnx.load(str(file))))
+
+
+def session(model: str | bytes, threads: int) -> Any:
+    """ONNX Runtime on the CPU, with a file or its content."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
-
-    return ReadBack(run, weights_of(onnx.load(str(file))))
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # which would count as CPU time
+    options.log_severity_level = 3  # errors
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def weights_of(model: Any) -> list[tuple[str, Tensor]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,9 +14,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from snows.errors import SnowsError, TraceError, first_line
 from snows.masks.patterns import NM
+from snows.network.attention import attention_by_parts
+from snows.network.known import weight_name
 from snows.network.layers import Masks, Network, copied
 from snows.zoo.evaluate import Batches
-from snows.zoo.packed import weight_name
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,20 @@ class How:
     half: bool = False
     int8_tolerance: float = 1.0
     int8_float: tuple[str, ...] = ()
+
+
+@contextmanager
+def reading_images() -> Iterator[None]:
+    """While images are read, an error of the file system is theirs.
+
+    Raises:
+        SnowsError: it says so.
+    """
+    try:
+        yield
+    except OSError as error:
+        why = str(error).strip().splitlines()[-1]  # a loading process puts its traceback above it
+        raise SnowsError(f"the images cannot be read: {why}") from error
 
 
 @dataclass(frozen=True)
@@ -57,7 +73,8 @@ class Product:
     @cached_property
     def example(self) -> Tensor:
         """Two test images: with one, torch.export would take the size of a batch for fixed."""
-        image = next(iter(self.test()))[0][:1]
+        with reading_images():
+            image = next(iter(self.test()))[0][:1]
         return image.repeat(2, 1, 1, 1)  # (2, c, h, w)
 
     @cached_property
@@ -119,15 +136,11 @@ def program(product: Product, how: How) -> torch.export.ExportedProgram:
         SnowsError: torch.export cannot follow it, or only for one size of batch.
     """
     model = Half(product.folded) if how.half else product.folded
-    opened = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # a single operation for all of attention, which no runtime knows
+    batch = torch.export.Dim("batch")
     try:
-        batch = torch.export.Dim("batch")
-        with torch.no_grad():
+        with torch.no_grad(), attention_by_parts():
             return torch.export.export(model.eval(), (product.example,), dynamic_shapes=({0: batch},))
     except Exception as error:  # of torch.export's many kinds none is common to all
         raise SnowsError(
             f"torch.export cannot follow this network for batches of any size: {first_line(error)}"
         ) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(opened)

@@ -52,6 +52,8 @@ def write(product: Product, folder: Path, how: How) -> None:
         model.half()
     try:
         timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+    except OSError:  # of the place, not of the network
+        raise
     except Exception as error:
         raise SnowsError(f"timm cannot describe this network: {first_line(error)}") from error
     (folder / "README.md").write_text(card(product.card))

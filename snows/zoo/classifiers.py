@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm
@@ -27,6 +27,10 @@ class Classifier:
     stated_accuracy: float | None = None  # percent, top-1
     in_order: bool = False  # files fit too that hold the weights by other names, in the model's order
     pixels: int | None = None  # a side of the images that it was trained on, where its transform does not resize
+
+    def adapted(self, mean: Sequence[float] | None, std: Sequence[float] | None, resize: int | None) -> Classifier:
+        """The same for images of another normalisation, or of another size; see with_statistics and with_resize."""
+        return replace(self, transform=with_resize(with_statistics(self.transform, mean, std), resize))
 
 
 def from_library(arch: str, pretrained: bool, num_classes: int | None = None) -> Classifier:

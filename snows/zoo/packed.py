@@ -17,6 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from snows.network.known import weight_name
+
 FORMAT, VERSION = "snows_packed", "1"  # the entry of the metadata that tells such a file
 VALUES, BITMASK = ".values", ".bitmask"
 FILE = "packed.safetensors"  # in a run folder
@@ -54,11 +56,6 @@ def entries(tensor: Tensor) -> Tensor:
 def has_bits(tensor: Tensor) -> Tensor:
     """Which entries of a contiguous tensor (flat) have a bit that is set: all but zero itself, and also minus zero."""
     return entries(tensor).bool().any(1)
-
-
-def weight_name(layer: str, state: Mapping[str, Tensor]) -> str:
-    """What the weight of a layer is called: NAME.weight, NAME_weight (of torchvision's attention), or NAME itself."""
-    return next(name for name in (f"{layer}.weight", f"{layer}_weight", layer) if name in state)
 
 
 def is_packed(path: Path) -> bool:

@@ -10,7 +10,8 @@ from helpers import ROOT
 from torch import nn
 
 import snows
-from snows.deploy import checks, exports, int8, pt2
+from snows.deploy import checks, exports, int8, packages, pt2
+from snows.deploy.backends import BACKENDS
 from snows.deploy.exports import export
 from snows.deploy.product import How, what_is_left
 from snows.errors import SnowsError, UsageError, WriteError
@@ -141,8 +142,8 @@ def test_another_ending_is_refused(product, tmp_path, name, out, told):
 
 
 def test_a_package_that_is_missing_is_named_with_the_extra(monkeypatch):
-    monkeypatch.setattr(exports, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"^openvino and nncf not installed, .*pip install 'snows\[deploy\]'"):
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r'^openvino and nncf not installed, .*pip install "\.\[deploy\]"'):
         exports.check_exports(["packed", "int8"], How())
 
 
@@ -161,7 +162,8 @@ def test_the_packages_of_the_extra_are_those_of_the_requirements_file():
     lines = (ROOT / "requirements-deploy.txt").read_text().splitlines()
     packages = [line for line in lines if line and line[0] not in "#-"]
     assert f"deploy = {packages}".replace("'", '"') in (ROOT / "pyproject.toml").read_text()
-    needed = {package for kind in exports.EXPORTS.values() for package in kind.needs}
+    kinds = [*exports.EXPORTS.values(), *BACKENDS.values()]
+    needed = {package for kind in kinds for package in kind.needs}
     assert needed <= {package.partition(">")[0] for package in packages}
 
 

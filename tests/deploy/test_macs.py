@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from snows.deploy import macs
 from snows.deploy.macs import NO_WEIGHT
+from snows.network.attention import attention_by_parts
 
 
 def convolution(module, height, width):
@@ -109,7 +110,7 @@ def test_whole_networks_count_as_torch_does(name):
     with torch.device("meta"):
         network = build(arch).eval()
     images = torch.randn(1, 3, 224, 224, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), macs.attention_by_parts():
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), attention_by_parts():
         network(images)
     assert sum(macs.count(network, images).values()) == counter.get_total_flops() // 2
 

@@ -76,9 +76,9 @@ def test_what_is_not_installed_is_named(run, command, monkeypatch):
     absent = {name: Backend(None, needs=("no_such_package",)) for name in ("onnxruntime", "OpenVINO int8")}
     monkeypatch.setattr(measure, "BACKENDS", {"torch": BACKENDS["torch"], **absent})
     said = command(run, "--runs", 1)
-    assert "not installed: onnxruntime, OpenVINO int8 (pip install no_such_package)" in said
+    assert 'not installed: onnxruntime, OpenVINO int8 (pip install ".[deploy]" in a checkout)' in said
     assert json.loads((run / "latency.json").read_text())["not_installed"].keys() == absent.keys()
-    with pytest.raises(UsageError, match="onnxruntime needs packages that are not installed: pip install no_such_pa"):
+    with pytest.raises(UsageError, match="no_such_package not installed, which onnxruntime needs: pip install"):
         command(run, "--backends", "onnxruntime")
 
 
@@ -100,7 +100,7 @@ def changed(run, tmp_path):
 
 
 def test_an_unfinished_run_is_refused(changed, command):
-    with pytest.raises(UsageError, match="is not finished: go on with it"):
+    with pytest.raises(UsageError, match=r"is not finished: go on with python VIT_pruning/prune_NM\.py --resume"):
         command(changed(metrics={"finished": False}), *FEW)
 
 
@@ -111,17 +111,11 @@ def test_a_folder_without_a_run_is_refused(tmp_path, command):
 
 def test_a_network_that_nobody_knows_needs_a_factory(changed, command, tmp_path):
     folder = changed(args={"arch": "mine"})
-    with pytest.raises(UsageError, match=r"unknown architecture 'mine'.*give --factory FILE\.py:NAME"):
+    with pytest.raises(UsageError, match=r"the network 'mine' of .* is not known here: .* as --factory FILE\.py:NAME"):
         command(folder, *FEW)
     factory = tmp_path / "mine.py"
     factory.write_text("from vit_small import vit_digits\n\n\ndef build():\n    return vit_digits()\n")
     command(folder, *FEW, "--factory", f"{factory}:build")
-    for given, why in (("nowhere.py:build", "there is no file"), (f"{factory}:other", "KeyError: 'other'")):
-        with pytest.raises(UsageError, match=why):
-            command(folder, *FEW, "--factory", given)
-    factory.write_text("def build():\n    return 1\n")
-    with pytest.raises(UsageError, match=r"returns no nn\.Module"):
-        command(folder, *FEW, "--factory", f"{factory}:build")
 
 
 def test_a_run_of_an_earlier_version_needs_the_shape_of_an_image(changed, command):

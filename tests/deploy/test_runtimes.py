@@ -68,7 +68,7 @@ def test_what_onnx_cannot_write_is_told_in_a_line(product, tmp_path, monkeypatch
     def fails(*_, **__):
         raise RuntimeError("No ONNX function for aten.odd\nand more")
 
-    monkeypatch.setattr("snows.deploy.exports.find_spec", lambda name: name)
+    monkeypatch.setattr("snows.deploy.packages.find_spec", lambda name: name)
     monkeypatch.setattr("torch.onnx.export", fails)
     with pytest.raises(SnowsError, match=r"^onnx: this network cannot be written as ONNX: No ONNX function"):
         export(product, "onnx", tmp_path / "model.onnx")
