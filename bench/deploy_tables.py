@@ -79,6 +79,8 @@ def lost(row: dict) -> str:
 def latency() -> str:
     """One row per network and backend: the CPU's time with each pattern; one of multiply-accumulates a network."""
     rows = load("latency")
+    if not rows:
+        return "Not measured yet."
     patterns, lines = list(dict.fromkeys(row["pattern"] for row in rows)), []
     for network in dict.fromkeys(row["network"] for row in rows):
         own = [row for row in rows if row["network"] == network]

@@ -150,6 +150,12 @@ def test_an_own_network_is_made_by_its_factory(ended, run, mine):
     assert ended(run, "--to", "packed", "--factory", f"{mine}:network")[1] == 0  # of images between 0 and 1
 
 
+def test_a_factory_imports_what_lies_beside_it(ended, run, mine):
+    (mine.parent / "beside.py").write_text("from resnet_cifar import ResNet\n")
+    mine.write_text("from beside import ResNet\nnetwork = lambda: ResNet(20, 10)\n")
+    assert ended(run, "--to", "packed", "--factory", f"{mine}:network")[1] == 0
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [

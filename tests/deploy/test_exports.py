@@ -128,9 +128,25 @@ def test_a_network_that_torch_export_cannot_follow_is_refused(product, tmp_path)
         export(replace(product, model=Branching(product.model), masks=inner), "pt2", tmp_path / "model.pt2")
 
 
-def test_a_place_that_cannot_be_written_is_told(product, tmp_path):
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_computed(product, tmp_path):
+    product = replace(product, test=lambda: pytest.fail("computed"))
     with pytest.raises(WriteError, match=r"cannot write .*nowhere/packed\.safetensors: No such file or directory"):
         export(product, "packed", tmp_path / "nowhere" / "packed.safetensors")
+
+
+@pytest.mark.parametrize("readable", [0, 1])  # of the times that the test images are read
+def test_images_that_cannot_be_read_are_no_place_that_cannot_be_written(product, tmp_path, readable):
+    reads = iter(range(10))
+
+    def test():
+        if next(reads) >= readable:
+            raise OSError(5, "Input/output error", "cat.png")
+        return product.test()
+
+    with pytest.raises(SnowsError, match=r"the images cannot be read: .*Input/output error: 'cat\.png'") as told:
+        export(replace(product, test=test), "packed", tmp_path / "packed.safetensors")
+    assert not isinstance(told.value, WriteError)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def run(script, folder):
 def command(monkeypatch, capsys):
     def call(*argv):
         monkeypatch.setattr(sys, "argv", ["measure", *map(str, argv)])
+        monkeypatch.setattr(sys, "path", [*sys.path])
         measure.main()
         return capsys.readouterr().out
 
