@@ -3,9 +3,16 @@
 import itertools
 from statistics import mean, stdev
 
+from common import RESULTS, read
+
 PATTERNS = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4", "1:4", "2:8")  # of compare.py, in their usual order, as are these
 MASKS = ("MP", "Wanda", "SparseGPT", "OBS")
 WAYS = ("alone", "MP+", "SNOWS")
+
+
+def load(name: str) -> list[dict]:
+    """The rows of a results file."""
+    return read(RESULTS / f"{name}.csv")
 
 
 def table(header: list[str], rows: list[list]) -> str:

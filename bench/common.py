@@ -175,10 +175,10 @@ class Results:
                 if ours and self.missing([run]):
                     yield f"{i} of {len(missing)}", run
 
-    def add(self, row: dict) -> None:
-        """Write a row behind those that the file holds by now."""
+    def add(self, *rows: dict) -> None:
+        """Write rows behind those that the file holds by now, all of them or none."""
         with self._locked(0, wait=True):
-            write(self.path, [*self.rows(), self._signed(row)], self.of)
+            write(self.path, [*self.rows(), *map(self._signed, rows)], self.of)
 
     def replace(self, rows: list[dict]) -> None:
         """Write these rows in place of all that the file holds."""

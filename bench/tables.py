@@ -11,6 +11,7 @@ from cells import (
     comparison,
     flags,
     found,
+    load,
     of_chosen_rates,
     quoted,
     reached,
@@ -18,14 +19,9 @@ from cells import (
     spread,
     table,
 )
-from common import RESULTS, read
+from deploy_tables import export_sizes, exports, int8, latency
 
 END_TO_END, BASELINES = "end_to_end_resnet20_cifar10", "baselines_resnet20_cifar10"
-
-
-def load(name: str) -> list[dict]:
-    """The rows of a results file."""
-    return read(RESULTS / f"{name}.csv")
 
 
 def default(arch: str) -> str:
@@ -291,4 +287,8 @@ TABLES = {
     "memory": memory,
     "ranks": ranks_tables.measured,
     "ranks_model": ranks_tables.modelled,
+    "exports": exports,
+    "export_sizes": export_sizes,
+    "int8": int8,
+    "latency": latency,
 }

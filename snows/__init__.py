@@ -1,6 +1,7 @@
 """SNOWS: one-shot pruning of vision networks by a Hessian-free second-order method (arXiv 2411.18376)."""
 
 import snows.cli.loading  # noqa: F401, for what follows takes seconds
+from snows import semi_structured
 from snows.cli.run_folder import load as load_run
 from snows.errors import SnowsError, TraceError, UsageError
 from snows.masks.patterns import NM, Selection, Unstructured
@@ -23,6 +24,7 @@ __all__ = [
     "choose_masks",
     "load_run",
     "prune",
+    "semi_structured",
     "sparsity",
 ]
 __version__ = "0.2.0"

@@ -21,8 +21,11 @@ FLOORS = [
     ("arguments",),
     ("job",),
     ("pipeline",),
+    ("deploy",),
+    ("semi_structured",),
     ("cli",),
     ("snows",),  # the package's own __init__
+    ("export", "measure"),
     ("run_folder", "report"),  # former names
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

@@ -14,6 +14,8 @@ import torch
 from snows import options
 from snows.cli.resume import resumed
 from snows.cli.settings import PatternOf, RunSettings, check_mask_flags, from_flags
+from snows.deploy.exports import EXPORTS
+from snows.deploy.product import How
 from snows.masks.allocation import ALLOCATIONS
 from snows.masks.patterns import NM, Unstructured
 from snows.masks.rules import read_rules
@@ -43,13 +45,18 @@ def parser(description: str, arch: str) -> argparse.ArgumentParser:
     add_network_flags(flags, arch)
     add_mask_flags(flags)
     add_run_flags(flags)
+    add_export_flags(flags)
     options.add_flags(flags)
     return flags
 
 
 def add_network_flags(flags: argparse.ArgumentParser, arch: str) -> None:
     group = flags.add_argument_group("network and images")
-    group.add_argument("--arch", default=arch, help=f"the network (default: {arch}, which ships with SNOWS)")
+    group.add_argument(
+        "--arch",
+        default=arch,
+        help=f"the network; also hf-hub:OWNER/NAME, local-dir:FOLDER (default: {arch}, which ships with SNOWS)",
+    )
     group.add_argument("--checkpoint", type=Path, help="local weights for --arch (.safetensors, .pt, .pth, .bin)")
     group.add_argument(
         "--checkpoint_key",
@@ -133,6 +140,43 @@ def add_run_flags(flags: argparse.ArgumentParser) -> None:
     loudness = group.add_mutually_exclusive_group()
     loudness.add_argument("--verbose", action="store_true", help="a line per layer on a terminal too; full tracebacks")
     loudness.add_argument("--quiet", action="store_true", help="nothing per layer, only what the run ends with")
+
+
+def add_export_flags(flags: argparse.ArgumentParser) -> None:
+    group = flags.add_argument_group("export")
+    group.add_argument(
+        "--export",
+        nargs="+",
+        default=[],
+        choices=EXPORTS,
+        help="files of the pruned network for runtimes; with --resume RUN_DIR of a finished run",
+    )
+    add_how_flags(group)
+
+
+def add_how_flags(group: argparse._ActionsContainer) -> None:
+    """The flags of all exports, which `python -m snows.export` has too."""
+    group.add_argument("--half", action="store_true", help="fp16 inside; images and logits stay float32 (not int8)")
+    group.add_argument(
+        "--int8_tolerance",
+        type=float,
+        default=1.0,
+        metavar="POINTS",
+        help="percent points of accuracy that int8 may lose (default: 1.0)",
+    )
+    group.add_argument(
+        "--int8_float",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="layers that int8 leaves in float, as 'patch_embed.*' 'fc'; none: NNCF's own defaults (default: the first "
+        "convolutions)",
+    )
+
+
+def how(args: argparse.Namespace) -> How:
+    """The choices that those flags make."""
+    return How(args.half, args.int8_tolerance, tuple(args.int8_float))
 
 
 def parse(flags: argparse.ArgumentParser, pattern_of: PatternOf) -> RunSettings:

@@ -40,10 +40,10 @@ class OneRun:
             metrics = self.first_metrics(images)
             resumes = changes(self.settings, finished=len(self.journal))
             self.begin(metrics, indices, resumes)
-            with telling_how_to_go_on(self.folder, metrics):
+            with telling_how_to_go_on(self.folder, metrics, self.task.macs):
                 pruned = self.prune(images, resumes)
                 metrics |= {**vars(self.task.score(pruned.model)), "finished": True}
-                metrics = run_folder.save(self.folder, pruned, metrics)
+                metrics = run_folder.save(self.folder, pruned, metrics, self.task.macs)
                 export_masks(self.settings.export_masks, self.folder)
                 print(console.summary(metrics, self.folder), flush=True)
                 conclude(self.folder)
@@ -127,10 +127,10 @@ class OneRun:
 
 
 @contextmanager
-def telling_how_to_go_on(folder: Path, metrics: dict | None) -> Iterator[None]:
+def telling_how_to_go_on(folder: Path, metrics: dict | None, macs: dict[str, int] | None = None) -> Iterator[None]:
     """Whatever stops a run: the finished layers are saved, and the error says with which command the run goes on.
 
-    metrics: what is saved besides; None: by another process.
+    metrics, macs: what is saved besides; None: by another process.
     """
     command = resume_command(folder)
     try:
@@ -144,7 +144,7 @@ def telling_how_to_go_on(folder: Path, metrics: dict | None) -> Iterator[None]:
         ignore_signals()
         saved = "What is finished is kept."
         if metrics is not None and stopped.result is not None:
-            saved = save_stopped(folder, stopped.result, metrics)
+            saved = save_stopped(folder, stopped.result, metrics, macs)
         stopped.args = (f"{str(stopped).rstrip('.')}. {saved} Go on: {command}",)
         raise
     except KeyboardInterrupt as stop:
@@ -162,13 +162,13 @@ def export_masks(file: Path | None, folder: Path) -> None:
         run_folder.write(file, (folder / "masks.safetensors").read_bytes())
 
 
-def save_stopped(folder: Path, result: Pruned, metrics: dict) -> str:
+def save_stopped(folder: Path, result: Pruned, metrics: dict, macs: dict[str, int] | None = None) -> str:
     """Save the network as far as a run came that was stopped; what there is to say of it.
 
     The finished layers are in the journal already: where they cannot be saved once more, nothing is lost.
     """
     try:
-        run_folder.save(folder, result, metrics)
+        run_folder.save(folder, result, metrics, macs)
         write_report([folder], folder / "report.html")
     except Exception as error:  # no room, no memory: the run goes on all the same
         return f"The finished layers are kept, but not yet as a network ({first_line(error).rstrip('.')})."

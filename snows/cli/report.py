@@ -48,6 +48,7 @@ class Run:
     arguments: dict
     environment: dict
     layers: list[LayerRecord]
+    latency: dict | None = None  # what `python -m snows.measure` left
 
     @classmethod
     def read(cls, folder: Path) -> Run:
@@ -61,7 +62,9 @@ class Run:
             layers = [layer_record(folder, values) for values in read_json(folder / "layers.json")]
         else:
             layers = [step.record for step in Journal(folder)]
-        return cls(folder.resolve().name, metrics, arguments, environment, layers)
+        file = folder / "latency.json"
+        measured = read_json(file, "rows", "threads", "runs", "batch_size", "said") if file.exists() else None
+        return cls(folder.resolve().name, metrics, arguments, environment, layers, measured)
 
 
 def layer_record(folder: Path, values: dict) -> LayerRecord:
@@ -103,7 +106,7 @@ def report(run: Run) -> str:
             figure("Products", charts.totals(layers, "products", "curvature products, all sweeps")),
             figure("Time", charts.totals(layers, "seconds", "seconds, all sweeps")),
         ]
-    parts += ["</div>", details("Left dense", metrics.get("left_dense", {}))]
+    parts += ["</div>", latency(run.latency), details("Left dense", metrics.get("left_dense", {}))]
     parts += [details("Settings", {k: v for k, v in run.arguments.items() if k != "argv"})]
     parts += [details("Environment", run.environment)]
     return "\n".join(parts)
@@ -119,6 +122,20 @@ def sentence(run: Run) -> str:
         f"Accuracy {percent(m['accuracy'])}, dense {percent(m['dense_accuracy'])}; {m['sparsity']:.2%} of all "
         f"parameters are zero. {m['curvature_products']:.0f} curvature products, {m['seconds']:.0f} s."
     )
+
+
+def latency(measured: dict | None) -> str:
+    """What dense and pruned take on each backend, and what zeros did there; nothing where it was not measured."""
+    if measured is None:
+        return ""
+    how = "{batch_size} image(s), {threads} thread(s), least of {runs} passes in turn, in milliseconds.".format(
+        **measured
+    )
+    header = ["backend", "network", "wall", "CPU", "median wall", "median CPU", "not measured because"]
+    names = ["backend", "network", "wall_ms", "cpu_ms", "median_wall_ms", "median_cpu_ms", "problem"]
+    rows = [[show(row.get(name)) for name in names] for row in measured["rows"]]
+    said = f"<p>{escape(measured['said'])} {escape(how)}</p>"
+    return f"<h2>Latency</h2>{said}{table(header, rows)}"
 
 
 def unsolved(layers: list[LayerRecord]) -> str:

@@ -26,10 +26,12 @@ import torch
 import torchvision
 from torch import nn
 
+from snows.deploy.macs import remaining
 from snows.distributed import current
 from snows.errors import SnowsError, UsageError, WriteError
 from snows.network.layers import Masks
 from snows.result import LayerRecord, Pruned
+from snows.zoo import packed
 
 # What a run writes before its first layer, in this order, and the names that each holds; args.json makes a run of it.
 BEGUN = {"environment.json": "torch", "calibration.json": "indices", "metrics.json": "dense_accuracy"}
@@ -193,13 +195,18 @@ def read_json(path: Path, *names: str) -> Any:
     return record
 
 
-def save(folder: Path, pruned: Pruned, metrics: dict) -> dict:
-    """Write weights, masks, per-layer records and metrics; returns the metrics with what was counted and spent."""
+def save(folder: Path, pruned: Pruned, metrics: dict, macs: dict[str, int] | None = None) -> dict:
+    """Write weights, masks, per-layer records and metrics; returns the metrics with what was counted and spent.
+
+    macs: multiply-accumulates of the dense network, by layer, where they were counted.
+    """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in pruned.model.state_dict().items()}
     masks = {name: mask.cpu().contiguous() for name, mask in pruned.masks.items()}
+    macs = macs or {}
+    kept = remaining(pruned.model, macs)
     write(folder / "model.safetensors", safetensors.torch.save(unshared(state)))
     write(folder / "masks.safetensors", safetensors.torch.save(masks))
-    write(folder / "layers.csv", csv_text(layer_rows(pruned.layers)))
+    write(folder / "layers.csv", csv_text(with_macs(layer_rows(pruned.layers), macs, kept)))
     write_json(folder / "layers.json", [asdict(layer) for layer in pruned.layers])
     saved = safetensors.torch.load_file(folder / "model.safetensors")
     names = [name for name, _ in pruned.model.named_parameters()]
@@ -207,6 +214,8 @@ def save(folder: Path, pruned: Pruned, metrics: dict) -> dict:
     metrics = {
         **metrics,
         "sparsity": zeros / sum(saved[name].numel() for name in names),  # of the saved weights
+        "dense_macs": sum(macs.values()),
+        "macs": sum(kept.values()),
         "seconds": pruned.seconds,
         "curvature_products": pruned.curvature_products,
         "cg_iterations": pruned.cg_iterations,
@@ -250,6 +259,11 @@ def layer_rows(records: list[LayerRecord]) -> list[dict]:
     return list(rows.values())
 
 
+def with_macs(rows: list[dict], dense: dict[str, int], kept: dict[str, int]) -> list[dict]:
+    """The rows with each layer's multiply-accumulates for an image, dense and without its zeros."""
+    return [{**row, "dense_macs": dense.get(row["name"]), "macs": kept.get(row["name"])} for row in rows]
+
+
 def csv_text(rows: list[dict]) -> str:
     """Rows as CSV; the columns are those of any row."""
     out = io.StringIO()
@@ -262,12 +276,25 @@ def csv_text(rows: list[dict]) -> str:
 def load(folder: str | Path, model: nn.Module) -> tuple[nn.Module, Masks]:
     """Load a run folder's weights into `model`, a network of the same architecture; returns it and the masks.
 
+    folder: it, where without model.safetensors packed.safetensors is taken; or such a packed file alone.
+
     Raises:
         SnowsError: a file is missing or damaged, or the weights do not fit the model.
     """
     folder = Path(folder)
+    file = folder / "model.safetensors" if folder.is_dir() else folder
+    if not file.exists() and (folder / packed.FILE).exists():
+        file = folder / packed.FILE
     try:
-        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
-        return model, safetensors.torch.load_file(folder / "masks.safetensors")
-    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        state, masks = packed.unpack(file) if packed.is_packed(file) else load_unpacked(folder)
+        model.load_state_dict(state)
+        return model, masks
+    except (OSError, safetensors.SafetensorError, RuntimeError, KeyError, ValueError) as error:
         raise SnowsError(f"cannot load {folder}: {error}") from error
+
+
+def load_unpacked(folder: Path) -> tuple[dict[str, torch.Tensor], Masks]:
+    """The weights and the masks of a run folder."""
+    names = ("model.safetensors", "masks.safetensors")
+    state, masks = (safetensors.torch.load_file(folder / name) for name in names)
+    return state, masks

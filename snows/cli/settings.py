@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from snows import options
+from snows.deploy.product import How
 from snows.errors import UsageError
 from snows.masks.patterns import Pattern
 from snows.options import Options
@@ -20,6 +21,7 @@ from snows.zoo.registry import default_dataset
 PatternOf = Callable[[argparse.Namespace], Pattern]  # builds the pattern that a script's flags ask for
 # Flags that have no bearing on a run's result, and are what each command says.
 NO_BEARING = {"resume", "out_dir", "data_dir", "verbose", "quiet", "evaluate_layers", "export_masks"}
+NO_BEARING |= {"export", *vars(How())}
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class RunSettings:
     resume: Path | None
     verbose: bool
     quiet: bool
+    # the exports
+    export: tuple[str, ...]
+    half: bool
+    int8_tolerance: float
+    int8_float: tuple[str, ...]
     # what args.json says of it
     flags: Mapping[str, Any]  # all that bears on the results, a script's own flags too, as JSON holds it
     argv: tuple[str, ...]  # of the command that a run began with
@@ -73,6 +80,11 @@ class RunSettings:
     def runs(self) -> list[tuple[str, int]]:
         """(algorithm, seed) of each run, each once."""
         return list(dict.fromkeys(itertools.product(self.algo, self.seed)))
+
+    @property
+    def how(self) -> How:
+        """The choices that exports leave."""
+        return How(**{each.name: getattr(self, each.name) for each in fields(How)})
 
     @property
     def style(self) -> str:

@@ -17,6 +17,7 @@ from snows.cli import console
 from snows.cli.journal import checksum
 from snows.cli.resume import read_metrics
 from snows.cli.settings import RunSettings
+from snows.deploy import macs
 from snows.distributed import current
 from snows.errors import SnowsError
 from snows.masks.files import check_pattern, read_masks
@@ -28,7 +29,7 @@ from snows.network.layers import Masks, Network
 from snows.pipeline import choose_masks, prune
 from snows.result import Pruned, sparsity
 from snows.zoo import evaluate
-from snows.zoo.classifiers import Classifier, with_resize, with_statistics
+from snows.zoo.classifiers import Classifier
 from snows.zoo.evaluate import Score
 from snows.zoo.images import Data
 from snows.zoo.registry import Known, load_classifier, load_data, twin_of
@@ -81,7 +82,18 @@ class Task:
 
     def example(self) -> Tensor:
         """An image, for networks that cannot be traced without."""
-        return self.data.train[0][0][None]
+        return self.first_image
+
+    @cached_property
+    def first_image(self) -> Tensor:
+        """The first of the training set that can be read, (1, channels, height, width)."""
+        first = next(self.data.sound(self.data.train, range(len(self.data.train))))
+        return self.data.train[first][0][None]
+
+    @cached_property
+    def macs(self) -> dict[str, int]:
+        """Multiply-accumulates of the dense network for an image, by layer."""
+        return macs.count(self.model, self.example())
 
     def masks_of_file(self, file: Path) -> Masks:
         """The masks of --masks for the layers to prune."""
@@ -108,6 +120,7 @@ class Task:
             "arch": settings.arch,
             "dset": settings.dset,
             "pattern": self.name,
+            "image_shape": list(self.example().shape[1:]),
             "weights_checksum": checksum(self.model.state_dict().values()),
             "masks_checksum": checksum([] if not isinstance(self.pattern, dict) else self.pattern.values()),
             "dense_accuracy": dense,
@@ -184,7 +197,7 @@ class Task:
 
 def classifier_of(settings: RunSettings, known: Known) -> Classifier:
     """The network of --arch with its weights and its transform."""
-    classifier = load_classifier(
+    return load_classifier(
         settings.arch,
         known,
         settings.checkpoint,
@@ -192,10 +205,7 @@ def classifier_of(settings: RunSettings, known: Known) -> Classifier:
         settings.num_classes,
         seed=settings.options.seed,
         checkpoint_key=settings.checkpoint_key,
-    )
-    classifier.transform = with_statistics(classifier.transform, settings.mean, settings.std)
-    classifier.transform = with_resize(classifier.transform, settings.resize)
-    return classifier
+    ).adapted(settings.mean, settings.std, settings.resize)
 
 
 def name_of(settings: RunSettings) -> str:

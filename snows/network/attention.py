@@ -9,12 +9,26 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from snows.network.known import is_plain
+
+
+@contextmanager
+def attention_by_parts() -> Iterator[None]:
+    """Without torch's fast path, which hides the projections of nn.MultiheadAttention in one operation."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def is_encoder_without_masks(module: nn.Module, args: tuple, kwargs: dict) -> bool:

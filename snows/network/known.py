@@ -7,7 +7,7 @@ BatchNorm folded into the convolution before it, an activation by its slope). Al
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -69,6 +69,16 @@ def prunable_parameters(module: nn.Module) -> list[str]:
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
         return ["in_proj_weight"]
     return []
+
+
+def layer_name(parameter: str) -> str:
+    """What the layer of a weight is called in masks and records."""
+    return parameter.removesuffix(".weight").removesuffix("_weight")
+
+
+def weight_name(layer: str, state: Container[str]) -> str:
+    """What the weight of a layer is called: NAME.weight, NAME_weight (of torchvision's attention), or NAME itself."""
+    return next(name for name in (f"{layer}.weight", f"{layer}_weight", layer) if name in state)
 
 
 def prunable_weights(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:

@@ -29,6 +29,7 @@ from snows.network.known import (
     cached_tensors,
     has_activation,
     is_zero,
+    layer_name,
     multiplies_by_weight,
     prunable_parameters,
     prunable_weights,
@@ -77,12 +78,7 @@ class Network:
     `example`: images, the shape of one, or what gives images, for models that cannot be traced without.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        device: torch.device | str = "cpu",
-        example: Example = None,
-    ):
+    def __init__(self, model: nn.Module, device: torch.device | str = "cpu", example: Example = None):
         check_device(device)
         check_model(model)
         self.original, self.device = model, device
@@ -209,7 +205,7 @@ class Network:
         """The prunable weights in execution order, and the reason for each Conv2d or Linear that is not among them."""
         layers, refused = {}, {}
         for parameter, module in self._weights().items():
-            name = parameter.removesuffix(".weight").removesuffix("_weight")
+            name = layer_name(parameter)
             reason = self._refusal(parameter, module)
             if reason is not None:
                 refused[name] = reason

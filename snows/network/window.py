@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from snows.network.attention import attention_by_parts
 from snows.network.known import has_activation
 from snows.network.layers import Layer, Network
 from snows.network.operations import FixedNorm, attribute, norm_of, settings
@@ -231,13 +232,8 @@ def last_reads(nodes: list[fx.Node], keep: list[fx.Node]) -> dict[fx.Node, list[
 @contextmanager
 def differentiable():
     """Operations in the form that has the derivatives that products need."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    with attention_by_parts(), sdpa_kernel(SDPBackend.MATH), TwiceDifferentiable():
+        yield
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from snows.errors import UsageError, first_line, listed
+from snows.zoo import packed
 
 log = logging.getLogger("snows")
 State = dict[str, Tensor]
@@ -64,6 +65,8 @@ def read_state(path: Path, key: str | None = None) -> State:
 def read_file(path: Path) -> Any:
     """What a file of torch.save or safetensors holds, told apart by its first bytes, whatever it is called.
 
+    A packed one (snows/zoo/packed.py) is unpacked.
+
     Raises:
         UsageError: it is missing, damaged, or something else; the message says what.
     """
@@ -79,7 +82,7 @@ def read_file(path: Path) -> Any:
             start = file.read(512)
         refuse_other_kinds(path, start)
         if is_safetensors(path, start):
-            return safetensors.torch.load_file(path)
+            return packed.unpack(path)[0] if packed.is_packed(path) else safetensors.torch.load_file(path)
         with open(path, "rb") as file, torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what the message below says
             return torch.load(file, map_location="cpu", weights_only=True)

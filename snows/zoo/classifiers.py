@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm
@@ -14,6 +14,8 @@ from torchvision.transforms import v2
 from snows.errors import SnowsError, UsageError, first_line, listed
 from snows.zoo.checkpoints import State, fitted, read_state
 from snows.zoo.images import normalised
+
+SOURCES = ("hf-hub:", "local-dir:")  # of timm's networks besides its own, as it spells them
 
 
 @dataclass
@@ -26,12 +28,17 @@ class Classifier:
     in_order: bool = False  # files fit too that hold the weights by other names, in the model's order
     pixels: int | None = None  # a side of the images that it was trained on, where its transform does not resize
 
+    def adapted(self, mean: Sequence[float] | None, std: Sequence[float] | None, resize: int | None) -> Classifier:
+        """The same for images of another normalisation, or of another size; see with_statistics and with_resize."""
+        return replace(self, transform=with_resize(with_statistics(self.transform, mean, std), resize))
+
 
 def from_library(arch: str, pretrained: bool, num_classes: int | None = None) -> Classifier:
     """Any torchvision or timm classifier; "timm/NAME" or "torchvision/NAME" where both know the name.
 
-    A bare name is torchvision's if torchvision has it. pretrained: the weights are downloaded (torchvision:
-    IMAGENET1K_V1 where there is one) with a progress bar; otherwise they are random.
+    "hf-hub:OWNER/NAME" is one of timm's on the Hugging Face hub, "local-dir:FOLDER" one in a folder. A bare name is
+    torchvision's if torchvision has it. pretrained: the weights are downloaded (torchvision: IMAGENET1K_V1 where there
+    is one) with a progress bar; otherwise they are random.
 
     Raises:
         UsageError: neither library knows the name. SnowsError: the weights cannot be downloaded.
@@ -45,8 +52,9 @@ def from_library(arch: str, pretrained: bool, num_classes: int | None = None) ->
             model = torchvision.models.get_model(name, weights=weights if pretrained else None, **classes)
             stated = weights.meta["_metrics"]["ImageNet-1K"]["acc@1"] if pretrained else None
             return Classifier(model, weights.transforms(), stated)
-        if library in ("", "timm") and timm.is_model(name):
-            model = timm.create_model(name, pretrained=pretrained, **classes)
+        elsewhere = arch.startswith(SOURCES)
+        if elsewhere or (library in ("", "timm") and timm.is_model(name)):
+            model = timm.create_model(arch if elsewhere else name, pretrained=pretrained, **classes)
             config = timm.data.resolve_model_data_config(model)
             return Classifier(model, timm.data.create_transform(**config, is_training=False))
     except Exception as error:  # each library, hub and protocol raises its own

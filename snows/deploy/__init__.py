@@ -1,0 +1,1 @@
+"""From a pruned network to one that runs somewhere."""

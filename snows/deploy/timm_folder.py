@@ -1,0 +1,79 @@
+"""A folder that timm.create_model("local-dir:FOLDER", pretrained=True) takes, with a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import timm
+from torch import nn
+
+from snows.deploy.checks import ReadBack
+from snows.deploy.product import How, Product
+from snows.deploy.pt2 import weights_of
+from snows.errors import SnowsError, UsageError, first_line
+from snows.network.layers import copied
+
+CITATION = """\
+```bibtex
+@inproceedings{lucas2025preserving,
+  title     = {Preserving Deep Representations in One-Shot Pruning: A Hessian-Free Second-Order Optimization Framework},
+  author    = {Lucas, Ryan and Mazumder, Rahul},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2025}
+}
+```
+"""
+
+
+def check_network(model: nn.Module) -> None:
+    """Refuse networks that timm has no name for.
+
+    Raises:
+        UsageError: it says so.
+    """
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if not timm.is_model(config.get("architecture") or ""):
+        raise UsageError(
+            f"only networks that timm makes by a name can be a folder for it, and this {type(model).__name__} is none: "
+            f"export packed, pt2 or onnx."
+        )
+
+
+def write(product: Product, folder: Path, how: How) -> None:
+    """Write weights, config.json and the model card, README.md.
+
+    Raises:
+        UsageError: the network is not one of timm's. SnowsError: timm cannot describe it.
+    """
+    check_network(product.model)
+    model = copied(product.model)
+    if how.half:
+        model.half()
+    try:
+        timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+    except OSError:  # of the place, not of the network
+        raise
+    except Exception as error:
+        raise SnowsError(f"timm cannot describe this network: {first_line(error)}") from error
+    (folder / "README.md").write_text(card(product.card))
+
+
+def read(folder: Path, product: Product) -> ReadBack:
+    """The network that timm makes of the folder."""
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except Exception as error:
+        raise SnowsError(f"timm cannot make this network by its name again: {first_line(error)}") from error
+    return ReadBack(model.eval(), weights_of(model.state_dict()))
+
+
+def card(lines: Mapping[str, str]) -> str:
+    """The model card, as the Hugging Face hub shows it."""
+    table = "\n".join(f"| {name} | {text} |" for name, text in lines.items())
+    head = "---\nlibrary_name: timm\ntags: [image-classification, timm, pruning, sparsity]\n---\n"
+    use = 'timm.create_model("local-dir:THIS_FOLDER", pretrained=True)'
+    return (
+        f"{head}# {lines.get('network', 'A network')}, pruned\n\nPruned in one shot by SNOWS. Load it with `{use}`.\n\n"
+        f"| | |\n| --- | --- |\n{table}\n\n## Citation\n\n{CITATION}"
+    )
