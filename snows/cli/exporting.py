@@ -43,6 +43,7 @@ def main() -> None:
     if args.out is not None and len(args.to) > 1:
         raise UsageError("--out is for a single --to.")
     check_exports(args.to, how(args))
+    finished.read(args.run, MEASURED, SAVED)  # a folder that is none cannot be locked
     with run_folder.locked(args.run):
         export_run(args.run, tuple(args.to), how(args), None, args.data_dir, args.out, args.factory)
 
