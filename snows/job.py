@@ -89,7 +89,7 @@ class Job:
             return None
         check_finished(step, layer, sweep, mask if self._budget(layer, sweep, mask) is None else step.mask)
         if self.streams is not None:
-            self.streams.recall(layer, mask, self.options, step.record.batch_size if step.fitted else None)
+            self.streams.recall(layer, self.options, step.record.batch_size if step.fitted else None)
         return replace(step, replayed=True)
 
     def solve(self, layer: Layer, sweep: int, mask: Tensor) -> Step:
@@ -100,7 +100,7 @@ class Job:
         forget_peak(streams.device)
         problem = ""
         try:
-            streams.fit_layer(layer, mask, self.options)
+            streams.fit_layer(layer, self.options)
             if (budget := self._budget(layer, sweep, mask)) is not None:
                 for attempt in retry_on_out_of_memory(streams, place):
                     with attempt:

@@ -133,7 +133,7 @@ class Streams:
         if wanted < self.batch_size or wanted >= 4 * self.batch_size:
             self.cut(wanted)
 
-    def fit_layer(self, layer: Layer, mask: Tensor, options: Options) -> None:
+    def fit_layer(self, layer: Layer, options: Options) -> None:
         """Cut the micro-batches for the solution of a layer."""
         self.fit(self.plan.need([layer], options.k_step))
 
@@ -180,9 +180,9 @@ class Streams:
         """
         return outlook(self.plan, self.budget, masks, options, max(self.lengths))
 
-    def recall(self, layer: Layer, mask: Tensor, options: Options, batch_size: int | None) -> None:
+    def recall(self, layer: Layer, options: Options, batch_size: int | None) -> None:
         """Pass over a finished layer, in micro-batches of the size that had fitted then, if that is to be kept to."""
-        self.fit_layer(layer, mask, options)
+        self.fit_layer(layer, options)
         if batch_size is not None and batch_size < self.batch_size:
             self.allow(batch_size)
 
