@@ -17,6 +17,7 @@ from torch.nn.utils import prune as torch_prune
 import snows
 from snows.calibration.faithful import check_trace
 from snows.calibration.stream import Stream
+from snows.network.attention import attention_by_parts
 from snows.network.layers import Network
 from snows.network.tangent import Tangents
 from snows.network.window import Window
@@ -154,7 +155,8 @@ def registered(monkeypatch):
     """What timm.models.register_notrace_module does."""
     leaves = [*timm.models.get_notrace_modules(), NormAct, Scaled, Attention, Several]
     monkeypatch.setattr("snows.network.trace.get_notrace_modules", lambda: leaves)
-    monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)  # it has no derivatives
+    with attention_by_parts():  # torch's fast path has no derivatives
+        yield
 
 
 @pytest.fixture
@@ -379,8 +381,7 @@ class Pieces(nn.Module):
     )
 )
 def test_random_networks_are_their_windows(pieces):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
+    with pytest.MonkeyPatch.context() as patch, attention_by_parts():
         patch.setattr("snows.network.trace.get_notrace_modules", lambda: [*timm.models.get_notrace_modules(), NormAct])
         model = randomise(Pieces(pieces))
         for module, (_, also) in zip(model.body, pieces):
