@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from common import ROOT, Parser, Results
 from networks import NETWORKS as CIFAR10
-from networks import cifar10, trained, weights
+from networks import cifar10, fill_zero_weights, trained, weights
 from resnet_cifar import ResNet
 from torch import Tensor, nn
 from vit_small import vit_digits
@@ -55,7 +55,7 @@ HOW = {"": How(), "--half": How(half=True), "--int8_float none": How(int8_float=
 def of_random_pixels(arch: str) -> tuple[nn.Module, Data]:
     """A library's network with random weights, and images of noise without labels."""
     torch.manual_seed(0)
-    model = from_library(arch, pretrained=False).model.eval()
+    model = fill_zero_weights(from_library(arch, pretrained=False).model.eval())
     images = torch.randn(RANDOM_IMAGES, 3, 224, 224)
     data = torch.utils.data.TensorDataset(images, torch.full((RANDOM_IMAGES,), -1))
     return model, Data(data, data)

@@ -15,6 +15,7 @@ import timm
 import torch
 import torchvision
 from common import Parser, Results
+from networks import fill_zero_weights
 from torch import nn
 
 import snows
@@ -46,10 +47,7 @@ class Line:
     @cached_property
     def subjects(self) -> dict[str, Subject]:
         torch.manual_seed(0)
-        dense = NETWORKS[self.network]().eval().requires_grad_(False)
-        for weight in dense.parameters():
-            if weight.ndim > 1 and not weight.any():  # as torchvision's heads begin
-                nn.init.normal_(weight, std=0.02)
+        dense = fill_zero_weights(NETWORKS[self.network]().eval().requires_grad_(False))
         return {name: Subject(masked(dense, PATTERNS[name]), self.images) for name in self.patterns}
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The networks for CIFAR-10 that several benches prune, and their images."""
+"""The networks that several benches prune, and the images of CIFAR-10."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +42,14 @@ def trained(network: str, checkpoint: Path) -> nn.Module:
     model = NETWORKS[network]()
     load_checkpoint(model, checkpoint)
     return model.eval()
+
+
+def fill_zero_weights(model: nn.Module) -> nn.Module:
+    """A network of random weights, its zero ones too, as torchvision's heads begin: they would hide all else."""
+    for weight in model.parameters():
+        if weight.ndim > 1 and not weight.any():
+            nn.init.normal_(weight, std=0.02)
+    return model
 
 
 def cifar10(file: Path) -> data.Data:

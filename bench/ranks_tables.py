@@ -1,4 +1,6 @@
-"""The tables of docs/scaling.md, from ranks.csv and ranks_model.csv; bench/tables.py lists them."""
+"""The tables of docs/scaling.md, from ranks.csv, rank_kills.csv and ranks_model.csv; bench/tables.py lists them."""
+
+from statistics import median
 
 from common import RESULTS, read
 
@@ -21,6 +23,19 @@ def measured() -> str:
     ]
     header = ["network", "type", "images", "processes", "seconds", "peak MiB", "summed MiB", "sums", "check-ins"]
     return lines([*header, "difference", "same masks and iterations"], cells)
+
+
+def kills() -> str:
+    """One row for each of the processes that was killed."""
+    rows, cells = read(RESULTS / "rank_kills.csv"), []
+    for rank in sorted({row["rank"] for row in rows}):
+        own = [row for row in rows if row["rank"] == rank]
+        seconds = [row["seconds"] for row in own]
+        said = sum(row["lines"] == 1 and row["exit_code"] == 1 for row in own)
+        same = sum(row["same_bits"] for row in own)
+        ends = f"{median(seconds):.1f}", f"{max(seconds):.1f}"
+        cells.append([rank, len(own), *ends, f"{said} of {len(own)}", f"{same} of {len(own)}"])
+    return lines(["killed", "times", "s to the end, median", "longest", "one line, exit code 1", "same bits"], cells)
 
 
 def modelled() -> str:

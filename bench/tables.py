@@ -286,6 +286,7 @@ TABLES = {
     "checkpointing": checkpointing,
     "memory": memory,
     "ranks": ranks_tables.measured,
+    "rank_kills": ranks_tables.kills,
     "ranks_model": ranks_tables.modelled,
     "exports": exports,
     "export_sizes": export_sizes,
