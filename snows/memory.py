@@ -20,6 +20,7 @@ MICRO_BATCH = 2**30  # bytes that a micro-batch may need on the host, if there i
 GPU_MICRO_BATCH = 2**33  # and on a device of its own
 MAX_BYTES = 2**29  # of all the inverses of a layer; beyond it each row's support is cut into smaller blocks
 ALL_BYTES = 2**30  # of the inverses of all layers together, in the joint steps
+RECYCLED_BYTES = 2**30  # of the products that the next Newton step is preconditioned with
 
 Limit = tuple[int, int]  # bytes: the most that there may be, and what is in use
 
@@ -208,7 +209,7 @@ class Budget:
 
     def kept(self, vectors: int) -> int:
         """Bytes for what products need not compute again, besides the solver's vectors of the work at hand."""
-        others = vectors + self.micro_batch + self.all_inverses + self.features("device")
+        others = vectors + self.micro_batch + self.all_inverses + self.recycled_bytes + self.features("device")
         return max(0, self.device - others)
 
     @property
@@ -222,6 +223,16 @@ class Budget:
         return min(ALL_BYTES, self.device // 4)
 
     @property
+    def recycled_bytes(self) -> int:
+        """Bytes for the products of earlier Newton steps."""
+        others = self.vectors + self.micro_batch + self.all_inverses
+        return min(RECYCLED_BYTES, max(0, self.device - others) // 4)
+
+    def recycled(self, wanted: int, vector: int) -> int:
+        """How many products may be kept, if a vector has so many bytes: each a pair, known or of the step at hand."""
+        return min(wanted, self.recycled_bytes // (4 * vector))
+
+    @property
     def room(self) -> int:
         """Bytes for streams and targets outside of files."""
         return self.features("host") + (self.features("device") if self.apart else 0)
@@ -232,7 +243,7 @@ class Budget:
 
     def _half(self, total: int) -> int:
         """Half of what is free; of a budget that was asked for, half of what the largest other uses leave."""
-        others = self.vectors + self.micro_batch + self.all_inverses if self.asked else 0
+        others = self.vectors + self.micro_batch + self.all_inverses + self.recycled_bytes if self.asked else 0
         return max(0, total - others) // 2
 
 

@@ -28,6 +28,7 @@ PRESETS = {
         joint_steps=0,
         held_out=0.0,
         min_samples=0.0,
+        recycle=0,
         newton_steps=3,
         max_CG_iterations=20,
         cg_tolerance=1e-2,
@@ -73,6 +74,10 @@ class Options:
     joint_images: int = option(
         0, "calibration images that the products of a joint step look at; its gradient looks at all; 0: all", low=0
     )
+    recycle: int = option(
+        20, "products of a layer's earlier Newton steps, and of the joint ones, that precondition the next; 0: none",
+        low=0,
+    )  # fmt: skip
     newton_steps: int = option(1, "Newton steps per layer (with --batching True: passes over the batches)", low=1)
     max_CG_iterations: int = option(10, "curvature products per Newton step, at most", low=1)
     curvature_images: int = option(

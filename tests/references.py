@@ -62,3 +62,10 @@ def build_jointly(model, images, options=None, layers=lambda name: True):
     theta = objective.variables.pack([network.model.get_parameter(layer.parameter) for layer in chosen])
     noise = torch.randn(theta.shape, generator=torch.Generator().manual_seed(3), dtype=theta.dtype)
     return objective, theta, theta + 0.1 * noise
+
+
+def matrix(n, seed, lowest=0.1):
+    """A random symmetric matrix (n, n) whose eigenvalues run from `lowest` to 3."""
+    generator = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    return q @ torch.diag(torch.linspace(lowest, 3, n, dtype=torch.float64)) @ q.T

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from snows.calibration.plan import Plan
+from snows.calibration.plan import VECTORS, Plan
 from snows.errors import SnowsError
 from snows.memory import ALL_BYTES, GIB, MAX_BYTES, Budget, halved_to_fit, inverse_bytes
 from snows.network.inputs import can_factor
@@ -66,6 +66,9 @@ def outlook(plan: Plan, budget: Budget, masks: Masks, options: Options, largest:
     rows = [inverse_bytes(masks[layer.name], size) for layer in layers if can_factor(network, layer)]
     inverses = [min(MAX_BYTES, each) for each in rows]
     inverse = min(sum(inverses), ALL_BYTES) if options.joint_steps else max(inverses, default=0)
+    theta = max(work.vectors for work in chosen) // VECTORS
+    steps = max(options.joint_steps, options.newton_steps)
+    recycled = 4 * theta * budget.recycled(options.recycle, theta) if steps > 1 else 0
     in_files = f" (what exceeds {gib(budget.room)} in files)" if streams > budget.room else ""
     again = " (computed again where they find no room)" if streams + targets > budget.room else ""
     sizes = sorted({work.images for work in chosen})
@@ -74,7 +77,7 @@ def outlook(plan: Plan, budget: Budget, masks: Masks, options: Options, largest:
         f"memory: {gib(budget.device)} to use; {plan.images} images take up to {gib(streams)} on their way{in_files} "
         f"and {gib(targets)} of targets{again}; a micro-batch of {images} images "
         f"{gib(max(work.need * work.images for work in chosen))}; the solver's vectors "
-        f"{gib(max(work.vectors for work in chosen))}, inverses {gib(inverse)}"
+        f"{gib(VECTORS * theta)}, inverses {gib(inverse)}, products of earlier steps {gib(recycled)}"
     )
 
 

@@ -44,8 +44,9 @@ def update_jointly(
     theta = variables.pack([streams.network.masked(layer, masks[layer.name]) for layer in layers])
     support = variables.pack([streams.solvable(layer, masks[layer.name], options) for layer in layers], True)
     options = options.but(
-        newton_steps=options.joint_steps, max_CG_iterations=options.joint_CG_iterations, batching=False
-    )
+        newton_steps=options.joint_steps, max_CG_iterations=options.joint_CG_iterations, batching=False,
+        recycle=streams.budget.recycled(options.recycle, theta.nbytes),
+    )  # fmt: skip
     with explained(window):
         if options.preconditioner == "rows":
             precondition = layer_inverses(objective, theta, support, options.seed, streams.budget.all_inverses)

@@ -63,6 +63,7 @@ def update_layer(layer: Layer, mask: Tensor, streams: Streams, options: Options,
     objective = reconstruction([layer], streams.sparse, streams.dense, options, kept_bytes, streams.groups, counted)
     variables, precondition = objective.variables, None
     theta, support = variables.pack([start]), variables.pack([streams.solvable(layer, mask, options)], True)
+    options = options.but(recycle=streams.budget.recycled(options.recycle, theta.nbytes))
     with explained(objective.window):
         if options.preconditioner == "rows":
             precondition = row_inverses(objective, theta, support, options.seed, streams.budget.layer_inverses)

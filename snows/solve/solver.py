@@ -16,8 +16,7 @@ from torch import Tensor
 from snows.options import Options
 from snows.solve.curvature import Curvature
 from snows.solve.objective import Objective
-
-Operator = Callable[[Tensor], Tensor]  # a linear map, known by its products with vectors
+from snows.solve.recycled import Operator, Recycled, dot
 
 SUFFICIENT_DECREASE = 1e-4  # Armijo's constant
 MAX_HALVINGS = 8
@@ -101,10 +100,6 @@ def conjugate_gradients(
         rz, previous = dot(r, z), rz
         p = z + (rz / previous) * p
     return CGResult(x, bx, residuals)
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.flatten(), b.flatten())
 
 
 def check_finite(value: Tensor, what: str) -> Tensor:
@@ -195,16 +190,19 @@ def solve(
 
     options: `newton_steps`, `max_CG_iterations`, `cg_tolerance`, `damping`, and `batching`: False takes every Newton
         step on the whole calibration set; True takes one for each mini-batch in turn, `newton_steps` times over.
+        `recycle`: products of the steps before that precondition the next, where all are of the same images.
 
     Raises:
         FloatingPointError: the loss, its gradient, a product or a preconditioned residual is NaN or infinite.
     """
     stats, damping = SolveStats(), options.damping
     parts = objective.mini_batches() if options.batching else [objective]
+    again = options.newton_steps > 1 and not options.batching  # other images have another matrix
+    recycled = Recycled(precondition, options.recycle if again else 0)
     for number in range(options.newton_steps):
         start = theta
         for part in parts:
-            step = newton_step(part, theta, support, precondition, damping, options)
+            step = newton_step(part, theta, support, recycled, damping, options)
             theta, damping = step.theta, step.damping
             stats.newton_steps += step.searched
             stats.cg_iterations += len(step.residuals)
@@ -224,6 +222,7 @@ def solve(
             return start, stats
         if before - after < STAGNATION * after:
             break
+        recycled.learn()
     return theta, stats
 
 
@@ -245,19 +244,19 @@ def newton_step(
     objective: Objective,
     theta: Tensor,
     support: Tensor,
-    precondition: Operator | None,
+    recycled: Recycled,
     damping: float,
     options: Options,
 ) -> NewtonStep:
-    """One damped Newton step on one objective."""
+    """One damped Newton step on one objective; its products are noted."""
     here = Curvature(objective, theta)
     check_finite(here.loss, "the loss")
     descent = here.gradient.mul_(support).neg_()
     unseen = None if objective.held_out is None else EarlyStop(objective.held_out, theta)
     cg = conjugate_gradients(
-        lambda v: here.matvec(v).mul_(support),
+        recycled.noting(lambda v: here.matvec(v).mul_(support)),
         descent,
-        precondition,
+        recycled,
         damping,
         options.cg_tolerance,
         options.max_CG_iterations,

@@ -4,20 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import build, dense_reference
+from references import build, dense_reference, matrix
 
 from snows.options import Options
 from snows.solve.curvature import Curvature
 from snows.solve.solver import backtrack, conjugate_gradients, solve
 
 NEWTON = Options(newton_steps=1, max_CG_iterations=200, cg_tolerance=1e-12, damping=0.0, batching=False)
-
-
-def matrix(n, seed, lowest=0.1):
-    """A random symmetric matrix (n, n) whose eigenvalues run from `lowest` to 3."""
-    generator = torch.Generator().manual_seed(seed)
-    q, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
-    return q @ torch.diag(torch.linspace(lowest, 3, n, dtype=torch.float64)) @ q.T
 
 
 @settings(max_examples=30, deadline=None)
