@@ -138,6 +138,19 @@ def convergence() -> str:
     return table(["layer", *(f"{kind}, {count}" for kind, count in columns)], cells)
 
 
+def joint() -> str:
+    """One row per pattern and number of joint steps: the loss and the error of the logits, without and with recycling."""
+    rows = {(r["pattern"], r["joint_steps"], r["recycle"]): r for r in load("joint")}
+    kept, cells = sorted({recycle for *_, recycle in rows}), []
+    for pattern, steps in dict.fromkeys((pattern, steps) for pattern, steps, _ in rows):
+        own = [rows[pattern, steps, recycle] for recycle in kept]
+        losses = (f"{r['loss_after']:.3f} ({r['products']:.0f})" for r in own)
+        scores = (f"{r['held_out_error']:.4f}, {r['accuracy']:.2f}" for r in own)
+        cells.append([pattern, steps, f"{own[0]['loss_before']:.3f}", *losses, *scores])
+    heads = [f"recycle {recycle}: {what}" for what in ("loss (products)", "error, accuracy") for recycle in kept]
+    return table(["pattern", "joint steps", "loss before", *heads], cells)
+
+
 def scaling() -> str:
     """One row per quantity: the exponents of time and memory."""
     names = {"images": "calibration images", "k_step": "K", "depth": "layers of the network"}
@@ -274,6 +287,7 @@ TABLES = {
     "end_to_end": end_to_end,
     "baselines": baselines,
     "convergence": convergence,
+    "joint": joint,
     "scaling": scaling,
     "compare_256": lambda: comparison(load("compare_resnet20")),
     "compare_2048": lambda: comparison(load("compare_resnet20_2048")),

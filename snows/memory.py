@@ -20,7 +20,7 @@ MICRO_BATCH = 2**30  # bytes that a micro-batch may need on the host, if there i
 GPU_MICRO_BATCH = 2**33  # and on a device of its own
 MAX_BYTES = 2**29  # of all the inverses of a layer; beyond it each row's support is cut into smaller blocks
 ALL_BYTES = 2**30  # of the inverses of all layers together, in the joint steps
-RECYCLED_BYTES = 2**30  # of the products that the next Newton step is preconditioned with
+RECYCLED_BYTES = 2**31  # of the products that the next Newton step is preconditioned with
 
 Limit = tuple[int, int]  # bytes: the most that there may be, and what is in use
 

@@ -113,5 +113,5 @@ def test_joint_steps_recycle_what_the_memory_holds(tiny, images, monkeypatch):
 def test_a_pair_of_the_step_at_hand_has_room_too():
     budget = Budget(64 * GIB, 64 * GIB)
     assert budget.recycled(20, 2**20) == 20
-    assert budget.recycled(20, 100 * 2**20) == 2
+    assert budget.recycled(20, 100 * 2**20) == 5
     assert budget.recycled(20, GIB) == 0
