@@ -20,13 +20,13 @@ from common import ROOT, Parser, Results, read, write
 from snows.cli.shell import shell
 from snows.errors import SnowsError
 
-SHARED = "--ngrads 64 --batch_size 16 --NM_N 2 --NM_M 4 --sweeps 1 --schedule 0"
+SHARED = "--ngrads 64 --batch_size 16 --NM_N 2 --NM_M 4 --sweeps 1 --schedule 0 --min_samples 0"
 CNN = f"CNN_pruning/prune_NM.py {SHARED} --k_step 1 --max_CG_iterations 2"
 VIT = f"VIT_pruning/prune_NM.py {SHARED} --k_step 3 --max_CG_iterations 3 --layers_to_prune in_proj out_proj mlp"
 NETWORKS = ["mobilenet_v2", "timm/efficientnet_b0", "timm/densenet121", "timm/resnet50", "timm/convnext_tiny"]
 NETWORKS = dict.fromkeys(NETWORKS, CNN) | {"vit_b_16": VIT}
 # Kinds that others are built of: branches that can be merged, attention among convolutions, global response norms, ...
-FEW = "--ngrads 16 --batch_size 16 --NM_N 2 --NM_M 4 --schedule 0 --k_step 2 --max_CG_iterations 2"
+FEW = "--ngrads 16 --batch_size 16 --NM_N 2 --NM_M 4 --schedule 0 --k_step 2 --max_CG_iterations 2 --min_samples 0"
 KINDS = ["repvgg_a0", "mobilenetv4_conv_small", "levit_128s", "convnextv2_atto", "maxvit_rmlp_pico_rw_256"]
 JOINT = f"CNN_pruning/prune_NM.py {FEW} --joint_steps 1 --joint_CG_iterations 2"
 NETWORKS |= {f"timm/{name}": JOINT for name in KINDS}

@@ -167,6 +167,7 @@ def prepared(
         check_inputs(name, [layer for layer in network.layers if layer.name in selection.masks], network, inverse=True)
     if solving and streams is not None:
         log.info(streams.outlook(selection.masks, options))
+        streams.tell_of_few(selection.masks, options)
     masks = {name: mask.to(network.device) for name, mask in selection.masks.items()}
     streams = streams if solving or options.schedule else None
     job = Job(network, choice, replace(selection, masks=masks), method, options, scoring, streams, current())

@@ -151,6 +151,16 @@ class Streams:
         """What is solved of a weight: its support; nothing where the layer's own outputs are few, as a classifier's."""
         return mask if self.counted(layer, mask, options)[0] else torch.zeros_like(mask)
 
+    def tell_of_few(self, masks: Masks, options: Options) -> None:
+        """Name the layers that the images give too few samples of."""
+        layers = [layer for layer in self.network.layers if layer.name in masks]
+        few = [layer.name for layer in layers if not self.counted(layer, masks[layer.name], options)[0]]
+        if few:
+            log.info(
+                "of %d layer%s the images give fewer than %g numbers per surviving weight (`min_samples`): no weights are "
+                "solved there, biases at most: %s", len(few), "s"[: len(few) > 1], options.min_samples, listed(few),
+            )  # fmt: skip
+
     def suffice(self, share: float) -> bool:
         """Whether there are images enough to hold out that share of them."""
         return share * self.images >= HELD_OUT

@@ -43,6 +43,16 @@ def test_its_bias_takes_up_what_the_mean_image_loses():
     torch.testing.assert_close(found.model(some).mean(0), model(some).mean(0), rtol=1e-4, atol=1e-4)
 
 
+def test_layers_of_few_samples_are_named(caplog):
+    caplog.set_level("INFO", "snows")
+    pruned(classifier(), 100)
+    pruned(classifier(), 100, ONE_PASS.but(min_samples=0.0))
+    said = [record.getMessage() for record in caplog.records if "min_samples" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("of 1 layer the images give fewer than 10 numbers")
+    assert said[0].endswith("biases at most: 1")
+
+
 @pytest.mark.parametrize("min_samples", [0.0, 10.0])
 def test_what_is_few_is_a_matter_of_the_option(min_samples):
     model, options = classifier(), ONE_PASS.but(min_samples=min_samples)
