@@ -139,7 +139,7 @@ def convergence() -> str:
 
 
 def joint() -> str:
-    """One row per pattern and number of joint steps: the loss and the error of the logits, without and with recycling."""
+    """One row per pattern and number of joint steps: the loss and the logits' error, without and with recycling."""
     rows = {(r["pattern"], r["joint_steps"], r["recycle"]): r for r in load("joint")}
     kept, cells = sorted({recycle for *_, recycle in rows}), []
     for pattern, steps in dict.fromkeys((pattern, steps) for pattern, steps, _ in rows):

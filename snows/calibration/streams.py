@@ -157,8 +157,8 @@ class Streams:
         few = [layer.name for layer in layers if not self.counted(layer, masks[layer.name], options)[0]]
         if few:
             log.info(
-                "of %d layer%s the images give fewer than %g numbers per surviving weight (`min_samples`): no weights are "
-                "solved there, biases at most: %s", len(few), "s"[: len(few) > 1], options.min_samples, listed(few),
+                "of %d layer%s the images give fewer than %g numbers per surviving weight (`min_samples`): no weights "
+                "are solved there, biases at most: %s", len(few), "s"[: len(few) > 1], options.min_samples, listed(few),
             )  # fmt: skip
 
     def suffice(self, share: float) -> bool:
