@@ -32,6 +32,7 @@ WAYS = [
     dict(mask="MP", algo="SNOWS", classifier=True),
     dict(mask="SparseGPT", algo="SNOWS", permuted=True),
     dict(mask="MP", algo="MP+"),
+    dict(mask="MP", algo="MP+", classifier=True),
     dict(mask="SparseGPT", algo="SparseGPT"),
     dict(mask="MP", algo="SNOWS"),
 ]
