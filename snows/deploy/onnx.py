@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from snows.deploy.product import How, Product, program
 from snows.errors import SnowsError, first_line
 
 INPUT, OUTPUT = "images", "logits"
+LOAD = "import sys, onnxruntime as o; o.InferenceSession(sys.argv[1], providers=['CPUExecutionProvider'])"
 ALIKE = {"Cast", "Identity"}  # operations on a weight that leave it as it lies
 Constants = dict[str, np.ndarray]
 
@@ -38,15 +41,34 @@ def write(product: Product, file: Path, how: How) -> None:
 
 
 def read(file: Path, product: Product) -> ReadBack:
-    """The file, run by ONNX Runtime on the CPU, and the weights of its convolutions and products with matrices."""
+    """The file, run by ONNX Runtime on the CPU, and the weights of its convolutions and products with matrices.
+
+    Raises:
+        SnowsError: ONNX Runtime crashes with it.
+    """
     import onnx
 
+    check_loads(file)
     started = session(str(file), torch.get_num_threads())
 
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(started.run(None, {INPUT: images.numpy()})[0])
 
     return ReadBack(run, weights_of(onnx.load(str(file))))
+
+
+def check_loads(file: Path) -> None:
+    """Let another process load the file first: its graph optimisations end some networks in fp16 by a signal.
+
+    Raises:
+        SnowsError: it ended so.
+    """
+    done = subprocess.run([sys.executable, "-c", LOAD, str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if done.returncode < 0:
+        raise SnowsError(
+            f"ONNX Runtime itself crashes (signal {-done.returncode}) as it loads this network, which is not exported: "
+            "leave `half` out, or try another version of onnxruntime."
+        )
 
 
 def session(model: str | bytes, threads: int) -> Any:

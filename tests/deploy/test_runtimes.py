@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import snows
+from snows.deploy import onnx
 from snows.deploy.exports import export
 from snows.deploy.product import How, Product
 from snows.errors import SnowsError
@@ -88,3 +89,12 @@ def test_int8_keeps_zeros_and_pattern_and_the_stem_in_float(attentive, tmp_path)
             constant = operation.input_value(1).get_node()
             kinds.setdefault(operation.get_type_name(), []).append(constant.get_type_name())
     assert kinds["Convolution"] == ["Constant", "Constant"]  # float as they were; those in int8 are multiplied
+
+
+def test_a_file_that_crashes_onnx_runtime_is_refused(attentive, tmp_path, monkeypatch):
+    """As those of some attention in fp16 do: it would take the process with it, and all who load the file."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(onnx, "LOAD", "import os; os.kill(os.getpid(), 11)")
+    with pytest.raises(SnowsError, match=r"^onnx: ONNX Runtime itself crashes \(signal 11\)"):
+        export(attentive, "onnx", tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
