@@ -21,11 +21,16 @@ def build(monkeypatch, signals):
     return runpy.run_path(str(ROOT / "CNN_pruning" / "utils.py"))["KNOWN"]["efficientnet_lite0"]
 
 
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A package of that name with random weights by the names of another library, and those weights by timm's."""
+@pytest.fixture(scope="module")
+def state():
+    """Random weights by timm's names."""
     torch.manual_seed(1)
-    state = timm.create_model("tf_efficientnet_lite0").state_dict()
+    return timm.create_model("tf_efficientnet_lite0").state_dict()
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch, state):
+    """A package of that name with those weights by the names of another library, and by timm's."""
     (tmp_path / PACKAGE / "models").mkdir(parents=True)
     (tmp_path / PACKAGE / "__init__.py").write_text("raise ImportError('is not to be run')")
     renamed = {
