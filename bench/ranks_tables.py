@@ -28,6 +28,8 @@ def measured() -> str:
 def kills() -> str:
     """One row for each of the processes that was killed."""
     rows, cells = read(RESULTS / "rank_kills.csv"), []
+    if not rows:
+        return "Not measured yet."
     for rank in sorted({row["rank"] for row in rows}):
         own = [row for row in rows if row["rank"] == rank]
         seconds = [row["seconds"] for row in own]
