@@ -3,8 +3,9 @@
     python bench/ranks.py [--networks resnet20_digits vit_digits resnet20] [--ranks 1 2 3] [--types float32 float64]
 
 The digits networks on their own images; `resnet20` is that for CIFAR-10 with random weights on random images. Each job
-is run by torchrun's module with so many processes of one thread each, and once without (`ranks` 0), with which the
-others are compared. Bytes are those that a process hands to the exchanges; each sends 2 (N - 1) / N times that.
+is run by torchrun's module with so many processes of one thread each, and twice without (`ranks` 0): with one thread,
+with which the others are compared, and with two, which add floats up in another order too. Bytes are those that a
+process hands to the exchanges; each sends 2 (N - 1) / N times that.
 """
 
 import json
@@ -46,7 +47,7 @@ def work(job: dict, out: Path) -> None:
     """One process of a job; the first writes what came of it."""
     if job["ranks"]:
         torch.distributed.init_process_group("gloo")
-    torch.set_num_threads(1)
+    torch.set_num_threads(job["threads"])
     model, images = problem(job["network"], job["images"])
     dtype, group = getattr(torch, job["dtype"]), current()
     options = snows.Options(schedule=job["schedule"], joint_steps=job["joint_steps"])
@@ -73,7 +74,9 @@ def run(job: dict, out: Path) -> dict:
     out.mkdir()
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(job["ranks"])] if job["ranks"] else []
     command = [sys.executable, *launcher, __file__, "--work", json.dumps(job), str(out)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": str(job["threads"])}, capture_output=True, text=True
+    )
     if done.returncode:
         raise SnowsError(f"{job}: its run failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads((out / "record.json").read_text())
@@ -102,20 +105,22 @@ def main():
         for dtype in args.types:
             common = {"network": network, "dtype": dtype, "images": args.images}
             common |= {"schedule": args.schedule, "joint_steps": args.joint_steps}
-            jobs = [{**common, "ranks": ranks} for ranks in (0, *args.ranks)]
+            jobs = [{**common, "ranks": a, "threads": b} for a, b in [(0, 1), (0, 2), *((n, 1) for n in args.ranks)]]
             if not results.missing(jobs):
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 found = []
-                for job in jobs:
-                    out = Path(folder, str(job["ranks"]))
+                for place, job in enumerate(jobs):
+                    out = Path(folder, str(place))
                     record = run(job, out)
                     found.append(record.pop("iterations"))
                     row = {**job, **record, "same_iterations": found[-1] == found[0]}
                     row |= compared(out, Path(folder, "0"))
                     if results.missing([job]):
                         results.add(row)
-                    print(f"{network}, {dtype}, {job['ranks']}: {record['seconds']:.0f} s", flush=True)
+                    print(
+                        f"{network}, {dtype}, {job['ranks']}, {job['threads']}: {record['seconds']:.0f} s", flush=True
+                    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from statistics import median
 
 from common import RESULTS, read
 
+ALONE = {1: "alone", 2: "alone, 2 threads"}
+
 
 def lines(header: list[str], rows: list[list]) -> str:
     """A Markdown table."""
@@ -14,7 +16,7 @@ def measured() -> str:
     """One row per network, type and number of processes."""
     cells = [
         [
-            *(row["network"], row["dtype"], row["images"], row["ranks"] or "alone"),
+            *(row["network"], row["dtype"], row["images"], row["ranks"] or ALONE[row["threads"]]),
             *(f"{row['seconds']:.1f}", f"{row['peak_memory_bytes'] / 2**20:.0f}"),
             *(f"{(row.get('sum_bytes') or 0) / 2**20:.1f}", row.get("sum") or 0, row.get("check_ins") or 0),
             *(f"{row['difference']:.0e}", "yes" if row["same_masks"] and row["same_iterations"] else "no"),

@@ -14,6 +14,8 @@ from snows.errors import UsageError
 
 PRESETS = {
     "best": {},
+    # One pass over the layers, each solved once: most of what "best" gains, for a fraction of its time.
+    "fast": dict(schedule=0, joint_steps=0),
     # The published method: the dense network on the pruned network's features, the exact Hessian, one step per
     # mini-batch, plain conjugate gradients; depths weighted by the mean over their elements.
     "paper": dict(
@@ -123,9 +125,9 @@ class Options:
 
     @classmethod
     def preset(cls, name: str, **changes) -> Options:
-        """The options of a preset ("best" or "paper"), with changes on top."""
+        """The options of a preset (a name in PRESETS), with changes on top."""
         if name not in PRESETS:
-            raise UsageError(f"preset '{name}' is neither {' nor '.join(PRESETS)}.")
+            raise UsageError(f"preset '{name}' is none of {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **changes})
 
     def but(self, **changes) -> Options:
