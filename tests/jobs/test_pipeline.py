@@ -256,6 +256,9 @@ def test_presets():
     assert (paper.targets, paper.curvature, paper.batching, paper.preconditioner) == ("same", "hessian", True, "none")
     assert paper.k_step == 7
     assert snows.Options.preset("best") == snows.Options()
+    fast = snows.Options.preset("fast")
+    assert (fast.schedule, fast.sweeps, fast.joint_steps) == (0, 1, 0)
+    assert fast.but(schedule=2, joint_steps=4) == snows.Options()
     with pytest.raises(snows.UsageError, match="preset"):
         snows.Options.preset("fastest")
 
