@@ -1,0 +1,147 @@
+"""Ideas that might raise the accuracy at the same images, each alone against the defaults.
+
+    python bench/ideas.py --checkpoint resnet20_cifar10.pt --dset cifar10.npz [--images 256] [--patterns 1:4]
+
+The ResNet-20 of bench/cifar10.py. An idea is judged by `held_out_error`, the relative error of the logits on training
+images that no calibration draws; the accuracy on the test images comes last. What is no option of the library is done
+here by what it lets a caller do: a solver, a listener, images and masks of its own. A row that the results file already
+holds is not measured again; the same command in a second shell takes rows that the first is not at.
+"""
+
+import itertools
+from dataclasses import dataclass, field, replace
+
+import torch
+from common import Parser, Results
+from networks import PATTERNS, Bench, held_out, weights
+from torch import Tensor
+
+import snows
+from snows.cli.shell import shell
+from snows.job import Job, Listener
+from snows.methods import snows_with
+from snows.result import Step
+from snows.solve.layer import Solver
+from snows.solve.solver import solve
+from snows.zoo.evaluate import accuracy, score
+
+NETWORK = "resnet20_cifar10"
+
+
+@dataclass(frozen=True)
+class Idea:
+    """What is not as by default.
+
+    options: as snows.Options takes them. mask: how masks are chosen, layer by layer, of each as many weights as
+        magnitudes would keep. mirrored: every calibration image, and its mirror image. logits: times what the logits
+        weigh in the joint steps otherwise. on_the_way: joint steps behind every pattern on the way to the target.
+    """
+
+    options: dict = field(default_factory=dict)
+    mask: str = "MP"
+    mirrored: bool = False
+    logits: float = 1.0
+    on_the_way: int = 0
+
+
+IDEAS = {
+    "the defaults": Idea(),
+    "no schedule": Idea({"schedule": 0}),
+    "a schedule of four": Idea({"schedule": 4}),
+    "two joint steps behind every pattern on the way": Idea(on_the_way=2),
+    "the same, and a schedule of four": Idea({"schedule": 4}, on_the_way=2),
+    "eight joint steps": Idea({"joint_steps": 8}),
+    "joint steps of 20 products": Idea({"joint_CG_iterations": 20}),
+    "two Newton steps a layer": Idea({"newton_steps": 2}),
+    "every image, and its mirror image": Idea(mirrored=True),
+    "SparseGPT's choice, as many of each layer": Idea(mask="SparseGPT"),
+    "OBS's choice, as many of each layer": Idea(mask="OBS"),
+    "logits of 20 times the weight in the joint steps": Idea(logits=20.0),
+}
+
+
+def with_mirror_images(images: Tensor, seed: int) -> Tensor:
+    """The images and what they look like in a mirror, in random order."""
+    both = torch.cat([images, images.flip(-1)])
+    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(seed))]
+
+
+def with_counts(model: torch.nn.Module, pattern: snows.Unstructured | snows.NM) -> snows.Unstructured | snows.NM:
+    """The pattern, every layer's share in which is the one that magnitudes choose."""
+    if isinstance(pattern, snows.NM):
+        return pattern
+    masks = snows.choose_masks(model, None, pattern).masks
+    return replace(pattern, layer_sparsity={name: 1 - mask.float().mean().item() for name, mask in masks.items()})
+
+
+def weighing_logits(times: float) -> Solver:
+    """The library's solver, on joint objectives in which the last depth, the logits, weighs so many times as much."""
+
+    def solver(objective, theta, support, precondition, options):
+        if len(objective.window.layers) > 1:
+            for each in filter(None, (objective, objective.held_out)):
+                each.coefficients[-1] *= times
+        return solve(objective, theta, support, precondition, options)
+
+    return solver
+
+
+def joint_on_the_way(steps: int) -> Listener:
+    """Takes joint steps when the last layer of a pattern on the way to the target is written."""
+
+    def listener(step: Step, job: Job) -> None:
+        record, last = step.record, job.layers_of(job.selection.masks)[-1].name
+        if record.joint or record.name != last or record.sweep == len(job.stages) - 1:
+            return
+        options, job.options = job.options, job.options.but(joint_steps=steps)
+        for _ in job.write_all(job.solve_jointly()):
+            pass
+        job.options = options
+
+    return listener
+
+
+def prune(bench: Bench, run: dict) -> snows.Pruned:
+    """The network that an idea prunes."""
+    idea, seed, pattern = IDEAS[run["idea"]], run["seed"], PATTERNS[run["pattern"]]
+    images, _ = bench.data.calibration(run["images"], seed)
+    how = {"layers": bench.layers, "device": bench.device, "mask_alg": idea.mask}
+    if idea.logits != 1:
+        how["algo"] = snows_with(weighing_logits(idea.logits))
+    if idea.on_the_way:
+        how["listener"] = joint_on_the_way(idea.on_the_way)
+    if idea.mask != "MP":
+        pattern = with_counts(bench.model, pattern)
+    images = with_mirror_images(images, seed) if idea.mirrored else images
+    return snows.prune(bench.model, images, pattern, snows.Options(seed=seed, **idea.options), **how)
+
+
+def main():
+    parser = Parser(__doc__, "ideas.csv", "--checkpoint", "--dset", "--device", "--seeds")
+    parser.add_argument("--patterns", nargs="+", default=["1:4", "unstructured 0.9"], choices=PATTERNS)
+    parser.add_argument("--images", type=int, default=256, help="calibration images (default: %(default)s)")
+    parser.add_argument("--ideas", nargs="+", default=list(IDEAS), choices=IDEAS)
+    args = parser.parse()
+    bench = Bench(NETWORK, weights(NETWORK, args.checkpoint), args.dset, args.device)
+    results = Results(args.out, args.device, (args.checkpoint, args.dset))
+    unseen = list(held_out(bench.data))
+    _, logits = score(bench.model, unseen, bench.device)
+    cases = itertools.product(args.ideas, args.patterns, args.seeds)
+    shared = {"network": NETWORK, "images": args.images}
+    for place, run in results.claimed([{**shared, "idea": a, "pattern": b, "seed": c} for a, b, c in cases]):
+        pruned = prune(bench, run)
+        found, _ = score(pruned.model, unseen, bench.device, logits)
+        row = {
+            **run,
+            "held_out_error": found.logit_error,
+            "accuracy": accuracy(pruned.model, bench.test, bench.device),
+            "sparsity": pruned.sparsity,
+            "products": pruned.curvature_products,
+            "seconds": pruned.seconds,
+        }
+        results.add(row)
+        print(f"{place}: {row}", flush=True)
+
+
+if __name__ == "__main__":
+    shell(main)
