@@ -2,6 +2,7 @@
 
 from statistics import median
 
+import cost_tables
 import ranks_tables
 from cells import (
     PATTERNS,
@@ -10,18 +11,12 @@ from cells import (
     changed,
     comparison,
     flags,
-    found,
     load,
-    of_chosen_rates,
     quoted,
-    reached,
-    seconds_of,
     spread,
     table,
 )
 from deploy_tables import export_sizes, exports, int8, latency
-
-END_TO_END, BASELINES = "end_to_end_resnet20_cifar10", "baselines_resnet20_cifar10"
 
 
 def default(arch: str) -> str:
@@ -97,31 +92,6 @@ def vit_ablation() -> str:
     return table(["settings", *(f"{pattern}, accuracy %" for pattern in first)], lines)
 
 
-def end_to_end() -> str:
-    """One row per method, in the order of their seconds."""
-    cells = [
-        [row["method"], row["accuracy"], f"{row['held_out_loss']:.3f}", round(row["products"]), f"{seconds:.1f}"]
-        for seconds, row in sorted(((seconds_of(row), row) for row in load(END_TO_END)), key=lambda pair: pair[0])
-    ]
-    return table(["method", "accuracy %", "error of test logits", "products or gradients", "seconds"], cells)
-
-
-def baselines() -> str:
-    """One row per method and seconds of a training, with what it reaches at each pattern."""
-    rows = of_chosen_rates(load(BASELINES))
-    if not rows:
-        return "Not measured yet."
-    patterns = found(rows, "pattern", ("unstructured 0.8", "unstructured 0.9", "2:4", "1:4"))
-    lines: dict[tuple, dict[str, list[dict]]] = {}
-    for row in rows:
-        budget = row.get("budget")
-        name = row["method"] if budget is None else f"{row['method']}, {budget:g} s"
-        lines.setdefault((name, row["images"]), {}).setdefault(row["pattern"], []).append(row)
-    cells = [[*name, *(reached(each.get(pattern, [])) for pattern in patterns)] for name, each in lines.items()]
-    said = "Accuracy in percent / relative error of the logits of held-out training images / seconds of the processor."
-    return table(["method", "images", *patterns], cells) + f"\n\n{said}"
-
-
 def convergence() -> str:
     """One row per layer: loss and residual after few and many products, plain, preconditioned, in several steps."""
     columns = [("plain", 15), ("plain", 100), ("preconditioned", 5), ("preconditioned", 10), ("preconditioned", 15)]
@@ -136,19 +106,6 @@ def convergence() -> str:
                 [f"`{layer}`", *("" if p is None else f"{p['loss']:.4f} ({p['residual']:.0e})" for p in picked)]
             )
     return table(["layer", *(f"{kind}, {count}" for kind, count in columns)], cells)
-
-
-def joint() -> str:
-    """One row per pattern and number of joint steps: the loss and the logits' error, without and with recycling."""
-    rows = {(r["pattern"], r["joint_steps"], r["recycle"]): r for r in load("joint")}
-    kept, cells = sorted({recycle for *_, recycle in rows}), []
-    for pattern, steps in dict.fromkeys((pattern, steps) for pattern, steps, _ in rows):
-        own = [rows[pattern, steps, recycle] for recycle in kept]
-        losses = (f"{r['loss_after']:.3f} ({r['products']:.0f})" for r in own)
-        scores = (f"{r['held_out_error']:.4f}, {r['accuracy']:.2f}" for r in own)
-        cells.append([pattern, steps, f"{own[0]['loss_before']:.3f}", *losses, *scores])
-    heads = [f"recycle {recycle}: {what}" for what in ("loss (products)", "error, accuracy") for recycle in kept]
-    return table(["pattern", "joint steps", "loss before", *heads], cells)
 
 
 def scaling() -> str:
@@ -284,10 +241,12 @@ TABLES = {
     "ablation": ablation,
     "vit": vit,
     "vit_ablation": vit_ablation,
-    "end_to_end": end_to_end,
-    "baselines": baselines,
+    "end_to_end": lambda: cost_tables.costs("end_to_end_resnet20_cifar10"),
+    "fast": lambda: cost_tables.fast("end_to_end_resnet20_cifar10"),
+    "baselines": lambda: cost_tables.costs("baselines_resnet20_cifar10"),
+    "ideas": cost_tables.ideas,
     "convergence": convergence,
-    "joint": joint,
+    "joint": cost_tables.joint,
     "scaling": scaling,
     "compare_256": lambda: comparison(load("compare_resnet20")),
     "compare_2048": lambda: comparison(load("compare_resnet20_2048")),
