@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from snows.errors import UsageError
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "best": {},
     # One pass over the layers, each solved once: most of what "best" gains, for a fraction of its time.
     "fast": dict(schedule=0, joint_steps=0),
