@@ -35,6 +35,8 @@ WAYS = [
     dict(mask="MP", algo="MP+", classifier=True),
     dict(mask="SparseGPT", algo="SparseGPT"),
     dict(mask="MP", algo="SNOWS"),
+    dict(mask="MP", algo="SNOWS", classifier=True, schedule=1),
+    dict(mask="SparseGPT", algo="SNOWS", permuted=True, schedule=1),
 ]
 SPARSER = {"0.5": 0.65, "0.7": 0.85}  # the classifier's sparsity, where it is to be more than magnitudes make it
 CLASSIFIER = [
@@ -68,7 +70,7 @@ class Bench:
         if run["permuted"]:
             model = permute(model, pattern, layers).model
         calibration, _ = self.data.calibration(run["images"], run["seed"])
-        options = ONE_PASS.but(seed=run["seed"], min_samples=run["min_samples"])
+        options = ONE_PASS.but(**{name: run[name] for name in ("seed", "min_samples", "schedule")})
         how = {"mask_alg": run["mask"], "algo": run["algo"], "layers": layers, "device": self.device}
         pruned = snows.prune(model, calibration, pattern, options, **how)
         found, _ = score(pruned.model, self.test, self.device, self.logits)
@@ -92,7 +94,7 @@ def runs_of(args) -> list[dict]:
         "permuted": False,
         "classifier": False,
     }
-    usual |= {"min_samples": ONE_PASS.min_samples}
+    usual |= {name: getattr(ONE_PASS, name) for name in ("min_samples", "schedule")}
     if args.classifier:
         runs = [usual | {"pattern": "0.7", "layers": "classifier"} | run for run in CLASSIFIER]
     else:
