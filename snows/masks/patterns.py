@@ -265,8 +265,13 @@ class NM:
         return bool((mask.movedim(1, -1).unflatten(-1, (-1, self.m)).sum(-1) <= self.n).all())
 
     def path(self, steps: int) -> list[PartWay]:
-        """Patterns on the way to N:M, the share of what is left falling evenly; `steps` of them."""
-        return [PartWay(self.n, self.m, self.layer_sparsity, i / (steps + 1)) for i in range(1, steps + 1)]
+        """Patterns on the way to N:M, the share of what is left falling evenly; at most `steps` of them.
+
+        Together with N:M itself there are no more than a group has weights to lose.
+        """
+        rules = [self, *(NM.parse(rule) for rule in self.layer_sparsity.values() if rule != DENSE)]
+        count = min(steps, max(rule.m - rule.n for rule in rules) - 1)
+        return [PartWay(self.n, self.m, self.layer_sparsity, i / (count + 1)) for i in range(1, count + 1)]
 
     def mask(self, score: Tensor, zero: Tensor | None = None) -> Tensor:
         """The mask of one weight from its scores (out, in, ...), `in` a multiple of M, without what is to be zero."""
