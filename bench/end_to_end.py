@@ -4,11 +4,11 @@
     python bench/end_to_end.py vit_cifar10 --dset cifar10.npz
     python bench/end_to_end.py resnet20_cifar10 --methods best MP+ baselines --budgets 30 120 480 --out FILE ...
 
-The defaults at four costs: one pass over the layers, which is the preset "fast"; all passes; joint steps after them;
-longer ones. Adam and L-BFGS (torch.optim) minimise the objective of the first, layer by layer, over the same images;
-their "products" are gradients, which cost about as much. The baselines are those of bench/baselines.py and
-bench/admm.py. A training takes each of the seconds that --budgets names, at each learning rate of RATES with the first
-seed; the others take the rate that was best on the training images that are held out.
+The defaults at three costs: one pass over the layers, which is the preset "fast"; all passes; joint steps after them.
+Adam and L-BFGS (torch.optim) minimise the objective of the first, layer by layer, over the same images; their
+"products" are gradients, which cost about as much. The baselines are those of bench/baselines.py and bench/admm.py. A
+training takes each of the seconds that --budgets names, at each learning rate of RATES with the first seed; the others
+take the rate that was best on the training images that are held out.
 
 held_out_loss is the squared error of the logits on the test images, held_out_error that on the held-out training
 images, both relative to the dense network's. One row per run, and a plot; rows that the file already holds are not
@@ -83,7 +83,6 @@ METHODS = {  # name -> arguments of snows.prune
     "fast": {"options": snows.Options.preset("fast")},
     "best, layer by layer": {"options": snows.Options(joint_steps=0)},
     "best": {},
-    "best, longer joint steps": {"options": snows.Options(joint_CG_iterations=20)},
     "paper, K = 4": {"options": snows.Options.preset("paper")},
     "paper, K = 8": {"options": snows.Options.preset("paper", k_step=8)},
     "Adam": {"options": ONE_PASS, "algo": snows_with(first_order(lambda p: torch.optim.Adam(p, lr=3e-3)))},
