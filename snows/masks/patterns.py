@@ -264,14 +264,22 @@ class NM:
             return False
         return bool((mask.movedim(1, -1).unflatten(-1, (-1, self.m)).sum(-1) <= self.n).all())
 
-    def path(self, steps: int) -> list[PartWay]:
-        """Patterns on the way to N:M, the share of what is left falling evenly; at most `steps` of them.
+    def path(self, steps: int) -> list[NM]:
+        """Patterns on the way from M:M to N:M, such as 3:4 and 2:4 before 1:4; at most `steps` of them."""
+        parts = [self.part_way(i / (steps + 1)) for i in range(1, steps + 1)]
+        return [part for part, before in zip(parts, [None, *parts]) if part not in (before, self)]
 
-        Together with N:M itself there are no more than a group has weights to lose.
-        """
-        rules = [self, *(NM.parse(rule) for rule in self.layer_sparsity.values() if rule != DENSE)]
-        count = min(steps, max(rule.m - rule.n for rule in rules) - 1)
-        return [PartWay(self.n, self.m, self.layer_sparsity, i / (count + 1)) for i in range(1, count + 1)]
+    def part_way(self, share: float) -> NM:
+        """The pattern at a share of the way, never quite dense."""
+
+        def part(n: int, m: int) -> NM:
+            return NM(min(round(m * (n / m) ** share), m - 1), m)
+
+        rules = {
+            name: rule if rule == DENSE else str(part(NM.parse(rule).n, NM.parse(rule).m))
+            for name, rule in self.layer_sparsity.items()
+        }
+        return replace(part(self.n, self.m), layer_sparsity=rules)
 
     def mask(self, score: Tensor, zero: Tensor | None = None) -> Tensor:
         """The mask of one weight from its scores (out, in, ...), `in` a multiple of M, without what is to be zero."""
@@ -280,25 +288,6 @@ class NM:
         mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True)
         mask = mask.flatten(-2).movedim(-1, 1).contiguous()
         return mask if zero is None else mask & ~zero
-
-
-@dataclass(frozen=True)
-class PartWay(NM):
-    """N weights of every M as under N:M, and the largest of the layer's others, so many as are left part of the way.
-
-    share: of the way from dense to N:M, of which (N / M)^share of the weights are left.
-    """
-
-    share: float = 1.0
-
-    def of(self, name: str) -> PartWay | None:
-        rule = super().of(name)
-        return None if rule is None else PartWay(rule.n, rule.m, share=self.share)
-
-    def mask(self, score: Tensor, zero: Tensor | None = None) -> Tensor:
-        least = super().mask(score, zero)
-        removed = score.numel() - round(score.numel() * (self.n / self.m) ** self.share)
-        return smallest_removed(zeros_last(score, zero).masked_fill(least, math.inf), removed, zero=zero)
 
 
 Pattern = Unstructured | NM

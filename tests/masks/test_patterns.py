@@ -103,6 +103,8 @@ def test_layers_with_an_n_m_pattern_of_their_own():
     assert selection.left_dense == {"stem": "dense, as its rule asks"}
     for mask in selection.masks.values():
         assert (mask.unflatten(1, (-1, 6)).sum(2) == 1).all()
+    assert [str(NM.parse(part.layer_sparsity["block.*"])) for part in pattern.path(2)] == ["3:6", "2:6"]
+    assert pattern.path(2)[0].layer_sparsity["stem"] == "dense"
 
 
 @pytest.mark.parametrize("bad", [1.0, -0.5, float("nan"), True, "half", None, [0.5]])
@@ -189,32 +191,8 @@ def test_a_path_of_sparsities_ends_below_the_target_and_its_masks_are_nested(sha
         weights = {name: (weight + 0.1) * masks[name] for name, weight in weights.items()}  # solved anew
 
 
-GROUPS = st.integers(2, 5).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m)))
-
-
-@given(GROUPS, st.integers(1, 6), st.integers(1, 4), st.integers(0, 4), st.integers(0, 99), st.booleans())
-def test_a_path_to_n_m_leaves_each_group_its_n_largest_and_its_masks_are_nested(ratio, rows, groups, steps, seed, some):
-    (n, m), pattern = ratio, NM(*ratio)
-    weight = torch.randn(rows, m * groups, 2, generator=torch.Generator().manual_seed(seed))
-    zero = (weight < -1) & some
-    path, removed, weight = pattern.path(steps), zero, weight.masked_fill(zero, 0)
-    steps = min(steps, m - n - 1)
-    assert len(path) == steps
-    for i, each in enumerate([*path, pattern], 1):
-        mask = each.select({"a": weight}, 0, zeros={"a": zero} if some else None).masks["a"]
-        left = round(weight.numel() * (n / m) ** (i / (steps + 1)))
-        assert mask.sum() == left if not some else mask.sum() <= left
-        assert not (mask & removed).any()
-        assert mask[pattern.mask(weight, zero)].all()
-        weight, removed = (weight + weight.sign()) * mask, ~mask  # solved anew
-
-
-def test_a_layer_has_its_own_way_to_its_own_pattern():
-    weights = {name: torch.randn(6, 12) for name in ("stem", "block", "head")}
-    (half,) = NM(1, 4, {"stem": "dense", "block": "2:3"}).path(1)
-    selection = half.select(weights, 0)
-    assert selection.left_dense == {"stem": "dense, as its rule asks"}
-    assert {name: int(mask.sum()) for name, mask in selection.masks.items()} == {"block": 59, "head": 36}
-    assert (selection.masks["block"].unflatten(1, (-1, 3)).sum(2) >= 2).all()
-    assert len(NM(2, 4).path(9)) == 1
-    assert len(NM(2, 4, {"head": "2:8", "stem": "dense"}).path(9)) == 5
+def test_paths_of_n_m_patterns():
+    assert NM(1, 4).path(2) == [NM(3, 4), NM(2, 4)]
+    assert NM(2, 4).path(2) == [NM(3, 4)]
+    assert NM(2, 8).path(2) == [NM(5, 8), NM(3, 8)]
+    assert NM(1, 2).path(3) == NM(3, 4).path(1) == NM(1, 4).path(0) == []
