@@ -27,6 +27,8 @@ def fast(name: str) -> str:
     rows, cells = load(name), []
     for pattern in found(rows, "pattern", PATTERNS):
         own = [[row for row in rows if (row["pattern"], row["method"]) == (pattern, m)] for m in ("MP", "fast", "best")]
+        if not all(own):
+            continue
         mask, quick, best = (average(each, "accuracy") for each in own)
         seconds = [sum(map(seconds_of, each)) for each in own]
         shares = f"{(quick - mask) / (best - mask):.1%}", f"{seconds[1] / seconds[2]:.1%}"
