@@ -52,7 +52,7 @@ def first_order(build):
             loss, variable.grad = 0.0, torch.zeros_like(variable)
             with torch.enable_grad():
                 for i in range(len(objective)):
-                    features = objective.features(objective.inputs(i), variable * support)
+                    features = objective.features(objective.inputs(i), variable.where(support, theta))
                     part = objective.feature_loss(features, objective.targets(i))
                     variable.grad += torch.autograd.grad(part, variable)[0]
                     loss = loss + part.detach()
@@ -67,7 +67,7 @@ def first_order(build):
                 break
         loss, solution = best
         stats = SolveStats(losses[0], loss, newton_steps=1, products=len(losses))
-        return solution * support, stats
+        return solution.where(support, theta), stats
 
     return solver
 

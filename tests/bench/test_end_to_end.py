@@ -107,3 +107,16 @@ def test_no_calibration_draws_an_image_that_is_held_out(monkeypatch):
     monkeypatch.setattr(networks, "DRAWN", 60)
     with pytest.raises(snows.UsageError, match="too few to hold some out"):
         networks.held_out(whole)
+
+
+@pytest.mark.parametrize("build", [end_to_end.lbfgs, lambda parameters: torch.optim.Adam(parameters, lr=3e-3)])
+def test_first_order_solvers_leave_a_layer_of_few_samples_but_for_its_bias(build, tiny, images, caplog):
+    solver = end_to_end.snows_with(end_to_end.first_order(build))
+    options = snows.Options(schedule=0, joint_steps=0, min_samples=1e9)
+    pruned = snows.prune(tiny, images, snows.NM(1, 2), options, algo=solver)
+    assert not any("support" in record.message for record in caplog.records)
+    for layer in pruned.layers:
+        assert layer.loss_after <= layer.loss_before
+    for name, mask in pruned.masks.items():
+        weight = pruned.model.get_submodule(name).weight
+        assert weight.equal(tiny.get_submodule(name).weight * mask)
