@@ -15,9 +15,9 @@ def costs(name: str) -> str:
     lines: dict[tuple, dict[str, list[dict]]] = {}
     for row in rows:
         budget = row.get("budget")
-        name = row["method"] if budget is None else f"{row['method']}, {budget:g} s"
-        lines.setdefault((name, row["images"]), {}).setdefault(row["pattern"], []).append(row)
-    cells = [[*name, *(reached(each.get(pattern, [])) for pattern in patterns)] for name, each in lines.items()]
+        way = row["method"] if budget is None else f"{row['method']}, {budget:g} s"
+        lines.setdefault((way, row["images"]), {}).setdefault(row["pattern"], []).append(row)
+    cells = [[*way, *(reached(each.get(pattern, [])) for pattern in patterns)] for way, each in lines.items()]
     said = "Accuracy in percent / relative error of the logits of held-out training images / seconds of the processor."
     return table(["method", "images", *patterns], cells) + f"\n\n{said}"
 

@@ -4,7 +4,7 @@
 
 The ResNet-20 of bench/cifar10.py. An idea is judged by `held_out_error`, the relative error of the logits on training
 images that no calibration draws; the accuracy on the test images comes last. What is no option of the library is done
-here by what it lets a caller do: a solver, a listener, images and masks of its own. A row that the results file already
+here from outside: by a solver, a listener, images and masks of its own. A row that the results file already
 holds is not measured again; the same command in a second shell takes rows that the first is not at.
 """
 
@@ -87,7 +87,10 @@ def weighing_logits(times: float) -> Solver:
 
 
 def joint_on_the_way(steps: int) -> Listener:
-    """Takes joint steps when the last layer of a pattern on the way to the target is written."""
+    """Takes joint steps when the last layer of a pattern on the way to the target is written.
+
+    It drives the job, which a listener should only look at: an experiment, which would be an option if it were to stay.
+    """
 
     def listener(step: Step, job: Job) -> None:
         record, last = step.record, job.layers_of(job.selection.masks)[-1].name
