@@ -18,6 +18,7 @@ from networks import PATTERNS, Bench, views, weights
 import snows
 from snows import options
 from snows.cli.shell import shell
+from snows.masks.permute import permute
 from snows.zoo.evaluate import accuracy
 
 TABLES = {  # name -> (network, results file)
@@ -51,7 +52,8 @@ VIT_JOINT = {"joint_steps": 4, "joint_CG_iterations": 20, "joint_images": 256}
 VIT_SHORT_STEPS = {"newton_steps": 2, "max_CG_iterations": 5}
 VIT_ABLATION = [{}, {"biases": False}, VIT_SHORT_STEPS, {"sweeps": 2}, {"schedule": 2}]
 VIT_ABLATION += [VIT_JOINT, {"schedule": 2, **VIT_JOINT}]
-CHANGES = ("newton_steps", "curvature_images", "joint_images")  # of SNOWS in `accuracy`, by flags of the same names
+# Of SNOWS in `accuracy`, by flags of the same names.
+CHANGES = ("schedule", "newton_steps", "curvature_images", "joint_images")
 
 
 def runs_of(table: str, images: int = 1024, changes: dict | None = None) -> list[dict]:
@@ -79,13 +81,14 @@ def row_of(run: dict) -> dict:
     return {**row, "flags": " ".join(f"--{name} {value}" for name, value in run.items() if name not in row)}
 
 
-def options_of(flags: str, seed: int) -> tuple[snows.Options, bool]:
-    """(the options that a row's flags give, whether it follows the published protocol)"""
+def options_of(flags: str, seed: int) -> tuple[snows.Options, bool, bool]:
+    """(the options that a row's flags give, whether it follows the published protocol, whether it is permuted)"""
     parser = argparse.ArgumentParser()
     options.add_flags(parser)
     parser.add_argument("--protocol", choices=["published"])
+    parser.add_argument("--permute", type=options.boolean, default=False)
     args = parser.parse_args(flags.split())
-    return options.from_flags(args, seed), args.protocol is not None
+    return options.from_flags(args, seed), args.protocol is not None, args.permute
 
 
 def pruned_as_published(layer: str) -> bool:
@@ -94,17 +97,19 @@ def pruned_as_published(layer: str) -> bool:
 
 def measure(bench: Bench, row: dict) -> dict:
     """One row's figures."""
-    chosen, published = options_of(row["flags"], row["seed"])
+    chosen, published, permuted = options_of(row["flags"], row["seed"])
     calibration, _ = bench.data.calibration(row["images"], row["seed"])
-    layers = bench.layers
+    layers, pattern, model = bench.layers, PATTERNS[row["pattern"]], bench.model
+    if permuted:
+        model = permute(model, pattern, layers).model
     if published:
         calibration = views(calibration, torch.Generator().manual_seed(row["seed"]))
         layers = pruned_as_published
     job = dict(algo=row["algo"], layers=layers, device=bench.device)
-    pruned = snows.prune(bench.model, calibration, PATTERNS[row["pattern"]], chosen, **job)
+    pruned = snows.prune(model, calibration, pattern, chosen, **job)
     return {
         "dense_accuracy": bench.dense_accuracy,
-        "masked_accuracy": None if published else bench.masked_accuracy(row["pattern"]),
+        "masked_accuracy": None if published or permuted else bench.masked_accuracy(row["pattern"]),
         "accuracy": accuracy(pruned.model, bench.test, bench.device),
         "sparsity": pruned.sparsity,
         "curvature_products": pruned.curvature_products,
@@ -123,6 +128,7 @@ def flags() -> Parser:
     parser.add_argument("--images", type=int, default=1024, help="calibration images of `accuracy` (default: 1024)")
     for name in CHANGES:
         parser.add_argument(f"--{name}", type=int, help="of SNOWS in `accuracy`: rows of their own (default: none)")
+    parser.add_argument("--permute", action="store_true", help="the same of channels in a better order, under N:M")
     return parser
 
 
@@ -131,6 +137,8 @@ def main():
     args = parser.parse()
     network, file = TABLES[args.table]
     changes = {name: value for name in CHANGES if (value := getattr(args, name)) is not None}
+    if args.permute:
+        changes["permute"] = True
     if changes and args.table != "accuracy":
         parser.error(f"--{next(iter(changes))} belongs to `accuracy`; the other tables have rows of their own for it")
     checkpoint = weights(network, args.checkpoint)
@@ -138,7 +146,8 @@ def main():
     rows = [
         {**row_of(run), "seed": seed}
         for run in runs_of(args.table, args.images, changes)
-        if run["pattern"] in (args.patterns or PATTERNS) and method_of(run) in (args.methods or METHODS)
+        if run["pattern"] in (args.patterns or PATTERNS) and (":" in run["pattern"] or not args.permute)
+        if method_of(run) in (args.methods or METHODS)
         for seed in args.seeds
     ]
     bench = Bench(network, checkpoint, args.dset, args.device)

@@ -66,7 +66,7 @@ def accuracy() -> str:
         cells.append([pattern, f"{zeros[pattern]:.2%}", *(spread(f) for f in found), products and round(products)])
     others = {}
     for row in rows:
-        if row["images"] != 1024:
+        if row["images"] != 1024 or (row["algo"], row["flags"]) not in columns.values():
             others.setdefault((row["pattern"], quoted(flags(row))), []).append(row)
     more = [f"{pattern}, {changes}: {spread(found)}." for (pattern, changes), found in others.items()]
     return "\n\n".join([table(["pattern", "zeros", *columns, "products"], cells), *more])

@@ -5,6 +5,7 @@ import sys
 import cifar10
 import common
 import pytest
+import torch
 
 import snows
 
@@ -13,9 +14,10 @@ import snows
 def test_a_rows_flags_give_the_options_that_it_runs_with(table):
     for run in cifar10.runs_of(table):
         chosen = {name: value for name, value in run.items() if name not in ("pattern", "algo", "images", "protocol")}
-        found, published = cifar10.options_of(cifar10.row_of(run)["flags"], 3)
+        found, published, permuted = cifar10.options_of(cifar10.row_of(run)["flags"], 3)
         assert found == snows.Options(**chosen, seed=3)
         assert published == ("protocol" in run)
+        assert not permuted
 
 
 def test_options_of_the_command_line_make_other_rows():
@@ -68,6 +70,22 @@ def test_the_published_protocol_leaves_shortcuts_dense_and_calibrates_on_views(s
     assert shortcuts == ["layer2.0.downsample.0", "layer3.0.downsample.0"]
     assert seen.equal(cifar10.views(images, cifar10.torch.Generator().manual_seed(1)))
     assert not seen.equal(images)
+
+
+def test_permuted_rows_prune_the_same_function_in_another_order(small, monkeypatch):
+    bench, models = cifar10.Bench("resnet20_cifar10", small / "resnet20.pt", small / "images.npz", "cpu"), []
+    monkeypatch.setattr(snows, "prune", lambda model, *_, **__: models.append(model) or snows.result.Pruned(model, {}))
+    (run,) = (
+        run
+        for run in cifar10.runs_of("accuracy", 4, {"permute": True})
+        if run["pattern"] == "2:4" and cifar10.method_of(run) == "SNOWS"
+    )
+    row = {**cifar10.row_of(run), "seed": 0}
+    assert row["flags"] == "--permute True"
+    assert cifar10.measure(bench, row)["masked_accuracy"] is None
+    images, _ = bench.data.calibration(4, 0)
+    torch.testing.assert_close(models[0](images), bench.model(images))
+    assert not models[0].layer1[0].conv1.weight.equal(bench.model.layer1[0].conv1.weight)
 
 
 def test_weights_that_do_not_ship_must_be_given(tmp_path):
