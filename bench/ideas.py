@@ -19,6 +19,7 @@ from torch import Tensor
 import snows
 from snows.cli.shell import shell
 from snows.job import Job, Listener
+from snows.masks.permute import permute
 from snows.methods import snows_with
 from snows.result import Step
 from snows.solve.layer import Solver
@@ -35,6 +36,7 @@ class Idea:
     options: as snows.Options takes them. mask: how masks are chosen, layer by layer, of each as many weights as
         magnitudes would keep. mirrored: every calibration image, and its mirror image. logits: times what the logits
         weigh in the joint steps otherwise. on_the_way: joint steps behind every pattern on the way to the target.
+        permuted: channels first in an order in which N:M keeps more.
     """
 
     options: dict = field(default_factory=dict)
@@ -42,6 +44,7 @@ class Idea:
     mirrored: bool = False
     logits: float = 1.0
     on_the_way: int = 0
+    permuted: bool = False
 
 
 IDEAS = {
@@ -57,6 +60,7 @@ IDEAS = {
     "SparseGPT's choice, as many of each layer": Idea(mask="SparseGPT"),
     "OBS's choice, as many of each layer": Idea(mask="OBS"),
     "logits of 20 times the weight in the joint steps": Idea(logits=20.0),
+    "channels in another order": Idea(permuted=True),
 }
 
 
@@ -113,10 +117,11 @@ def prune(bench: Bench, run: dict) -> snows.Pruned:
         how["algo"] = snows_with(weighing_logits(idea.logits))
     if idea.on_the_way:
         how["listener"] = joint_on_the_way(idea.on_the_way)
+    model = permute(bench.model, pattern, bench.layers).model if idea.permuted else bench.model
     if idea.mask != "MP":
         pattern = with_counts(bench.model, pattern)
     images = with_mirror_images(images, seed) if idea.mirrored else images
-    return snows.prune(bench.model, images, pattern, snows.Options(seed=seed, **idea.options), **how)
+    return snows.prune(model, images, pattern, snows.Options(seed=seed, **idea.options), **how)
 
 
 def main():
@@ -131,6 +136,7 @@ def main():
     _, logits = score(bench.model, unseen, bench.device)
     cases = itertools.product(args.ideas, args.patterns, args.seeds)
     shared = {"network": NETWORK, "images": args.images}
+    cases = [(a, b, c) for a, b, c in cases if ":" in b or not IDEAS[a].permuted]
     for place, run in results.claimed([{**shared, "idea": a, "pattern": b, "seed": c} for a, b, c in cases]):
         pruned = prune(bench, run)
         found, _ = score(pruned.model, unseen, bench.device, logits)

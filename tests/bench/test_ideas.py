@@ -70,3 +70,14 @@ def test_every_image_comes_once_as_it_is_and_once_mirrored():
     both = ideas.with_mirror_images(images, 0)
     found = sorted(each.flatten().tolist() for each in both)
     assert found == sorted(each.flatten().tolist() for part in (images, images.flip(-1)) for each in part)
+
+
+def test_channels_in_another_order_are_the_same_network(bench, monkeypatch):
+    models = []
+    monkeypatch.setattr(snows, "prune", lambda model, *_, **__: models.append(model))
+    for idea in ("the defaults", "channels in another order"):
+        ideas.prune(bench, {"idea": idea, "pattern": "1:4", "images": 4, "seed": 0})
+    images, _ = bench.data.calibration(4, 0)
+    assert models[0] is bench.model
+    torch.testing.assert_close(models[1](images), bench.model(images))
+    assert not models[1].layer1[0].conv1.weight.equal(bench.model.layer1[0].conv1.weight)
