@@ -90,7 +90,7 @@ class Options:
     cg_tolerance: float = option(0.1, "relative residual at which CG stops: Newton's step is inexact", low=0)
     damping: float = option(1e-3, "first Levenberg-Marquardt damping, relative to the curvature", low=0)
     min_samples: float = option(
-        10.0, "numbers that the images give of a depth, per surviving weight of a layer: depths of fewer (logits) do "
+        2.5, "numbers that the images give of a depth, per surviving weight of a layer: depths of fewer (logits) do "
         "not count; of layers whose own outputs are fewer (heads), only the bias is solved; 0: all count", low=0,
     )  # fmt: skip
     held_out: float = option(

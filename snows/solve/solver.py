@@ -118,7 +118,7 @@ class EarlyStop:
 
     Truncated CG regularises as a ridge does (each iteration lets in directions of less curvature), so that the images
     say how much: once an iterate has lowered their loss, CG goes on until PATIENCE in a row have not. Where none does,
-    steps are too long rather than too well fitted: the line search has its turn, and its result is checked.
+    the steps are too long for them, and a part of CG's last one may still do.
     """
 
     def __init__(self, held_out: Objective, theta: Tensor):
@@ -140,13 +140,16 @@ class EarlyStop:
         found, self.found = self.found, None
         return found or (cg.step, cg.product)
 
-    def allows(self, theta: Tensor) -> bool:
-        """Whether theta, which a line search may have shortened the step to, is better than the start here too."""
-        self.loss = self.held_out.loss(theta)
-        if not self.loss < self.start:
-            self.loss = self.start
-            return False
-        return True
+    def shorten(self, search: Armijo, direction: Tensor, fitted: Objective, before: Tensor) -> Armijo:
+        """A line search's step, halved until it lowers the loss here too; none, if it never does."""
+        for halvings in range(MAX_HALVINGS + 1 if search.length else 0):
+            length = search.length / 2**halvings
+            theta = self.theta + length * direction
+            self.loss = self.held_out.loss(theta)
+            if self.loss < self.start:
+                return Armijo(length, fitted.loss(theta)) if halvings else search
+        self.loss = self.start
+        return Armijo(0.0, before)
 
 
 @dataclass
@@ -275,7 +278,6 @@ def newton_step(
         damping *= 4
     elif ratio > 0.75:
         damping /= 4
-    theta = theta + search.length * direction
-    if unseen is not None and not unseen.allows(theta):
-        return replace(result, damping=damping)
-    return replace(result, theta=theta, damping=damping, after=search.loss)
+    if unseen is not None:
+        search = unseen.shorten(search, direction, objective, here.loss)
+    return replace(result, theta=theta + search.length * direction, damping=damping, after=search.loss)

@@ -11,7 +11,7 @@ from references import build
 
 import snows
 from snows.cli.run_folder import csv_text, layer_rows
-from snows.solve.solver import EarlyStop, conjugate_gradients
+from snows.solve.solver import Armijo, EarlyStop, conjugate_gradients
 
 
 @given(parts=st.integers(1, 9), share=st.floats(0, 0.5))
@@ -66,6 +66,27 @@ def test_cg_ends_at_the_iterate_that_is_best_on_what_is_held_out(seed, near):
         torch.testing.assert_close(stop.found[1], a @ steps[place])
     assert stop.loss.item() == pytest.approx(min(first, best))
     assert stop.start.item() == pytest.approx(first)
+
+
+@given(seed=st.integers(0, 500), share=st.floats(0.01, 1), length=st.sampled_from([0.0, 0.25, 1.0]))
+def test_a_step_that_is_too_long_for_what_is_held_out_is_shortened_not_refused(seed, share, length):
+    generator = torch.Generator().manual_seed(seed)
+    start, step = torch.randn(2, 8, generator=generator, dtype=torch.float64)
+    held, fitted = Quadratic(start + share * step), Quadratic(start + step)
+    stop, search = EarlyStop(held, start), Armijo(length, fitted.loss(start + length * step))
+    found = stop.shorten(search, step, fitted, fitted.loss(start))
+    longest = next((length / 2**n for n in range(9) if length / 2**n < 2 * share), 0.0) if length else 0.0
+    assert found.length == longest
+    torch.testing.assert_close(found.loss, fitted.loss(start + longest * step))
+    torch.testing.assert_close(stop.loss, held.loss(start + longest * step))
+
+
+def test_a_step_that_nothing_of_helps_what_is_held_out_is_refused():
+    start, step = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    stop, fitted = EarlyStop(Quadratic(-step), start), Quadratic(step)
+    found = stop.shorten(Armijo(1.0, fitted.loss(step)), step, fitted, fitted.loss(start))
+    assert (found.length, found.loss) == (0.0, fitted.loss(start))
+    assert stop.loss == stop.start
 
 
 def test_joint_steps_stop_where_what_is_held_out_is_best():
