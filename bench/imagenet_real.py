@@ -26,7 +26,7 @@ from snows.zoo.registry import load_classifier, load_data
 
 NETWORK = "efficientnet_lite0"
 PATTERNS = {"2:4": snows.NM(2, 4), "0.5": snows.Unstructured(0.5), "0.7": snows.Unstructured(0.7)}
-ONE_PASS = snows.Options(schedule=0, joint_steps=0)
+ONE_PASS = snows.Options(schedule=0, joint_steps=0, min_samples=10.0)
 WAYS = [
     dict(mask="MP", algo="MP"),
     dict(mask="MP", algo="SNOWS", classifier=True),

@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 from helpers import TinyCNN, randomise
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from references import build
 
@@ -70,6 +70,7 @@ def test_cg_ends_at_the_iterate_that_is_best_on_what_is_held_out(seed, near):
 
 @given(seed=st.integers(0, 500), share=st.floats(0.01, 1), length=st.sampled_from([0.0, 0.25, 1.0]))
 def test_a_step_that_is_too_long_for_what_is_held_out_is_shortened_not_refused(seed, share, length):
+    assume(all(abs(length / 2**n - 2 * share) > 1e-6 for n in range(9)))  # where rounding decides
     generator = torch.Generator().manual_seed(seed)
     start, step = torch.randn(2, 8, generator=generator, dtype=torch.float64)
     held, fitted = Quadratic(start + share * step), Quadratic(start + step)
