@@ -6,7 +6,7 @@
     BatchNorm         the mask alone, with the statistics of the pruned network's own features
 
 The first two are one loop, `train`, with a loss each. How many steps fit a budget is timed beforehand, by `within`, so
-that the seed decides what a training gives, and the clock nothing. ADMM is in bench/admm.py.
+that the seed decides what a training gives, and the clock nothing.
 """
 
 import time

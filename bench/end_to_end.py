@@ -6,9 +6,10 @@
 
 The defaults at three costs: one pass over the layers, which is the preset "fast"; all passes; joint steps after them.
 Adam and L-BFGS (torch.optim) minimise the objective of the first, layer by layer, over the same images; their
-"products" are gradients, which cost about as much. The baselines are those of bench/baselines.py and bench/admm.py. A
-training takes each of the seconds that --budgets names, at each learning rate of RATES with the first seed; the others
-take the rate that was best on the training images that are held out.
+"products" are gradients, which cost about as much. The baselines are those of bench/baselines.py, and ALPS: its masks,
+of each layer as many weights as magnitudes would keep, solved by layer-wise least squares. A training takes each of the
+seconds that --budgets names, at each learning rate of RATES with the first seed; the others take the rate that was best
+on the training images that are held out.
 
 held_out_loss is the squared error of the logits on the test images, held_out_error that on the held-out training
 images, both relative to the dense network's. One row per run, and a plot; rows that the file already holds are not
@@ -22,11 +23,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from admm import admm
 from baselines import RATES, TRAININGS, clock, reestimated, train, within
 from cells import chosen_rates, of_chosen_rates, seconds_of, training_of
 from common import Parser, Results, panels, save_figure
-from networks import DRAWN, NETWORKS, PATTERNS, SEEDS, Bench, held_out, weights
+from networks import DRAWN, NETWORKS, PATTERNS, SEEDS, Bench, held_out, weights, with_counts
 from torch import Tensor, nn
 
 import snows
@@ -87,18 +87,22 @@ METHODS = {  # name -> arguments of snows.prune
     "paper, K = 8": {"options": snows.Options.preset("paper", k_step=8)},
     "Adam": {"options": ONE_PASS, "algo": snows_with(first_order(lambda p: torch.optim.Adam(p, lr=3e-3)))},
     "L-BFGS": {"options": ONE_PASS, "algo": snows_with(first_order(lbfgs))},
+    "ALPS": {"algo": "MP+", "mask_alg": "ALPS"},
 }
-REESTIMATED, ADMM = "MP, BatchNorm re-estimated", "ADMM"
-BASELINES = [REESTIMATED, ADMM, *TRAININGS]
-GROUPS = {"snows": list(METHODS), "baselines": BASELINES}
+REESTIMATED = "MP, BatchNorm re-estimated"
+BASELINES = [REESTIMATED, "ALPS", *TRAININGS]
+EVERY = [*dict.fromkeys([*METHODS, *BASELINES])]
+GROUPS = {"snows": [name for name in METHODS if name not in BASELINES], "baselines": BASELINES}
 
 
 def prune(bench: Bench, run: dict, images: Tensor, algo: str | None = None) -> snows.Pruned:
     """The network that a run prunes: by its method, or by another algorithm from its magnitude masks."""
-    arguments = {"algo": algo} if algo else dict(METHODS[run["method"]])
+    arguments, pattern = {"algo": algo} if algo else dict(METHODS[run["method"]]), PATTERNS[run["pattern"]]
     options = arguments.pop("options", snows.Options()).but(seed=run["seed"])
+    if arguments.get("mask_alg"):
+        pattern = with_counts(bench.model, pattern, bench.layers)
     arguments |= {"layers": bench.layers, "device": bench.device}
-    return snows.prune(bench.model, images, PATTERNS[run["pattern"]], options, **arguments)
+    return snows.prune(bench.model, images, pattern, options, **arguments)
 
 
 def solve(bench: Bench, run: dict, images: Tensor) -> tuple[nn.Module, dict]:
@@ -108,8 +112,8 @@ def solve(bench: Bench, run: dict, images: Tensor) -> tuple[nn.Module, dict]:
     def spent() -> float:
         return clock(bench.device) - started
 
-    if method in METHODS or method == ADMM:
-        pruned = prune(bench, run, images, admm(PATTERNS[run["pattern"]]) if method == ADMM else None)
+    if method in METHODS:
+        pruned = prune(bench, run, images)
         figures = {"seconds": pruned.seconds, "peak_memory_bytes": pruned.peak_memory_bytes}
         return pruned.model, {**figures, "cpu_seconds": spent(), "products": pruned.curvature_products}
     if method == REESTIMATED:
@@ -181,7 +185,7 @@ def plot(rows: list[dict]):
     patterns = list(dict.fromkeys(row["pattern"] for row in rows))
     figure, axes = panels(1, len(patterns), 4.5 * len(patterns), 3.5)
     for pattern, panel in zip(patterns, axes[0]):
-        for i, name in enumerate([*METHODS, *BASELINES]):
+        for i, name in enumerate(EVERY):
             points = [row for row in rows if row["pattern"] == pattern and row["method"] == name]
             points = sorted((seconds_of(row), row["accuracy"]) for row in points)
             style = "o" if name in METHODS else f"{'xvs^'[i % 4]}:"
@@ -198,7 +202,7 @@ def main():
     parser = Parser(__doc__, "end_to_end_{network}.csv", "--checkpoint", "--dset", "--device", "--seeds")
     parser.add_argument("network", choices=NETWORKS)
     parser.add_argument("--patterns", nargs="+", default=["2:4", "1:4"], choices=PATTERNS)
-    parser.add_argument("--methods", nargs="+", default=["snows"], choices=[*GROUPS, *METHODS, *BASELINES])
+    parser.add_argument("--methods", nargs="+", default=["snows"], choices=[*GROUPS, *EVERY])
     parser.add_argument("--images", type=int, default=128, help=f"at most {DRAWN} (default: %(default)s)")
     parser.add_argument("--budgets", type=float, nargs="+", default=[30, 120], help="seconds of the trainings")
     args = parser.parse()

@@ -9,11 +9,11 @@ holds is not measured again; the same command in a second shell takes rows that 
 """
 
 import itertools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from common import Parser, Results
-from networks import PATTERNS, Bench, held_out, weights
+from networks import PATTERNS, Bench, held_out, weights, with_counts
 from torch import Tensor
 
 import snows
@@ -59,6 +59,7 @@ IDEAS = {
     "every image, and its mirror image": Idea(mirrored=True),
     "SparseGPT's choice, as many of each layer": Idea(mask="SparseGPT"),
     "OBS's choice, as many of each layer": Idea(mask="OBS"),
+    "ALPS's choice, as many of each layer": Idea(mask="ALPS"),
     "logits of 20 times the weight in the joint steps": Idea(logits=20.0),
     "channels in another order": Idea(permuted=True),
 }
@@ -68,14 +69,6 @@ def with_mirror_images(images: Tensor, seed: int) -> Tensor:
     """The images and what they look like in a mirror, in random order."""
     both = torch.cat([images, images.flip(-1)])
     return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(seed))]
-
-
-def with_counts(model: torch.nn.Module, pattern: snows.Unstructured | snows.NM) -> snows.Unstructured | snows.NM:
-    """The pattern, every layer's share in which is the one that magnitudes choose."""
-    if isinstance(pattern, snows.NM):
-        return pattern
-    masks = snows.choose_masks(model, None, pattern).masks
-    return replace(pattern, layer_sparsity={name: 1 - mask.float().mean().item() for name, mask in masks.items()})
 
 
 def weighing_logits(times: float) -> Solver:
@@ -119,7 +112,7 @@ def prune(bench: Bench, run: dict) -> snows.Pruned:
         how["listener"] = joint_on_the_way(idea.on_the_way)
     model = permute(bench.model, pattern, bench.layers).model if idea.permuted else bench.model
     if idea.mask != "MP":
-        pattern = with_counts(bench.model, pattern)
+        pattern = with_counts(bench.model, pattern, bench.layers)
     images = with_mirror_images(images, seed) if idea.mirrored else images
     return snows.prune(model, images, pattern, snows.Options(seed=seed, **idea.options), **how)
 

@@ -1,6 +1,7 @@
 """The networks that several benches prune, and the images of CIFAR-10."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from vit_small import vit_cifar10
 
 import snows
 from snows.errors import UsageError
+from snows.masks.patterns import Pattern
 from snows.zoo import images as data
 from snows.zoo.classifiers import load_checkpoint
 from snows.zoo.evaluate import accuracy
@@ -83,6 +85,14 @@ def held_out(images: data.Data, count: int = HELD_OUT) -> Iterator[tuple[Tensor,
         raise UsageError(f"{total} training images are too few to hold some out from calibrations of {DRAWN}.")
     order = torch.randperm(len(left), generator=torch.Generator().manual_seed(0))
     return images.batches(Subset(images.train, left[order[:count]].tolist()), 128)
+
+
+def with_counts(model: nn.Module, pattern: Pattern, layers: Callable[[str], bool]) -> Pattern:
+    """The pattern, every layer's share in which is the one that magnitudes choose; N:M as it is."""
+    if isinstance(pattern, snows.NM):
+        return pattern
+    masks = snows.choose_masks(model, None, pattern, layers=layers).masks
+    return replace(pattern, layer_sparsity={name: 1 - mask.float().mean().item() for name, mask in masks.items()})
 
 
 class Bench:

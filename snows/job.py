@@ -15,13 +15,12 @@ from torch import Tensor
 from snows.calibration.streams import Streams, retry_on_out_of_memory
 from snows.distributed import Group
 from snows.errors import Interrupted, SnowsError, Unfinished, Unsolvable, UsageError, first_line
-from snows.masks import sparsegpt
 from snows.masks.choose import layer_budget, select
 from snows.masks.patterns import NM, Choice, Pattern, Selection
 from snows.masks.saliency import SALIENCIES
 from snows.masks.zeros import kept_zeros
 from snows.memory import forget_peak, peak_memory
-from snows.methods import Method, sparsegpt_problem
+from snows.methods import Method, layer_problem
 from snows.network.layers import Layer, Masks, Network, copied
 from snows.options import Options
 from snows.result import LayerRecord, Pruned, Step, zeros
@@ -58,14 +57,14 @@ class Job:
 
     def __post_init__(self):
         self.stages = stages(self.choice.pattern, self.options)
-        self.sequential = SALIENCIES[self.choice.mask_alg].sequential
+        self.choose = SALIENCIES[self.choice.mask_alg].choose
         self.turns = len(self.selection.masks) * (len(self.stages) + (self.options.joint_steps > 0))
 
     def begin(self, sweep: int) -> Masks:
         """The masks of a sweep over the layers, the streams at the start of the network.
 
         A new stage's are chosen from the weights as the last one left them: its zeros, the smallest, stay zeros. Where
-        masks are sequential, these only say how many weights each layer loses.
+        a layer's turn decides, these only say how many weights it loses.
         """
         stage = self.stages[sweep]
         if sweep > 0 and self.streams is not None:
@@ -105,7 +104,7 @@ class Job:
                 for attempt in retry_on_out_of_memory(streams, place):
                     with attempt:
                         zero = kept_zeros(self.network, [layer], self.choice).get(layer.name)
-                        mask = sparsegpt.choose_mask(*sparsegpt_problem(layer, streams), budget, zero)
+                        mask = self.choose(*layer_problem(layer, streams), budget, zero)
             if self.method.update is not None:
                 for attempt in retry_on_out_of_memory(streams, place):
                     with attempt:
@@ -224,7 +223,7 @@ class Job:
 
     def _budget(self, layer: Layer, sweep: int, mask: Tensor) -> NM | int | None:
         """What a mask that is chosen when it is the layer's turn must keep to; None: the mask is final."""
-        return layer_budget(layer, mask, self.stages[sweep]) if self.sequential and self._is_new(sweep) else None
+        return layer_budget(layer, mask, self.stages[sweep]) if self.choose and self._is_new(sweep) else None
 
     def _solved(self) -> bool:
         return any(not record.problem for record in self.layers)

@@ -46,10 +46,10 @@ def update_by_sparsegpt(layer: Layer, mask: Tensor, streams: Streams, options: O
     """SparseGPT's own update of the surviving weights, on any mask; none from too few samples."""
     if not streams.solvable(layer, mask, options).any():
         return Update(streams.network.masked(layer, mask))
-    return Update(sparsegpt.update(*sparsegpt_problem(layer, streams), mask))
+    return Update(sparsegpt.update(*layer_problem(layer, streams), mask))
 
 
-def sparsegpt_problem(layer: Layer, streams: Streams) -> tuple[Tensor, Tensor]:
+def layer_problem(layer: Layer, streams: Streams) -> tuple[Tensor, Tensor]:
     """(weight, second moment of its inputs) of a layer on the pruned network as it stands."""
     streams.sparse.advance(layer.node)
     weight = streams.network.model.get_parameter(layer.parameter).detach()

@@ -110,7 +110,8 @@ def choose_masks(
 ) -> Selection:
     """The masks of the target, chosen by the dense weights, which `prune` takes in place of a pattern.
 
-    Its arguments, and what it raises. A schedule, and SparseGPT where the layers' turns decide, end with others.
+    Its arguments, and what it raises. A schedule ends with others, and so do SparseGPT and ALPS, where layers' turns
+    decide.
 
     calibration: None leaves the images out where magnitudes alone are compared; with them, layers whose windows do not
         compute what the network does are found, and left dense by the network that is given.
@@ -153,7 +154,7 @@ def prepared(
     selection = wanted if isinstance(wanted, Selection) else None
     if selection is None and saliency.score is None:  # what does not fit is said before an image is looked at
         selection = select(network, choice, None, scoring)
-    solving = method.update is not None or options.joint_steps > 0 or saliency.sequential
+    solving = method.update is not None or options.joint_steps > 0 or saliency.choose is not None
     scores_to_come = saliency.score is not None and (selection is None or options.schedule > 0)
     streams = opened(network, calibration, options, dense_model) if solving or scores_to_come else None
     lost = names - {layer.name for layer in network.layers}  # the images showed that they cannot be followed

@@ -23,7 +23,7 @@ from snows.masks.saliency import SALIENCIES
 from snows.methods import METHODS
 from snows.zoo.images import DATASETS
 
-LAYER_WISE = " and ".join(name for name, saliency in SALIENCIES.items() if saliency.layer_wise)
+LAYER_WISE = ", ".join(name for name, saliency in SALIENCIES.items() if saliency.layer_wise)
 ALGO_HELP = "how the survivors are set: SNOWS; MP, as they were; MP+, by layer-wise least squares; SparseGPT's own way"
 
 
@@ -95,8 +95,8 @@ def add_mask_flags(flags: argparse.ArgumentParser) -> None:
         "--mask_alg",
         default="MP",
         choices=SALIENCIES,
-        help="which weights survive: the largest (MP), those that Wanda or SparseGPT choose, or those without which "
-        "the K-step loss would rise most (OBS) (default: MP)",
+        help="which weights survive: the largest (MP), those that Wanda, SparseGPT or ALPS choose, or those without "
+        "which the K-step loss would rise most (OBS) (default: MP)",
     )
     group.add_argument(
         "--masks",

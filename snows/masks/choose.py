@@ -46,8 +46,8 @@ def select(network: Network, choice: Choice, streams: Streams | None, options: O
         selection = check_user_masks(pattern, weights)
     else:
         if saliency.score is not None:
-            check_inputs(choice.mask_alg, chosen, network, inverse=saliency.sequential)
-        if saliency.score is not None and (pattern.compares_layers or not saliency.sequential):
+            check_inputs(choice.mask_alg, chosen, network, inverse=saliency.choose is not None)
+        if saliency.score is not None and (pattern.compares_layers or saliency.choose is None):
             weights = measured(chosen, saliency, streams, options)
         zeros, total = kept_zeros(network, chosen, choice), counted_parameters(network, pattern)
         selection = pattern.select(weights, total, by_row=saliency.by_row, zeros=zeros)
@@ -109,7 +109,7 @@ def without(pattern: Pattern | Masks, names: Iterable[str]) -> Pattern | Masks:
 
 
 def layer_budget(layer: Layer, mask: Tensor, pattern: Pattern) -> NM | int | None:
-    """What SparseGPT's mask of a layer must keep to: its N:M, or as many weights removed as `mask` removes."""
+    """What a layer's mask, chosen at its turn, must keep to: its N:M, or as many weights removed as `mask` removes."""
     return pattern.of(layer.name) if isinstance(pattern, NM) else int((~mask).sum())
 
 

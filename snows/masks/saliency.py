@@ -3,6 +3,7 @@
     MP         |w|                               magnitude
     Wanda      |w_ij| ||x_j||                    with the size of the input that it multiplies (Sun et al. 2024)
     SparseGPT  w_ij^2 / [A^-1]_jj                the layer's own least loss without the weight (Frantar, Alistarh 2023)
+    ALPS       as SparseGPT, when the numbers that layers lose are compared; its masks are by ADMM (snows/masks/alps.py)
     OBS        w_ij^2 g_i A_jj / 2               what the K-step loss rises by when the weight is removed
 
 x_j is input column j of the layer and A the mean of x x^T over images and positions. OBS takes the curvature of the
@@ -17,11 +18,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from snows.calibration.stream import Stream
 from snows.errors import SnowsError, UsageError, listed
+from snows.masks import alps
+from snows.masks.patterns import NM
+from snows.masks.sparsegpt import choose_mask, damped_inverse
 from snows.network.derivatives import explained
 from snows.network.inputs import MAX_INPUTS, can_factor, layer_columns, no_moment, second_moment, shows_inputs
 from snows.network.layers import Layer, Network
@@ -29,8 +32,6 @@ from snows.network.trace import value_of
 from snows.options import Options
 from snows.solve.objective import reconstruction
 from snows.solve.preconditioner import output_metric
-
-INVERSE_DAMPING = 1e-2  # of A, in units of its mean diagonal
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,16 @@ class Saliency:
         the layer; None: the weights themselves.
     layer_wise: the scores are in units of the layer's own output: across layers they compare as shares only.
     by_row: an unstructured pattern compares the weights of one output row, each of which loses the same number.
-    sequential: each layer's mask is chosen by SparseGPT's own elimination when it is its turn; until then the pattern
-        only says how many weights the layer loses.
+    choose: (weight, second moment of its inputs, N:M or how many are removed, what is zero all the same) -> mask, of
+        each layer when it is its turn, from the network as it stands; until then the pattern only says how many weights
+        the layer loses.
     looks_ahead: the scores look at the K operations after the layer.
     """
 
     score: Callable[[Layer, Stream, Options], Tensor] | None = None
     layer_wise: bool = False
     by_row: bool = False
-    sequential: bool = False
+    choose: Callable[[Tensor, Tensor, NM | int, Tensor | None], Tensor] | None = None
     looks_ahead: bool = False
 
 
@@ -103,7 +105,8 @@ def obs(layer: Layer, stream: Stream, options: Options) -> Tensor:
 SALIENCIES = {  # by the name that `mask_alg` knows it by; another one is one more entry
     "MP": Saliency(),
     "Wanda": Saliency(wanda, layer_wise=True, by_row=True),
-    "SparseGPT": Saliency(sparsegpt, layer_wise=True, sequential=True),
+    "SparseGPT": Saliency(sparsegpt, layer_wise=True, choose=choose_mask),
+    "ALPS": Saliency(sparsegpt, layer_wise=True, choose=alps.choose_mask),
     "OBS": Saliency(obs, looks_ahead=True),
 }
 
@@ -145,14 +148,6 @@ def checked(statistic: Tensor, layer: Layer) -> Tensor:
     if not statistic.isfinite().all():
         raise SnowsError(f"the inputs of layer {layer.name} hold NaN or infinity: no masks can be chosen from them.")
     return statistic
-
-
-def damped_inverse(moment: Tensor, damping: float = INVERSE_DAMPING) -> Tensor:
-    """(A + damping * mean diagonal * I)^-1, (groups, in, in)."""
-    mean = moment.diagonal(dim1=1, dim2=2).mean(1)
-    mean = mean.where(mean > 0, 1.0)  # inputs that are zero throughout
-    identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(moment + damping * mean[:, None, None] * identity))
 
 
 def by_weight(layer: Layer, by_column: Tensor) -> Tensor:

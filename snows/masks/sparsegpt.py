@@ -19,8 +19,8 @@ from torch import Tensor
 
 from snows.masks.allocation import proportional
 from snows.masks.patterns import NM, smallest_removed
-from snows.masks.saliency import damped_inverse
 
+INVERSE_DAMPING = 1e-2  # of A, in units of its mean diagonal
 BLOCK = 128  # columns at a time, unless a pattern has groups of its own
 Chooser = Callable[[Tensor, int], Tensor]  # (what columns j, j + 1, ... are worth (groups, out, n), j) -> which to keep
 
@@ -78,6 +78,19 @@ def eliminate(weight: Tensor, moment: Tensor, choose: Chooser, width: int) -> tu
             errors[:, :, j - start] = error
         rows[:, :, end:] -= errors @ factor[:, start:end, end:]
     return from_columns(rows.where(kept, 0), weight).to(weight.dtype), from_columns(kept, weight)
+
+
+def damped_inverse(moment: Tensor, damping: float = INVERSE_DAMPING) -> Tensor:
+    """(A + damping * mean diagonal * I)^-1, (groups, in, in)."""
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped(moment, damping)))
+
+
+def damped(moment: Tensor, damping: float) -> Tensor:
+    """A + damping * mean diagonal * I, (groups, in, in)."""
+    mean = moment.diagonal(dim1=1, dim2=2).mean(1)
+    mean = mean.where(mean > 0, 1.0)  # inputs that are zero throughout
+    identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    return moment + damping * mean[:, None, None] * identity
 
 
 def to_columns(weight: Tensor, groups: int) -> Tensor:

@@ -59,7 +59,8 @@ def test_masks_by_another_choice_keep_as_many_weights_of_each_layer(bench):
     pattern = ideas.PATTERNS["unstructured 0.8"]
     by_magnitude = snows.choose_masks(bench.model, None, pattern).masks
     images, _ = bench.data.calibration(8, 0)
-    by_obs = snows.choose_masks(bench.model, images, ideas.with_counts(bench.model, pattern), mask_alg="OBS").masks
+    counted = ideas.with_counts(bench.model, pattern, bench.layers)
+    by_obs = snows.choose_masks(bench.model, images, counted, mask_alg="OBS").masks
     for name, mask in by_magnitude.items():
         assert by_obs[name].sum().item() == pytest.approx(mask.sum().item(), abs=1)
     assert any(not by_obs[name].equal(mask) for name, mask in by_magnitude.items())

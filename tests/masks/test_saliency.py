@@ -9,7 +9,8 @@ from torch import nn
 import snows
 from snows.calibration.stream import Stream
 from snows.masks.rules import rule_of
-from snows.masks.saliency import SALIENCIES, damped_inverse, scores
+from snows.masks.saliency import SALIENCIES, scores
+from snows.masks.sparsegpt import damped_inverse
 from snows.network.layers import Network
 from snows.solve.curvature import Curvature
 

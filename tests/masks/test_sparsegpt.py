@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 import snows
 from snows.masks.patterns import NM
-from snows.masks.saliency import INVERSE_DAMPING
-from snows.masks.sparsegpt import choose_mask, update
+from snows.masks.sparsegpt import INVERSE_DAMPING, choose_mask, update
 
 
 def problem(seed, out, inputs, kernel=(), groups=1):
