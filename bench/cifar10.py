@@ -13,12 +13,13 @@ from fnmatch import fnmatchcase
 
 import torch
 from common import RESULTS, Parser, Results
-from networks import PATTERNS, Bench, views, weights
+from networks import PATTERNS, Bench, views, weights, with_counts
 
 import snows
 from snows import options
 from snows.cli.shell import shell
 from snows.masks.permute import permute
+from snows.masks.saliency import SALIENCIES
 from snows.zoo.evaluate import accuracy
 
 TABLES = {  # name -> (network, results file)
@@ -81,14 +82,14 @@ def row_of(run: dict) -> dict:
     return {**row, "flags": " ".join(f"--{name} {value}" for name, value in run.items() if name not in row)}
 
 
-def options_of(flags: str, seed: int) -> tuple[snows.Options, bool, bool]:
-    """(the options that a row's flags give, whether it follows the published protocol, whether it is permuted)"""
+def read(flags: str) -> argparse.Namespace:
+    """What a row's flags say: the options, and how the network, its images and its masks are made."""
     parser = argparse.ArgumentParser()
     options.add_flags(parser)
     parser.add_argument("--protocol", choices=["published"])
     parser.add_argument("--permute", type=options.boolean, default=False)
-    args = parser.parse_args(flags.split())
-    return options.from_flags(args, seed), args.protocol is not None, args.permute
+    parser.add_argument("--mask_alg", default="MP")
+    return parser.parse_args(flags.split())
 
 
 def pruned_as_published(layer: str) -> bool:
@@ -97,19 +98,23 @@ def pruned_as_published(layer: str) -> bool:
 
 def measure(bench: Bench, row: dict) -> dict:
     """One row's figures."""
-    chosen, published, permuted = options_of(row["flags"], row["seed"])
+    args = read(row["flags"])
+    chosen, published = options.from_flags(args, row["seed"]), args.protocol is not None
     calibration, _ = bench.data.calibration(row["images"], row["seed"])
     layers, pattern, model = bench.layers, PATTERNS[row["pattern"]], bench.model
-    if permuted:
-        model = permute(model, pattern, layers).model
     if published:
         calibration = views(calibration, torch.Generator().manual_seed(row["seed"]))
         layers = pruned_as_published
-    job = dict(algo=row["algo"], layers=layers, device=bench.device)
+    if args.mask_alg != "MP":
+        pattern = with_counts(model, pattern, layers)
+    if args.permute:
+        model = permute(model, pattern, layers).model
+    job = dict(algo=row["algo"], mask_alg=args.mask_alg, layers=layers, device=bench.device)
+    usual = not (published or args.permute or args.mask_alg != "MP")
     pruned = snows.prune(model, calibration, pattern, chosen, **job)
     return {
         "dense_accuracy": bench.dense_accuracy,
-        "masked_accuracy": None if published or permuted else bench.masked_accuracy(row["pattern"]),
+        "masked_accuracy": bench.masked_accuracy(row["pattern"]) if usual else None,
         "accuracy": accuracy(pruned.model, bench.test, bench.device),
         "sparsity": pruned.sparsity,
         "curvature_products": pruned.curvature_products,
@@ -128,6 +133,9 @@ def flags() -> Parser:
     parser.add_argument("--images", type=int, default=1024, help="calibration images of `accuracy` (default: 1024)")
     for name in CHANGES:
         parser.add_argument(f"--{name}", type=int, help="of SNOWS in `accuracy`: rows of their own (default: none)")
+    parser.add_argument(
+        "--mask_alg", default="MP", choices=SALIENCIES, help="of SNOWS, on as many weights of each layer"
+    )
     parser.add_argument("--permute", action="store_true", help="the same of channels in a better order, under N:M")
     return parser
 
@@ -137,8 +145,8 @@ def main():
     args = parser.parse()
     network, file = TABLES[args.table]
     changes = {name: value for name in CHANGES if (value := getattr(args, name)) is not None}
-    if args.permute:
-        changes["permute"] = True
+    changes |= {"permute": True} if args.permute else {}
+    changes |= {"mask_alg": args.mask_alg} if args.mask_alg != "MP" else {}
     if changes and args.table != "accuracy":
         parser.error(f"--{next(iter(changes))} belongs to `accuracy`; the other tables have rows of their own for it")
     checkpoint = weights(network, args.checkpoint)

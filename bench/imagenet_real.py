@@ -37,6 +37,8 @@ WAYS = [
     dict(mask="MP", algo="SNOWS"),
     dict(mask="MP", algo="SNOWS", classifier=True, schedule=1),
     dict(mask="SparseGPT", algo="SNOWS", permuted=True, schedule=1),
+    dict(mask="ALPS", algo="SNOWS", permuted=True, schedule=1),
+    dict(mask="ALPS", algo="SNOWS", permuted=True),
 ]
 SPARSER = {"0.5": 0.65, "0.7": 0.85}  # the classifier's sparsity, where it is to be more than magnitudes make it
 CLASSIFIER = [

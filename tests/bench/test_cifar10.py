@@ -14,10 +14,10 @@ import snows
 def test_a_rows_flags_give_the_options_that_it_runs_with(table):
     for run in cifar10.runs_of(table):
         chosen = {name: value for name, value in run.items() if name not in ("pattern", "algo", "images", "protocol")}
-        found, published, permuted = cifar10.options_of(cifar10.row_of(run)["flags"], 3)
-        assert found == snows.Options(**chosen, seed=3)
-        assert published == ("protocol" in run)
-        assert not permuted
+        args = cifar10.read(cifar10.row_of(run)["flags"])
+        assert snows.options.from_flags(args, 3) == snows.Options(**chosen, seed=3)
+        assert (args.protocol == "published") == ("protocol" in run)
+        assert (args.permute, args.mask_alg) == (False, "MP")
 
 
 def test_options_of_the_command_line_make_other_rows():
@@ -74,14 +74,20 @@ def test_the_published_protocol_leaves_shortcuts_dense_and_calibrates_on_views(s
 
 def test_permuted_rows_prune_the_same_function_in_another_order(small, monkeypatch):
     bench, models = cifar10.Bench("resnet20_cifar10", small / "resnet20.pt", small / "images.npz", "cpu"), []
-    monkeypatch.setattr(snows, "prune", lambda model, *_, **__: models.append(model) or snows.result.Pruned(model, {}))
+
+    def pretend(model, *_, mask_alg, **__):
+        models.append(model)
+        assert mask_alg == "ALPS"
+        return snows.result.Pruned(model, {})
+
+    monkeypatch.setattr(snows, "prune", pretend)
     (run,) = (
         run
-        for run in cifar10.runs_of("accuracy", 4, {"permute": True})
+        for run in cifar10.runs_of("accuracy", 4, {"permute": True, "mask_alg": "ALPS"})
         if run["pattern"] == "2:4" and cifar10.method_of(run) == "SNOWS"
     )
     row = {**cifar10.row_of(run), "seed": 0}
-    assert row["flags"] == "--permute True"
+    assert row["flags"] == "--permute True --mask_alg ALPS"
     assert cifar10.measure(bench, row)["masked_accuracy"] is None
     images, _ = bench.data.calibration(4, 0)
     torch.testing.assert_close(models[0](images), bench.model(images))
