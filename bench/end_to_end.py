@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import snows
 from snows.cli.shell import shell
+from snows.masks.permute import permute
 from snows.methods import snows_with
 from snows.solve.objective import Objective
 from snows.solve.solver import SolveStats
@@ -77,12 +78,14 @@ def lbfgs(parameters):
     return torch.optim.LBFGS(parameters, **limit, line_search_fn="strong_wolfe")
 
 
-METHODS = {  # name -> arguments of snows.prune
+METHODS = {  # name -> arguments of snows.prune, and whether channels are permuted first
     "MP": {"algo": "MP"},
     "MP+": {"algo": "MP+"},
     "fast": {"options": snows.Options.preset("fast")},
     "best, layer by layer": {"options": snows.Options(joint_steps=0)},
     "best": {},
+    "best, masks by ALPS": {"mask_alg": "ALPS"},
+    "best, permuted, masks by ALPS": {"mask_alg": "ALPS", "permuted": True},
     "paper, K = 4": {"options": snows.Options.preset("paper")},
     "paper, K = 8": {"options": snows.Options.preset("paper", k_step=8)},
     "Adam": {"options": ONE_PASS, "algo": snows_with(first_order(lambda p: torch.optim.Adam(p, lr=3e-3)))},
@@ -98,11 +101,14 @@ GROUPS = {"snows": [name for name in METHODS if name not in BASELINES], "baselin
 def prune(bench: Bench, run: dict, images: Tensor, algo: str | None = None) -> snows.Pruned:
     """The network that a run prunes: by its method, or by another algorithm from its magnitude masks."""
     arguments, pattern = {"algo": algo} if algo else dict(METHODS[run["method"]]), PATTERNS[run["pattern"]]
+    model = bench.model
+    if arguments.pop("permuted", False):
+        model = permute(model, pattern, bench.layers).model
     options = arguments.pop("options", snows.Options()).but(seed=run["seed"])
     if arguments.get("mask_alg"):
         pattern = with_counts(bench.model, pattern, bench.layers)
     arguments |= {"layers": bench.layers, "device": bench.device}
-    return snows.prune(bench.model, images, pattern, options, **arguments)
+    return snows.prune(model, images, pattern, options, **arguments)
 
 
 def solve(bench: Bench, run: dict, images: Tensor) -> tuple[nn.Module, dict]:
@@ -159,6 +165,8 @@ def first_runs(args: argparse.Namespace) -> list[dict]:
     """What each row runs; of a training only those with the first seed, at each learning rate."""
     runs, methods = [], [name for each in args.methods for name in GROUPS.get(each, [each])]
     for pattern, method, seed in itertools.product(args.patterns, methods, args.seeds):
+        if METHODS.get(method, {}).get("permuted") and ":" not in pattern:
+            continue
         run = {"network": args.network, "images": args.images, "method": method, "pattern": pattern, "seed": seed}
         if method not in TRAININGS:
             runs.append(run)

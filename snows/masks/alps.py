@@ -43,12 +43,12 @@ def split(rows: Tensor, moment: Tensor, project: Callable[[Tensor], Tensor]) -> 
     """The support (groups, out, in) that the splitting ends with."""
     scale = moment.diagonal(dim1=1, dim2=2).sqrt()[:, None]  # (groups, 1, in)
     values, basis = torch.linalg.eigh(moment / scale.mT / scale)  # one factorisation serves every rho
-    target = rows * scale @ (basis * values[:, None] @ basis.mT)  # A w0
+    target = (rows * scale @ basis * values[:, None]) @ basis.mT  # A w0
     sparse, multiplier, rho = rows * scale, torch.zeros_like(rows), FIRST_RHO
     support = before = project(sparse)
     sparse = sparse * support
     for iteration in range(1, MOST + 1):
-        free = (target - multiplier + rho * sparse) @ (basis / (values[:, None] + rho) @ basis.mT)
+        free = ((target - multiplier + rho * sparse) @ basis / (values[:, None] + rho)) @ basis.mT
         support = project(free + multiplier / rho)
         sparse = (free + multiplier / rho) * support
         multiplier = multiplier + rho * (free - sparse)
