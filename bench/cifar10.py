@@ -13,13 +13,12 @@ from fnmatch import fnmatchcase
 
 import torch
 from common import RESULTS, Parser, Results
-from networks import PATTERNS, Bench, views, weights, with_counts
+from networks import PATTERNS, Bench, views, weights
 
 import snows
 from snows import options
 from snows.cli.shell import shell
 from snows.masks.permute import permute
-from snows.masks.saliency import SALIENCIES
 from snows.zoo.evaluate import accuracy
 
 TABLES = {  # name -> (network, results file)
@@ -105,8 +104,6 @@ def measure(bench: Bench, row: dict) -> dict:
     if published:
         calibration = views(calibration, torch.Generator().manual_seed(row["seed"]))
         layers = pruned_as_published
-    if args.mask_alg != "MP":
-        pattern = with_counts(model, pattern, layers)
     if args.permute:
         model = permute(model, pattern, layers).model
     job = dict(algo=row["algo"], mask_alg=args.mask_alg, layers=layers, device=bench.device)
@@ -133,9 +130,7 @@ def flags() -> Parser:
     parser.add_argument("--images", type=int, default=1024, help="calibration images of `accuracy` (default: 1024)")
     for name in CHANGES:
         parser.add_argument(f"--{name}", type=int, help="of SNOWS in `accuracy`: rows of their own (default: none)")
-    parser.add_argument(
-        "--mask_alg", default="MP", choices=SALIENCIES, help="of SNOWS, on as many weights of each layer"
-    )
+    parser.add_argument("--mask_alg", default="MP", choices=["MP", "ALPS"], help="of SNOWS (default: MP)")
     parser.add_argument("--permute", action="store_true", help="the same of channels in a better order, under N:M")
     return parser
 

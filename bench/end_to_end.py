@@ -7,7 +7,7 @@
 The defaults at three costs: one pass over the layers, which is the preset "fast"; all passes; joint steps after them.
 Adam and L-BFGS (torch.optim) minimise the objective of the first, layer by layer, over the same images; their
 "products" are gradients, which cost about as much. The baselines are those of bench/baselines.py, and ALPS: its masks,
-of each layer as many weights as magnitudes would keep, solved by layer-wise least squares. A training takes each of the
+solved by layer-wise least squares. A training takes each of the
 seconds that --budgets names, at each learning rate of RATES with the first seed; the others take the rate that was best
 on the training images that are held out.
 
@@ -26,7 +26,7 @@ import torch
 from baselines import RATES, TRAININGS, clock, reestimated, train, within
 from cells import chosen_rates, of_chosen_rates, seconds_of, training_of
 from common import Parser, Results, panels, save_figure
-from networks import DRAWN, NETWORKS, PATTERNS, SEEDS, Bench, held_out, weights, with_counts
+from networks import DRAWN, NETWORKS, PATTERNS, SEEDS, Bench, held_out, weights
 from torch import Tensor, nn
 
 import snows
@@ -105,8 +105,6 @@ def prune(bench: Bench, run: dict, images: Tensor, algo: str | None = None) -> s
     if arguments.pop("permuted", False):
         model = permute(model, pattern, bench.layers).model
     options = arguments.pop("options", snows.Options()).but(seed=run["seed"])
-    if arguments.get("mask_alg"):
-        pattern = with_counts(bench.model, pattern, bench.layers)
     arguments |= {"layers": bench.layers, "device": bench.device}
     return snows.prune(model, images, pattern, options, **arguments)
 

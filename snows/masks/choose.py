@@ -45,7 +45,7 @@ def select(network: Network, choice: Choice, streams: Streams | None, options: O
     if isinstance(pattern, dict):
         selection = check_user_masks(pattern, weights)
     else:
-        if saliency.score is not None:
+        if saliency.score is not None or saliency.choose is not None:
             check_inputs(choice.mask_alg, chosen, network, inverse=saliency.choose is not None)
         if saliency.score is not None and (pattern.compares_layers or saliency.choose is None):
             weights = measured(chosen, saliency, streams, options)

@@ -60,8 +60,8 @@ class Unstructured:
         and 1.
     allocation: "global" compares scores across layers, "uniform" gives every layer the same sparsity, "erk" keeps
         small layers denser (Evci et al. 2020).
-    normalise: "global" compares each layer's scores as shares of their sum, as suits Wanda's, SparseGPT's and ALPS's,
-        which are in units of each layer's own output.
+    normalise: "global" compares each layer's scores as shares of their sum, as suits Wanda's and SparseGPT's, which
+        are in units of each layer's own output.
     layer_sparsity: layer name or pattern -> share of its own weights that a layer loses, or "dense". The other layers
         lose what is missing to the target; if there are none, the target plays no part.
 

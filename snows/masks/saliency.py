@@ -3,7 +3,7 @@
     MP         |w|                               magnitude
     Wanda      |w_ij| ||x_j||                    with the size of the input that it multiplies (Sun et al. 2024)
     SparseGPT  w_ij^2 / [A^-1]_jj                the layer's own least loss without the weight (Frantar, Alistarh 2023)
-    ALPS       as SparseGPT, when the numbers that layers lose are compared; its masks are by ADMM (snows/masks/alps.py)
+    ALPS       |w|, of which only follows how many weights a layer loses: its masks are by ADMM (snows/masks/alps.py)
     OBS        w_ij^2 g_i A_jj / 2               what the K-step loss rises by when the weight is removed
 
 x_j is input column j of the layer and A the mean of x x^T over images and positions. OBS takes the curvature of the
@@ -106,7 +106,7 @@ SALIENCIES = {  # by the name that `mask_alg` knows it by; another one is one mo
     "MP": Saliency(),
     "Wanda": Saliency(wanda, layer_wise=True, by_row=True),
     "SparseGPT": Saliency(sparsegpt, layer_wise=True, choose=choose_mask),
-    "ALPS": Saliency(sparsegpt, layer_wise=True, choose=alps.choose_mask),
+    "ALPS": Saliency(choose=alps.choose_mask),
     "OBS": Saliency(obs, looks_ahead=True),
 }
 

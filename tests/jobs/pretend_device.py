@@ -93,6 +93,7 @@ JOBS = {
     "masks by the loss": (HALF, "OBS", "SNOWS", {"depth_weights": "mean", "biases": False}),
     "SparseGPT": (ONE_OF_TWO, "SparseGPT", "SparseGPT", {}),
     "SNOWS on SparseGPT": (HALF, "SparseGPT", "SNOWS", {}),
+    "SNOWS on ALPS": (HALF, "ALPS", "SNOWS", {}),
     "least squares": (ONE_OF_TWO, "MP", "MP+", {}),
 }
 

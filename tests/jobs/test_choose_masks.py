@@ -32,7 +32,7 @@ def assert_same(one, other):
     assert one.left_dense == other.left_dense
 
 
-@pytest.mark.parametrize("mask_alg", ["MP", "Wanda", "SparseGPT", "OBS"])
+@pytest.mark.parametrize("mask_alg", ["MP", "Wanda", "SparseGPT", "ALPS", "OBS"])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_masks_that_were_chosen_before_prune_to_the_same_bits(tiny, images, pattern, mask_alg):
     how = dict(mask_alg=mask_alg, layers=lambda name: name != "fc")

@@ -33,7 +33,7 @@ def made():
     return model, torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("mask_alg", ["MP", "SparseGPT", "OBS"])
+@pytest.mark.parametrize("mask_alg", ["MP", "SparseGPT", "ALPS", "OBS"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_job_does_not_depend_on_the_callers_modes(mode, mask_alg):
     options = snows.Options(batch_size=2, schedule=0, joint_steps=1)

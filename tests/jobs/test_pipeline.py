@@ -53,7 +53,7 @@ class ByKeyword(TinyCNN):
         return self.fc(input=y.mean((2, 3)))
 
 
-@pytest.mark.parametrize("mask_alg", ["MP", "SparseGPT", "OBS"])
+@pytest.mark.parametrize("mask_alg", ["MP", "SparseGPT", "ALPS", "OBS"])
 def test_inputs_by_keyword_are_found_like_those_by_position(tiny, images, mask_alg):
     twin = ByKeyword().double().eval()
     twin.load_state_dict(tiny.state_dict())

@@ -129,7 +129,7 @@ def test_a_moment_of_zeros_has_an_inverse():
     assert torch.isfinite(damped_inverse(torch.zeros(2, 3, 3, dtype=torch.float64))).all()
 
 
-@pytest.mark.parametrize("mask_alg", ["Wanda", "SparseGPT", "OBS"])
+@pytest.mark.parametrize("mask_alg", ["Wanda", "SparseGPT", "ALPS", "OBS"])
 @pytest.mark.parametrize("pattern", [snows.NM(1, 2), snows.Unstructured(0.6)], ids=str)
 @pytest.mark.parametrize("algo", ["MP", "SparseGPT", "SNOWS"])
 def test_every_mask_is_kept_to_and_solved_in_every_way(tiny, images, mask_alg, pattern, algo):
@@ -157,7 +157,7 @@ def test_under_nm_obs_chooses_as_wanda_does(tiny, images, pattern):
     assert all(torch.equal(wanda[name], obs[name]) for name in wanda)
 
 
-@pytest.mark.parametrize("mask_alg", ["SparseGPT", "OBS"])
+@pytest.mark.parametrize("mask_alg", ["SparseGPT", "ALPS", "OBS"])
 def test_a_job_whose_masks_images_choose_goes_on_to_the_same_result(tiny, images, mask_alg):
     options, steps = snows.Options(batch_size=2, schedule=1, sweeps=1), []
     job = (tiny, images, snows.NM(1, 4), options)
@@ -169,8 +169,9 @@ def test_a_job_whose_masks_images_choose_goes_on_to_the_same_result(tiny, images
 
 
 def test_masks_that_images_choose_need_images_and_layers_that_show_theirs(tiny):
-    with pytest.raises(snows.UsageError, match="calibration images are needed"):
-        snows.prune(tiny, None, snows.NM(1, 2), mask_alg="Wanda", algo="MP")
+    for mask_alg in ("Wanda", "ALPS"):
+        with pytest.raises(snows.UsageError, match="calibration images are needed"):
+            snows.prune(tiny, None, snows.NM(1, 2), mask_alg=mask_alg, algo="MP")
     with pytest.raises(snows.UsageError, match="nothing for OBS to choose"):
         snows.prune(tiny, None, {"fc": torch.ones(3, 4)}, mask_alg="OBS")
     with pytest.raises(snows.UsageError, match="'magic' is not one of MP, Wanda"):

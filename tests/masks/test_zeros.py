@@ -38,7 +38,7 @@ def revived(model: nn.Module, pruned: snows.Pruned) -> int:
     return sum(int((pruned.model.get_parameter(f"{name}.weight")[zero] != 0).sum()) for name, zero in zeros.items())
 
 
-@pytest.mark.parametrize("mask_alg", ["MP", "Wanda", "SparseGPT", "OBS"])
+@pytest.mark.parametrize("mask_alg", ["MP", "Wanda", "SparseGPT", "ALPS", "OBS"])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 def test_what_is_zero_stays_zero_and_only_that_is_lost_besides(images, pattern, mask_alg):
     model = sparse()
@@ -54,7 +54,7 @@ def test_what_is_zero_stays_zero_and_only_that_is_lost_besides(images, pattern, 
     assert all(torch.equal(mask, pruned.masks[name]) for name, mask in again.masks.items())
 
 
-@pytest.mark.parametrize("mask_alg", ["MP", "SparseGPT"])
+@pytest.mark.parametrize("mask_alg", ["MP", "SparseGPT", "ALPS"])
 @pytest.mark.parametrize("pattern", PATTERNS[:2], ids=repr)
 def test_without_it_they_come_back_and_a_line_says_so(images, pattern, mask_alg, caplog):
     model = sparse()
