@@ -78,7 +78,10 @@ def method_of(run: dict) -> str:
 def row_of(run: dict) -> dict:
     """What tells a row from others: pattern, method, images, and the options that it sets as flags."""
     row = {name: run[name] for name in ("pattern", "algo", "images")}
-    return {**row, "flags": " ".join(f"--{name} {value}" for name, value in run.items() if name not in row)}
+    flags = (
+        "--permute" if name == "permute" else f"--{name} {value}" for name, value in run.items() if name not in row
+    )
+    return {**row, "flags": " ".join(flags)}
 
 
 def read(flags: str) -> argparse.Namespace:
@@ -86,7 +89,7 @@ def read(flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     options.add_flags(parser)
     parser.add_argument("--protocol", choices=["published"])
-    parser.add_argument("--permute", type=options.boolean, default=False)
+    parser.add_argument("--permute", action="store_true")
     parser.add_argument("--mask_alg", default="MP")
     return parser.parse_args(flags.split())
 

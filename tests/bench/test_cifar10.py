@@ -87,7 +87,7 @@ def test_permuted_rows_prune_the_same_function_in_another_order(small, monkeypat
         if run["pattern"] == "2:4" and cifar10.method_of(run) == "SNOWS"
     )
     row = {**cifar10.row_of(run), "seed": 0}
-    assert row["flags"] == "--permute True --mask_alg ALPS"
+    assert row["flags"] == "--permute --mask_alg ALPS"
     assert cifar10.measure(bench, row)["masked_accuracy"] is None
     images, _ = bench.data.calibration(4, 0)
     torch.testing.assert_close(models[0](images), bench.model(images))
