@@ -56,8 +56,7 @@ def found(rows: list[dict], key: str, order: tuple[str, ...]) -> list[str]:
 
 def flags(row: dict) -> list[str]:
     """A row of cifar10.py as flags: the number of images first."""
-    words = row["flags"].split()
-    return [f"--images {row['images']}", *(f"{flag} {word}" for flag, word in zip(words[::2], words[1::2]))]
+    return [f"--images {row['images']}", *(f"--{flag.strip()}" for flag in row["flags"].split("--")[1:])]
 
 
 def quoted(words: list[str]) -> str:
