@@ -2,6 +2,7 @@
 
 import sys
 
+import cells
 import cifar10
 import common
 import pytest
@@ -88,6 +89,7 @@ def test_permuted_rows_prune_the_same_function_in_another_order(small, monkeypat
     )
     row = {**cifar10.row_of(run), "seed": 0}
     assert row["flags"] == "--permute --mask_alg ALPS"
+    assert cells.flags(row) == ["--images 4", "--permute", "--mask_alg ALPS"]
     assert cifar10.measure(bench, row)["masked_accuracy"] is None
     images, _ = bench.data.calibration(4, 0)
     torch.testing.assert_close(models[0](images), bench.model(images))
