@@ -20,6 +20,7 @@ import snows
 from snows.cli.shell import shell
 from snows.job import Job, Listener
 from snows.masks.permute import permute
+from snows.masks.saliency import SALIENCIES
 from snows.methods import snows_with
 from snows.result import Step
 from snows.solve.layer import Solver
@@ -59,9 +60,10 @@ IDEAS = {
     "every image, and its mirror image": Idea(mirrored=True),
     "SparseGPT's choice, as many of each layer": Idea(mask="SparseGPT"),
     "OBS's choice, as many of each layer": Idea(mask="OBS"),
-    "ALPS's choice, as many of each layer": Idea(mask="ALPS"),
+    "ALPS's choice": Idea(mask="ALPS"),
     "logits of 20 times the weight in the joint steps": Idea(logits=20.0),
     "channels in another order": Idea(permuted=True),
+    "ALPS's choice, channels in another order": Idea(mask="ALPS", permuted=True),
 }
 
 
@@ -111,7 +113,7 @@ def prune(bench: Bench, run: dict) -> snows.Pruned:
     if idea.on_the_way:
         how["listener"] = joint_on_the_way(idea.on_the_way)
     model = permute(bench.model, pattern, bench.layers).model if idea.permuted else bench.model
-    if idea.mask != "MP":
+    if SALIENCIES[idea.mask].score is not None:
         pattern = with_counts(bench.model, pattern, bench.layers)
     images = with_mirror_images(images, seed) if idea.mirrored else images
     return snows.prune(model, images, pattern, snows.Options(seed=seed, **idea.options), **how)
