@@ -1,7 +1,7 @@
 """ALPS (Meng, Behdin, Wang and Mazumder 2024, arXiv 2406.07831): the mask of one layer, all its columns at a time.
 
-With w0 a row of the dense weight, A the second moment of the layer's input columns, scaled to a unit diagonal, and P
-the projection on what the pattern allows, ADMM brings the row w and its sparse copy d together by a multiplier v:
+With w0 a row of the weight as it stands, A the second moment of the layer's input columns, scaled to a unit diagonal,
+and P the projection on what the pattern allows, ADMM brings the row w and its sparse copy d together by a multiplier v:
 
     w  <-  (A + rho I)^-1 (A w0 - v + rho d),      d  <-  P(w + v / rho),      v  <-  v + rho (w - d),
 

@@ -101,3 +101,23 @@ def test_joint_steps_stop_where_what_is_held_out_is_best():
     assert all(record.loss_after < record.loss_before for record in joint)
     rows = list(csv.DictReader(csv_text(layer_rows(pruned.layers)).splitlines()))
     assert float(rows[0]["held_out_after_2"]) == joint[0].held_out_after
+
+
+def test_a_joint_step_is_as_long_as_what_is_held_out_leaves_it(monkeypatch):
+    some = torch.randn(100, 2, 6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    options = snows.Options(schedule=0, joint_steps=1, held_out=0.3)
+
+    def pruned(**changes):
+        found = snows.prune(randomise(TinyCNN()), some, snows.Unstructured(0.3), options.but(**changes))
+        return torch.cat([weight.flatten() for weight in found.model.parameters()])
+
+    whole, none = pruned(), pruned(joint_steps=0)
+    shorten = EarlyStop.shorten
+
+    def half(stop, search, *job):
+        return shorten(stop, Armijo(search.length / 2, search.loss), *job)
+
+    monkeypatch.setattr(EarlyStop, "shorten", half)
+    torch.testing.assert_close(pruned() - none, (whole - none) / 2)
+    monkeypatch.setattr(EarlyStop, "shorten", lambda stop, search, direction, fitted, before: Armijo(0.0, before))
+    assert pruned().equal(none)
