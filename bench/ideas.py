@@ -4,7 +4,7 @@
 
 The ResNet-20 of bench/cifar10.py. An idea is judged by `held_out_error`, the relative error of the logits on training
 images that no calibration draws; the accuracy on the test images comes last. What is no option of the library is done
-here from outside: by a solver, a listener, images and masks of its own. A row that the results file already
+here from outside: by a solver, images and masks of its own. A row that the results file already
 holds is not measured again; the same command in a second shell takes rows that the first is not at.
 """
 
@@ -18,11 +18,9 @@ from torch import Tensor
 
 import snows
 from snows.cli.shell import shell
-from snows.job import Job, Listener
 from snows.masks.permute import permute
 from snows.masks.saliency import SALIENCIES
 from snows.methods import snows_with
-from snows.result import Step
 from snows.solve.layer import Solver
 from snows.solve.solver import solve
 from snows.zoo.evaluate import accuracy, score
@@ -36,15 +34,13 @@ class Idea:
 
     options: as snows.Options takes them. mask: how masks are chosen, layer by layer, of each as many weights as
         magnitudes would keep. mirrored: every calibration image, and its mirror image. logits: times what the logits
-        weigh in the joint steps otherwise. on_the_way: joint steps behind every pattern on the way to the target.
-        permuted: channels first in an order in which N:M keeps more.
+        weigh in the joint steps otherwise. permuted: channels first in an order in which N:M keeps more.
     """
 
     options: dict = field(default_factory=dict)
     mask: str = "MP"
     mirrored: bool = False
     logits: float = 1.0
-    on_the_way: int = 0
     permuted: bool = False
 
 
@@ -52,8 +48,8 @@ IDEAS = {
     "the defaults": Idea(),
     "no schedule": Idea({"schedule": 0}),
     "a schedule of four": Idea({"schedule": 4}),
-    "two joint steps behind each pattern on the way": Idea(on_the_way=2),
-    "a schedule of four, two joint steps behind each": Idea({"schedule": 4}, on_the_way=2),
+    "joint steps behind each pattern on the way": Idea({"joint_stages": True}),
+    "a schedule of four, joint steps behind each": Idea({"schedule": 4, "joint_stages": True}),
     "eight joint steps": Idea({"joint_steps": 8}),
     "joint steps of 20 products": Idea({"joint_CG_iterations": 20}),
     "two Newton steps a layer": Idea({"newton_steps": 2}),
@@ -61,6 +57,10 @@ IDEAS = {
     "SparseGPT's choice, as many of each layer": Idea(mask="SparseGPT"),
     "OBS's choice, as many of each layer": Idea(mask="OBS"),
     "ALPS's choice": Idea(mask="ALPS"),
+    "ALPS's choice, a schedule of four": Idea({"schedule": 4}, mask="ALPS"),
+    "ALPS's choice, a schedule of four, joint steps behind each": Idea(
+        {"schedule": 4, "joint_stages": True}, mask="ALPS"
+    ),
     "logits of 20 times the weight in the joint steps": Idea(logits=20.0),
     "channels in another order": Idea(permuted=True),
     "ALPS's choice, channels in another order": Idea(mask="ALPS", permuted=True),
@@ -85,24 +85,6 @@ def weighing_logits(times: float) -> Solver:
     return solver
 
 
-def joint_on_the_way(steps: int) -> Listener:
-    """Takes joint steps when the last layer of a pattern on the way to the target is written.
-
-    It drives the job, which a listener should only look at: an experiment, which would be an option if it were to stay.
-    """
-
-    def listener(step: Step, job: Job) -> None:
-        record, last = step.record, job.layers_of(job.selection.masks)[-1].name
-        if record.joint or record.name != last or record.sweep == len(job.stages) - 1:
-            return
-        options, job.options = job.options, job.options.but(joint_steps=steps)
-        for _ in job.write_all(job.solve_jointly()):
-            pass
-        job.options = options
-
-    return listener
-
-
 def prune(bench: Bench, run: dict) -> snows.Pruned:
     """The network that an idea prunes."""
     idea, seed, pattern = IDEAS[run["idea"]], run["seed"], PATTERNS[run["pattern"]]
@@ -110,8 +92,6 @@ def prune(bench: Bench, run: dict) -> snows.Pruned:
     how = {"layers": bench.layers, "device": bench.device, "mask_alg": idea.mask}
     if idea.logits != 1:
         how["algo"] = snows_with(weighing_logits(idea.logits))
-    if idea.on_the_way:
-        how["listener"] = joint_on_the_way(idea.on_the_way)
     model = permute(bench.model, pattern, bench.layers).model if idea.permuted else bench.model
     if SALIENCIES[idea.mask].score is not None:
         pattern = with_counts(bench.model, pattern, bench.layers)

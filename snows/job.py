@@ -56,9 +56,24 @@ class Job:
     earlier: float = 0.0  # seconds that replayed steps, and masks chosen before, took
 
     def __post_init__(self):
-        self.stages = stages(self.choice.pattern, self.options)
+        self.sweeps = sweeps(self.choice.pattern, self.options)
         self.choose = SALIENCIES[self.choice.mask_alg].choose
-        self.turns = len(self.selection.masks) * (len(self.stages) + (self.options.joint_steps > 0))
+        self.turns = len(self.selection.masks) * len(self.sweeps)
+
+    def steps(self) -> Iterator[Step]:
+        """Each layer's step once it is written, sweep after sweep."""
+        for sweep, now in enumerate(self.sweeps):
+            yield from self.write_all(self.solve_jointly(sweep)) if now.joint else self.layer_by_layer(sweep)
+
+    def layer_by_layer(self, sweep: int) -> Iterator[Step]:
+        """The steps of a pass over the layers, each masked, solved and written before the next."""
+        masks = self.begin(sweep)
+        for layer in self.layers_of(masks):
+            mask = masks[layer.name]
+            step = self.replay(layer, sweep, mask) or self.solve(layer, sweep, mask)
+            self.write_back(step)
+            yield step
+        self.check_solved()
 
     def begin(self, sweep: int) -> Masks:
         """The masks of a sweep over the layers, the streams at the start of the network.
@@ -66,11 +81,11 @@ class Job:
         A new stage's are chosen from the weights as the last one left them: its zeros, the smallest, stay zeros. Where
         a layer's turn decides, these only say how many weights it loses.
         """
-        stage = self.stages[sweep]
+        stage = self.sweeps[sweep].pattern
         if sweep > 0 and self.streams is not None:
             self.options = self.options.but(w_warm=False)
             self.streams.restart()
-        if not self._is_new(sweep):
+        if not self.sweeps[sweep].is_new:
             return dict(self.masks)
         if sweep == 0 and stage is self.choice.pattern:
             return dict(self.selection.masks)
@@ -118,12 +133,12 @@ class Job:
         update = Update(self.network.masked(layer, mask), stats=SolveStats(problem=problem))
         return self._step(layer, sweep, mask, update, time.perf_counter() - started)
 
-    def solve_jointly(self) -> list[Step]:
+    def solve_jointly(self, sweep: int) -> list[Step]:
         """All the layers that could be solved, at once, from their weights as they stand; as they stand if that fails.
 
         What was finished of them is taken over; where that is only some of the layers, all are solved, as they were.
         """
-        layers, sweep = self.layers_of(self.masks.keys() - self.failed()), len(self.stages)
+        layers = self.layers_of(self.masks.keys() - self.failed())
         streams, update_jointly = self.streams, self.method.update_jointly
         if not layers or streams is None or update_jointly is None:
             return []
@@ -217,13 +232,10 @@ class Job:
             what = f"unexpected {type(error).__name__} after {len(self.layers)} layers: {first_line(error)}"
             raise Unfinished(what, self.result()) from error
 
-    def _is_new(self, sweep: int) -> bool:
-        """Whether a sweep has other masks than the one before."""
-        return sweep == 0 or self.stages[sweep] is not self.stages[sweep - 1]
-
     def _budget(self, layer: Layer, sweep: int, mask: Tensor) -> NM | int | None:
         """What a mask that is chosen when it is the layer's turn must keep to; None: the mask is final."""
-        return layer_budget(layer, mask, self.stages[sweep]) if self.choose and self._is_new(sweep) else None
+        now = self.sweeps[sweep]
+        return layer_budget(layer, mask, now.pattern) if self.choose and now.is_new else None
 
     def _solved(self) -> bool:
         return any(not record.problem for record in self.layers)
@@ -248,10 +260,28 @@ class Job:
         return Step(group.agree(record), mask, weight, None if bias_update is None else group.agree(bias_update))
 
 
-def stages(pattern: Pattern | Masks, options: Options) -> list[Pattern | Masks]:
-    """The pattern of each sweep: those on the way to the target, then the target; the caller's own masks in all."""
+@dataclass(frozen=True)
+class Sweep:
+    """One pass over the layers, or the joint steps on all of them, under one pattern.
+
+    is_new: the pattern is another one than in the sweep before, so that masks are chosen.
+    """
+
+    pattern: Pattern | Masks
+    is_new: bool = False
+    joint: bool = False
+
+
+def sweeps(pattern: Pattern | Masks, options: Options) -> list[Sweep]:
+    """Those of the patterns on the way to the target, then of the target; the caller's own masks in all."""
     on_the_way = [pattern] * options.schedule if isinstance(pattern, dict) else pattern.path(options.schedule)
-    return [*on_the_way, *[pattern] * options.sweeps]
+    result, before = list[Sweep](), None
+    for stage in [*on_the_way, *[pattern] * options.sweeps]:
+        result.append(Sweep(stage, is_new=stage is not before))
+        before = stage
+        if options.joint_stages and options.joint_steps and stage is not pattern:
+            result.append(Sweep(stage, joint=True))
+    return [*result, Sweep(pattern, joint=True)] if options.joint_steps else result
 
 
 def check_finished(step: Step, layer: Layer, sweep: int, mask: Tensor) -> None:

@@ -73,6 +73,9 @@ class Options:
     joint_steps: int = option(
         4, "Newton steps on all the layers together after the last pass, whose loss looks at the whole line", low=0
     )
+    joint_stages: bool = option(
+        False, "the joint steps also behind each sparsity on the way to the target, whose weights choose the next masks"
+    )
     joint_CG_iterations: int = option(10, "curvature products per joint step, at most", low=1)
     joint_images: int = option(
         0, "calibration images that the products of a joint step look at; its gradient looks at all; 0: all", low=0

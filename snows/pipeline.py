@@ -82,17 +82,8 @@ def prune(
         job = prepared(model, calibration, wanted, options, method, device)
         job.started, job.finished = started, group.first(finished)
         with job.kept():
-            for sweep in range(len(job.stages)):
-                masks = job.begin(sweep)
-                for layer in job.layers_of(masks):
-                    mask = masks[layer.name]
-                    step = job.replay(layer, sweep, mask) or job.solve(layer, sweep, mask)
-                    job.write_back(step)
-                    listener(step, job)
-                job.check_solved()
-            if job.options.joint_steps:
-                for step in job.write_all(job.solve_jointly()):
-                    listener(step, job)
+            for step in job.steps():
+                listener(step, job)
         return job.result()
 
 

@@ -65,8 +65,8 @@ class Pruned:
     @property
     def cg_iterations(self) -> int:
         """Iterations of conjugate gradients; those of the joint steps count once."""
-        joint = max((layer.cg_iterations for layer in self.layers if layer.joint), default=0)
-        return joint + sum(layer.cg_iterations for layer in self.layers if not layer.joint)
+        joint = {layer.sweep: layer.cg_iterations for layer in self.layers if layer.joint}
+        return sum(joint.values()) + sum(layer.cg_iterations for layer in self.layers if not layer.joint)
 
     @property
     def problems(self) -> dict[str, str]:

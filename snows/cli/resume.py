@@ -68,7 +68,9 @@ def may_change(name: str, options: Options) -> bool:
     """Whether a run may go on with another value of a flag: it poses the same problem to each layer."""
     if name == "batch_size" and options.batching:
         return False  # where each mini-batch is a problem
-    return name in MAY_CHANGE and (name != "joint_steps" or options.joint_steps == 0)
+    if name == "joint_steps":
+        return options.joint_steps == 0 and not options.joint_stages  # the last ones, not those behind a stage
+    return name in MAY_CHANGE
 
 
 def differences(changed: Mapping[str, tuple], names: Iterable[str]) -> str:

@@ -1,7 +1,6 @@
 """bench/ideas.py: each idea changes what it says, and nothing else."""
 
 import sys
-from itertools import groupby
 from types import SimpleNamespace
 
 import common
@@ -29,20 +28,6 @@ def test_a_row_says_how_far_the_logits_are_on_unseen_images(small, tmp_path, mon
     capsys.readouterr()
     ideas.main()
     assert capsys.readouterr().out == ""
-
-
-def test_joint_steps_on_the_way_follow_every_pattern_but_the_target(tiny, images):
-    seen = []
-
-    def listener(step, job):
-        seen.append(step.record)
-        ideas.joint_on_the_way(1)(step, job)
-
-    options = snows.Options(joint_steps=0, schedule=2, min_samples=0)
-    pruned = snows.prune(tiny, images, snows.NM(1, 4), options, listener=listener, layers=lambda name: name != "fc")
-    turns = [(record.sweep, record.joint) for record in pruned.layers]
-    assert [turn for turn, _ in groupby(turns)] == [(0, False), (3, True), (1, False), (3, True), (2, False)]
-    assert [(record.sweep, record.joint) for record in seen] == [turn for turn in turns if not turn[1]]
 
 
 def test_the_logits_weigh_more_in_joint_objectives_alone(monkeypatch):

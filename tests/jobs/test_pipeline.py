@@ -1,6 +1,7 @@
 """Whole jobs on tiny networks: what is promised is what comes back."""
 
 from functools import partial
+from itertools import groupby
 
 import pytest
 import timm
@@ -339,6 +340,30 @@ def test_a_job_goes_on_from_its_finished_steps_to_the_same_bits(tiny, images, pa
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.model.state_dict().items())
     assert all(torch.equal(mask, whole.masks[name]) for name, mask in again.masks.items())
     assert again.layers[:solved] == whole.layers[:solved]
+
+
+@pytest.mark.parametrize("solved", [0, 5, 8, 14])  # before, in and behind the first joint steps, before the last
+@pytest.mark.parametrize("mask_alg", ["MP", "ALPS"])
+def test_joint_steps_behind_each_stage(tiny, images, mask_alg, solved):
+    """They start from the stage's weights and leave those that choose the next masks; a job goes on at any of them."""
+    options, job = fast(schedule=2, joint_steps=1, joint_stages=True), (tiny, images, snows.NM(1, 4))
+    steps = []
+    whole = snows.prune(*job, options, mask_alg=mask_alg, listener=lambda step, job: steps.append(step))
+    turns = [(record.sweep, record.joint) for record in whole.layers]
+    assert [turn for turn, _ in groupby(turns)] == [(i, i % 2 == 1) for i in range(6)]
+    assert all(record.loss_after < record.loss_before for record in whole.layers if record.joint)
+    joint = {record.sweep: record.cg_iterations for record in whole.layers if record.joint}
+    assert whole.cg_iterations == sum(joint.values()) + sum(r.cg_iterations for r in whole.layers if not r.joint)
+    for stage in (1, 2):  # the magnitudes that the joint steps have left choose
+        before = {step.record.name: step.weight for step in steps if step.record.sweep == 2 * stage - 1}
+        for step in steps:
+            if step.record.sweep == 2 * stage and mask_alg == "MP":
+                assert step.mask.equal(snows.NM(3 - stage, 4).mask(before[step.record.name].abs()))
+    again = snows.prune(*job, options, mask_alg=mask_alg, finished=steps[:solved])
+    state = whole.model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.model.state_dict().items())
+    told = [[(r.name, r.sweep, r.joint, r.products, r.loss_after) for r in each.layers] for each in (whole, again)]
+    assert told[0] == told[1]
 
 
 def test_a_job_goes_on_with_the_micro_batches_that_fitted(tiny, images, monkeypatch):
