@@ -53,15 +53,15 @@ VIT_SHORT_STEPS = {"newton_steps": 2, "max_CG_iterations": 5}
 VIT_ABLATION = [{}, {"biases": False}, VIT_SHORT_STEPS, {"sweeps": 2}, {"schedule": 2}]
 VIT_ABLATION += [VIT_JOINT, {"schedule": 2, **VIT_JOINT}]
 # Of SNOWS in `accuracy`, by flags of the same names.
-CHANGES = ("schedule", "newton_steps", "curvature_images", "joint_images")
+CHANGES = ("schedule", "newton_steps", "curvature_images", "joint_images", "joint_steps")
 
 
 def runs_of(table: str, images: int = 1024, changes: dict | None = None) -> list[dict]:
     """What each row of a table runs; `accuracy` with so many images, and SNOWS there with options changed."""
     if table == "accuracy":
         patterns = [pattern for pattern in PATTERNS if pattern != "4:8"]
-        runs = [{**run, **(changes or {})} if run["algo"] == "SNOWS" else run for run in ACCURACY_RUNS]
-        return [{"pattern": pattern, **run, "images": images} for run in runs for pattern in patterns]
+        runs = [{**(changes or {}), **run} if run["algo"] == "SNOWS" else run for run in ACCURACY_RUNS]
+        return [{"pattern": pattern, "images": images, **run} for run in runs for pattern in patterns]
     if table == "vit":
         return [{"pattern": pattern, **run, "images": 2048} for pattern in VIT_PATTERNS for run in VIT_RUNS]
     if table == "vit_ablation":
@@ -133,6 +133,7 @@ def flags() -> Parser:
     parser.add_argument("--images", type=int, default=1024, help="calibration images of `accuracy` (default: 1024)")
     for name in CHANGES:
         parser.add_argument(f"--{name}", type=int, help="of SNOWS in `accuracy`: rows of their own (default: none)")
+    parser.add_argument("--joint_stages", action="store_const", const=True, help="the same of joint steps on the way")
     parser.add_argument("--mask_alg", default="MP", choices=["MP", "ALPS"], help="of SNOWS (default: MP)")
     parser.add_argument("--permute", action="store_true", help="the same of channels in a better order, under N:M")
     return parser
@@ -142,7 +143,7 @@ def main():
     parser = flags()
     args = parser.parse()
     network, file = TABLES[args.table]
-    changes = {name: value for name in CHANGES if (value := getattr(args, name)) is not None}
+    changes = {name: value for name in (*CHANGES, "joint_stages") if (value := getattr(args, name)) is not None}
     changes |= {"permute": True} if args.permute else {}
     changes |= {"mask_alg": args.mask_alg} if args.mask_alg != "MP" else {}
     if changes and args.table != "accuracy":

@@ -23,12 +23,13 @@ def test_a_rows_flags_give_the_options_that_it_runs_with(table):
 
 def test_options_of_the_command_line_make_other_rows():
     usual, changed = (
-        [*map(cifar10.row_of, cifar10.runs_of("accuracy", 8, more))] for more in ({}, {"newton_steps": 2})
+        [*map(cifar10.row_of, cifar10.runs_of("accuracy", 8, more))]
+        for more in ({}, {"newton_steps": 2, "joint_steps": 8, "joint_stages": True})
     )
     assert [row["flags"] for row in changed if row not in usual and row["pattern"] == "2:4"] == [
-        "--joint_steps 0 --newton_steps 2",
-        "--newton_steps 2",
-        "--protocol published --newton_steps 2",
+        "--newton_steps 2 --joint_steps 0 --joint_stages True",  # layer by layer all the same
+        "--newton_steps 2 --joint_steps 8 --joint_stages True",
+        "--newton_steps 2 --joint_steps 8 --joint_stages True --protocol published",
     ]
     assert {row["images"] for row in changed} == {8}
 
