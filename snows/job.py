@@ -16,7 +16,7 @@ from snows.calibration.streams import Streams, retry_on_out_of_memory
 from snows.distributed import Group
 from snows.errors import Interrupted, SnowsError, Unfinished, Unsolvable, UsageError, first_line
 from snows.masks.choose import layer_budget, select
-from snows.masks.patterns import NM, Choice, Pattern, Selection
+from snows.masks.patterns import NM, Choice, Selection
 from snows.masks.saliency import SALIENCIES
 from snows.masks.zeros import kept_zeros
 from snows.memory import forget_peak, peak_memory
@@ -24,6 +24,7 @@ from snows.methods import Method, layer_problem
 from snows.network.layers import Layer, Masks, Network, copied
 from snows.options import Options
 from snows.result import LayerRecord, Pruned, Step, zeros
+from snows.schedule import sweeps
 from snows.solve.layer import Update
 from snows.solve.solver import SolveStats
 
@@ -59,21 +60,6 @@ class Job:
         self.sweeps = sweeps(self.choice.pattern, self.options)
         self.choose = SALIENCIES[self.choice.mask_alg].choose
         self.turns = len(self.selection.masks) * len(self.sweeps)
-
-    def steps(self) -> Iterator[Step]:
-        """Each layer's step once it is written, sweep after sweep."""
-        for sweep, now in enumerate(self.sweeps):
-            yield from self.write_all(self.solve_jointly(sweep)) if now.joint else self.layer_by_layer(sweep)
-
-    def layer_by_layer(self, sweep: int) -> Iterator[Step]:
-        """The steps of a pass over the layers, each masked, solved and written before the next."""
-        masks = self.begin(sweep)
-        for layer in self.layers_of(masks):
-            mask = masks[layer.name]
-            step = self.replay(layer, sweep, mask) or self.solve(layer, sweep, mask)
-            self.write_back(step)
-            yield step
-        self.check_solved()
 
     def begin(self, sweep: int) -> Masks:
         """The masks of a sweep over the layers, the streams at the start of the network.
@@ -258,30 +244,6 @@ class Job:
             joint=joint,
         )
         return Step(group.agree(record), mask, weight, None if bias_update is None else group.agree(bias_update))
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """One pass over the layers, or the joint steps on all of them, under one pattern.
-
-    is_new: the pattern is another one than in the sweep before, so that masks are chosen.
-    """
-
-    pattern: Pattern | Masks
-    is_new: bool = False
-    joint: bool = False
-
-
-def sweeps(pattern: Pattern | Masks, options: Options) -> list[Sweep]:
-    """Those of the patterns on the way to the target, then of the target; the caller's own masks in all."""
-    on_the_way = [pattern] * options.schedule if isinstance(pattern, dict) else pattern.path(options.schedule)
-    result, before = list[Sweep](), None
-    for stage in [*on_the_way, *[pattern] * options.sweeps]:
-        result.append(Sweep(stage, is_new=stage is not before))
-        before = stage
-        if options.joint_stages and options.joint_steps and stage is not pattern:
-            result.append(Sweep(stage, joint=True))
-    return [*result, Sweep(pattern, joint=True)] if options.joint_steps else result
 
 
 def check_finished(step: Step, layer: Layer, sweep: int, mask: Tensor) -> None:

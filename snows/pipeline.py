@@ -82,7 +82,7 @@ def prune(
         job = prepared(model, calibration, wanted, options, method, device)
         job.started, job.finished = started, group.first(finished)
         with job.kept():
-            for step in job.steps():
+            for step in steps(job):
                 listener(step, job)
         return job.result()
 
@@ -120,6 +120,21 @@ def choose_masks(
         selection = select(network, choice, streams, options)
         tell_of_zeros(network, selection, choice)
         return replace(selection, seconds=time.perf_counter() - started)
+
+
+def steps(job: Job) -> Iterator[Step]:
+    """Each layer's step once it is written: pass after pass over the layers, and joint steps where they are due."""
+    for sweep, now in enumerate(job.sweeps):
+        if now.joint:
+            yield from job.write_all(job.solve_jointly(sweep))
+            continue
+        masks = job.begin(sweep)
+        for layer in job.layers_of(masks):
+            mask = masks[layer.name]
+            step = job.replay(layer, sweep, mask) or job.solve(layer, sweep, mask)
+            job.write_back(step)
+            yield step
+        job.check_solved()
 
 
 def prepared(

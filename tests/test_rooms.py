@@ -17,7 +17,7 @@ FLOORS = [
     ("zoo",),
     ("solve",),
     ("masks",),
-    ("result", "methods"),
+    ("result", "methods", "schedule"),
     ("arguments",),
     ("job",),
     ("pipeline",),
