@@ -34,11 +34,22 @@ def test_the_results_page_names_only_files_and_headings_that_there_are():
 
 def test_the_headline_is_five_rows_of_a_network_each():
     lines = tables.headline().splitlines()
-    assert lines[0] == "| network | pattern | dense | mask only (MP) | MP+ | SNOWS |"
-    rows = [line.strip("| ").split(" | ") for line in lines[2:7]]
-    assert all(float(dense) > float(solved) > float(squares) > float(mask) for *_, dense, mask, squares, solved in rows)
+    assert lines[0].endswith("| dense | mask only (MP) | MP+ | SNOWS | SNOWS, masks by ALPS |")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:7]]
+    for *_, dense, mask, squares, solved, most in rows:
+        assert float(dense) > float(solved) > float(squares) > float(mask)
+        assert not most or float(dense) > float(most) > float(solved)
+    assert any(row[-1] for row in rows)
     assert lines[7:8] == [""]
     assert len(lines) == 9
+
+
+def test_the_headlines_last_column_is_of_all_images_and_the_best_masks():
+    flags = {"--mask_alg ALPS": False, "--permute --mask_alg ALPS": True, "--permute": False, "": False}
+    row = {"images": 3000, "pattern": "2:4"}
+    assert {text: tables.is_most({**row, "flags": text}) for text in flags} == flags
+    assert tables.is_most({**row, "pattern": "unstructured 0.9", "flags": "--schedule 4 --mask_alg ALPS"})
+    assert not tables.is_most({**row, "images": 1024, "flags": "--permute --mask_alg ALPS"})
 
 
 def test_a_table_is_filled_where_its_mark_stands():
