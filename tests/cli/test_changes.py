@@ -201,6 +201,7 @@ def test_a_run_whose_joint_steps_fail_is_ended_without_them(script, tmp_path, mo
     [
         (["--batching", "True"], ["--batch_size", 64], "--batch_size was 128, now 64"),
         ([], ["--joint_steps", 2], "--joint_steps was 4, now 2"),
+        (["--joint_stages", "True"], ["--joint_steps", 0], "--joint_steps was 4, now 0"),
         (["--joint_steps", "0"], ["--joint_steps", 2], "--joint_steps was 0, now 2"),
         ([], ["--joint_images", 2], "--joint_images was 0, now 2"),
         ([], ["--joint_CG_iterations", 2, "--batch_size", 4], "settings: --joint_CG_iterations was 10, now 2. Leave"),
