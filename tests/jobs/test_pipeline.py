@@ -14,6 +14,7 @@ from torchvision.models.regnet import BlockParams, RegNet
 import snows
 from snows.calibration.streams import gather
 from snows.methods import snows_with
+from snows.schedule import sweeps
 from snows.solve.curvature import Curvature
 from snows.solve.solver import solve
 
@@ -340,6 +341,36 @@ def test_a_job_goes_on_from_its_finished_steps_to_the_same_bits(tiny, images, pa
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.model.state_dict().items())
     assert all(torch.equal(mask, whole.masks[name]) for name, mask in again.masks.items())
     assert again.layers[:solved] == whole.layers[:solved]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "3:4 2:4 1:4 joint"),
+        ({"schedule": 0}, "1:4 joint"),
+        ({"joint_stages": True}, "3:4 joint 2:4 joint 1:4 joint"),
+        ({"joint_stages": True, "sweeps": 2}, "3:4 joint 2:4 joint 1:4 again joint"),
+        ({"joint_stages": True, "joint_steps": 0}, "3:4 2:4 1:4"),
+    ],
+)
+def test_the_sweeps_of_a_job(changes, expected):
+    """Masks are chosen where the pattern is another one, and joint steps are of the pattern before them."""
+    found, before = [], None
+    for sweep in sweeps(snows.NM(1, 4), snows.Options(**changes)):
+        assert not sweep.joint or (sweep.pattern, sweep.is_new) == (before, False)
+        found.append("joint" if sweep.joint else str(sweep.pattern) if sweep.is_new else "again")
+        before = sweep.pattern
+    assert " ".join(found) == expected
+
+
+def test_masks_of_the_callers_own_have_joint_steps_at_the_end_alone():
+    found = sweeps({}, snows.Options(joint_stages=True))
+    assert [(sweep.is_new, sweep.joint) for sweep in found] == [
+        (True, False),
+        (False, False),
+        (False, False),
+        (False, True),
+    ]
 
 
 @pytest.mark.parametrize("solved", [0, 5, 8, 14])  # before, in and behind the first joint steps, before the last
