@@ -36,19 +36,20 @@ def headline() -> str:
     every = load("resnet20_cifar10_accuracy")
     resnet = [row for row in every if row["images"] == 1024 and not row["flags"]]
     vit = [row for row in load("compare_vit_2048") if row["mask"] == "MP"]
+    best = {"ResNet-20": list(filter(is_most, every)), "ViT": list(filter(is_most_vit, load("end_to_end_vit_cifar10")))}
     patterns = ("unstructured 0.8", "unstructured 0.9", "2:4", "1:4")
     sources = [("ResNet-20", resnet, pattern, "algo", "MP") for pattern in patterns]
     sources.append(("ViT", vit, "1:4", "way", "alone"))
     lines, seeds, images = [], set(), {}
     for network, rows, pattern, column, mask in sources:
         ways = [[row for row in rows if (row["pattern"], row[column]) == (pattern, way)] for way in (mask, *WAYS[1:])]
-        most = [row for row in every if network == "ResNet-20" and row["pattern"] == pattern and is_most(row)]
+        most = [row for row in best[network] if row["pattern"] == pattern]
         means = [average(way, "accuracy") for way in (*ways, most)]
         lines.append([network, pattern, ways[0][0]["dense_accuracy"], *means])
         seeds |= {len(way) for way in (ways[-1], most) if way}
         images[network] = f"{rows[0]['images']:,} ({network})"
     said = f"Accuracy in percent on {vit[0]['test_images']:,} test images of CIFAR-10; calibration images: "
-    said += f"{', '.join(images.values())}, last column 3,000, with `--mask_alg ALPS`, and `--permute` under N:M; "
+    said += f"{', '.join(images.values())}; last column: 3,000 (ResNet-20), `--mask_alg ALPS`, under N:M `--permute`; "
     said += f"SNOWS: means over {min(seeds)} to {max(seeds)} seeds."
     head = ["network", "pattern", "dense", "mask only (MP)", "MP+", "SNOWS", "SNOWS, masks by ALPS"]
     return table(head, lines) + f"\n\n{said}"
@@ -58,6 +59,12 @@ def is_most(row: dict) -> bool:
     """Whether a row of `cifar10.py accuracy` has 3,000 images and the best masks, in the best order under N:M."""
     chosen = "--mask_alg ALPS" in row["flags"] and ("--permute" in row["flags"]) == (":" in row["pattern"])
     return row["images"] == 3000 and chosen
+
+
+def is_most_vit(row: dict) -> bool:
+    """The same of `end_to_end.py vit_cifar10`, with as many images as the other columns."""
+    masks = "best, permuted, masks by ALPS" if ":" in row["pattern"] else "best, masks by ALPS"
+    return (row["images"], row["method"]) == (2048, masks)
 
 
 def accuracy() -> str:
@@ -257,6 +264,7 @@ TABLES = {
     "vit": vit,
     "vit_ablation": vit_ablation,
     "end_to_end": lambda: cost_tables.costs("end_to_end_resnet20_cifar10"),
+    "vit_end_to_end": lambda: cost_tables.costs("end_to_end_vit_cifar10"),
     "fast": lambda: cost_tables.fast("end_to_end_resnet20_cifar10"),
     "baselines": lambda: cost_tables.costs("baselines_resnet20_cifar10"),
     "ideas": cost_tables.ideas,
