@@ -4,8 +4,8 @@
 
 The ResNet-20 of bench/cifar10.py. An idea is judged by `held_out_error`, the relative error of the logits on training
 images that no calibration draws; the accuracy on the test images comes last. What is no option of the library is done
-here from outside: by a solver, images and masks of its own. A row that the results file already
-holds is not measured again; the same command in a second shell takes rows that the first is not at.
+here from outside: by a solver, images and masks of its own. A row that the results file already holds is not measured
+again; the same command in a second shell takes rows that the first is not at.
 """
 
 import itertools
