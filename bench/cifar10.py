@@ -53,7 +53,7 @@ VIT_SHORT_STEPS = {"newton_steps": 2, "max_CG_iterations": 5}
 VIT_ABLATION = [{}, {"biases": False}, VIT_SHORT_STEPS, {"sweeps": 2}, {"schedule": 2}]
 VIT_ABLATION += [VIT_JOINT, {"schedule": 2, **VIT_JOINT}]
 # Of SNOWS in `accuracy`, by flags of the same names.
-CHANGES = ("schedule", "newton_steps", "curvature_images", "joint_images", "joint_steps")
+CHANGES = ("schedule", "newton_steps", "curvature_images", "joint_images", "joint_steps", "mixtures")
 
 
 def runs_of(table: str, images: int = 1024, changes: dict | None = None) -> list[dict]:

@@ -64,6 +64,13 @@ IDEAS = {
     "logits of 20 times the weight in the joint steps": Idea(logits=20.0),
     "channels in another order": Idea(permuted=True),
     "ALPS's choice, channels in another order": Idea(mask="ALPS", permuted=True),
+    "a mixture of two beside every image": Idea({"mixtures": 1}),
+    "ALPS's choice, channels in another order, a mixture beside every image": Idea(
+        {"mixtures": 1}, mask="ALPS", permuted=True
+    ),
+    "ALPS's choice, channels in another order, three mixtures beside every image": Idea(
+        {"mixtures": 3}, mask="ALPS", permuted=True
+    ),
 }
 
 

@@ -100,6 +100,10 @@ class Options:
         0.1, "share of the calibration images that are held out in the joint steps, to stop at the solution that is "
         "best on them; fewer than 4 images: none", low=0, high=0.5,
     )  # fmt: skip
+    mixtures: int = option(
+        0, "mixtures with other images, as many beside each image, that calibrate too: what is solved fits unseen images "
+        "better, and takes longer", low=0,
+    )  # fmt: skip
     batching: bool = option(False, "True: a Newton step per mini-batch (paper); False: one for all the images")
     batch_size: int = option(128, "calibration images per mini-batch or micro-batch; bounds the memory", low=1)
     memory_budget: float = option(
@@ -110,7 +114,7 @@ class Options:
     )
     cache_dir: str = option("", "folder for features that do not fit the memory (default: the system's for such files)")
     w_warm: bool = option(False, "start each layer at its layer-wise least-squares solution on the support")
-    seed: int = option(0, "seed of the calibration sample and of the preconditioner's probes", low=0)
+    seed: int = option(0, "seed of the calibration sample, of mixtures and of the preconditioner's probes", low=0)
 
     def __post_init__(self):
         for f in fields(self):

@@ -193,7 +193,7 @@ def opened(
     network: Network, calibration: Tensor | Iterable | None, options: Options, dense_model: nn.Module | None
 ) -> Streams:
     """The calibration images at the start of the network, once they are known to run through it."""
-    batches, group = micro_batches(network, calibration, options.batch_size, options.k_step), current()
+    batches, group = micro_batches(network, calibration, options), current()
     if group.size > 1:
         group.check_same(
             weights=fingerprint(network.model.parameters()),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from snows.calibration.faithful import check_trace
+from snows.calibration.mixtures import with_mixtures
 from snows.calibration.outlook import check_fits, outlook, works
 from snows.calibration.plan import Plan
 from snows.calibration.store import Store
@@ -141,9 +142,10 @@ class Streams:
         """Which depths of a layer's window the images give enough samples of, for the weights that survive.
 
         One of few samples, such as the logits, is fitted by heart: a classifier learns from it that classes which the
-        images do not show are never the answer. Images that are held out do not tell: the logits' errors shrink.
+        images do not show are never the answer. Images that are held out do not tell: the logits' errors shrink. Nor do
+        mixtures count, which show no classes of their own.
         """
-        needed = options.min_samples * int(mask.sum())
+        needed = options.min_samples * int(mask.sum()) * (1 + options.mixtures)
         features = Window(self.network, [layer], options.k_step).features
         return [self.plan.numbers(node) * self.images >= needed for node in features]
 
@@ -246,17 +248,19 @@ class Attempt:
         return self.error is not None
 
 
-def micro_batches(network: Network, calibration: Tensor | Iterable, batch_size: int, k_step: int) -> list[Tensor]:
+def micro_batches(network: Network, calibration: Tensor | Iterable, options: Options) -> list[Tensor]:
     """The calibration images in mini-batches, the last one short, once they are known to run through the network.
 
-    k_step: of the windows, which are checked too; `network` refuses layers whose windows do not hold.
+    options: `mixtures` of them go with them; the windows of `k_step` are checked too, and `network` refuses layers
+        whose windows do not hold.
     """
     dtype = next(network.model.parameters()).dtype
     if dtype not in (torch.float32, torch.float64):
         raise UsageError(f"the model's weights are {dtype}, too coarse to solve in: pass model.float().")
     images = gather(calibration).to(dtype)
-    batches = list(images.split(min(batch_size, len(images))))
-    check_trace(network, batches[0][:CHECKED].to(next(network.model.parameters()).device), k_step)
+    images = with_mixtures(images, options.mixtures, options.batch_size, options.seed, options.cache_dir)
+    batches = list(images.split(min(options.batch_size, len(images))))
+    check_trace(network, batches[0][:CHECKED].to(next(network.model.parameters()).device), options.k_step)
     return batches
 
 

@@ -1,0 +1,39 @@
+"""More images of the same ones: beside each, mixtures of it with others (mixup, Zhang et al. 2018), without labels.
+
+What the dense network makes of a mixture is known as well as what it makes of an image, and a mixture shows a network
+what none of the images does. What is fitted to few images is fitted less by heart with them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from snows.calibration.store import room_for
+
+LEAST_SHARE = 0.3  # of either image in a mixture
+
+
+def with_mixtures(images: Tensor, copies: int, block: int, seed: int, cache_dir: str = "") -> Tensor:
+    """Each image with `copies` mixtures behind it, of it and another one: ((1 + copies) n, channels, height, width).
+
+    block: so many images and mixtures in a row have nothing of others, so that mini-batches that are held out do not
+        show what the others are fitted to. An image that is alone in its block is its own mixture.
+    cache_dir: the folder for images of more than a GiB; see snows/calibration/store.py.
+    """
+    if not copies:
+        return images
+    generator = torch.Generator().manual_seed(seed)
+    each = 1 + copies
+    result = room_for(torch.Size((each * len(images), *images.shape[1:])), images.dtype, cache_dir)
+    done = 0
+    for some in images.split(max(2, block // each)):
+        together = [some]
+        for _ in range(copies):
+            order = torch.randperm(len(some), generator=generator)
+            other = torch.empty_like(order).scatter_(0, order, order.roll(1))  # the one before it in the order
+            share = torch.rand(len(some), 1, 1, 1, generator=generator) * (1 - 2 * LEAST_SHARE) + LEAST_SHARE
+            together.append(torch.lerp(some[other], some, share.to(some.dtype)))
+        result[done : done + each * len(some)] = torch.stack(together, 1).flatten(0, 1)  # (n, each, ...)
+        done += each * len(some)
+    return result

@@ -1,0 +1,68 @@
+"""Mixtures of two images: what they are made of, and what a job makes of them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import snows
+from snows.calibration.mixtures import LEAST_SHARE, with_mixtures
+
+
+def distinct(count: int) -> torch.Tensor:
+    """Images of which each is a unit vector, so that a mixture says what it is made of."""
+    return torch.eye(count).view(count, count, 1, 1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(count=st.integers(1, 40), copies=st.integers(1, 4), block=st.integers(1, 24), seed=st.integers(0, 9))
+def test_each_image_has_its_mixtures_behind_it_with_one_other_of_its_block(count, copies, block, seed):
+    images, each = distinct(count), 1 + copies
+    mixed = with_mixtures(images, copies, block, seed).flatten(1)
+    assert len(mixed) == each * count
+    assert mixed[::each].equal(images.flatten(1))
+    size = max(2, block // each)
+    for place, shares in enumerate(mixed):
+        own, others = place // each, shares.nonzero().flatten().tolist()
+        assert shares.sum().item() == pytest.approx(1)
+        assert own in others
+        assert all(other // size == own // size for other in others)
+        if place % each and (own // size * size != own or own + 1 < count):  # it is not alone in its block
+            assert len(others) == 2
+            assert min(shares[others]) >= LEAST_SHARE - 1e-6
+
+
+def test_the_seed_decides_the_mixtures():
+    images = torch.randn(12, 1, 2, 2)
+    first, again, other = (with_mixtures(images, 1, 8, seed) for seed in (0, 0, 1))
+    assert first.equal(again)
+    assert not first.equal(other)
+
+
+def test_no_mixtures_are_the_images_themselves():
+    images = torch.randn(3, 1, 2, 2)
+    assert with_mixtures(images, 0, 8, 0) is images
+
+
+def test_a_job_with_mixtures_is_one_on_the_images_and_their_mixtures(tiny, images):
+    options = snows.Options(k_step=1, joint_steps=1, batch_size=8, min_samples=0, seed=3)
+    found = snows.prune(tiny, images, snows.NM(2, 4), options.but(mixtures=1), mask_alg="ALPS")
+    mixed = with_mixtures(images, 1, 8, 3)
+    wanted = snows.prune(tiny, mixed, snows.NM(2, 4), options, mask_alg="ALPS")
+    assert all(found.masks[name].equal(wanted.masks[name]) for name in wanted.masks)
+    for name, weight in wanted.model.state_dict().items():
+        assert found.model.state_dict()[name].equal(weight), name
+
+
+def test_mixtures_are_no_images_for_layers_that_want_many(tiny, images):
+    """A head that the images alone are too few for is left unsolved with mixtures too."""
+    bound = dict(k_step=0, joint_steps=0, schedule=0, min_samples=len(images) * 10 / (0.75 * 10))
+    layer = next(name for name, module in tiny.named_modules() if isinstance(module, torch.nn.Linear))
+    kept = {}
+    for mixtures in (0, 1, 3):
+        options = snows.Options(**bound, mixtures=mixtures)
+        pruned = snows.prune(tiny, images, snows.NM(2, 4), options, layers=lambda name: name == layer)
+        kept[mixtures] = (pruned.model.get_parameter(f"{layer}.weight") == tiny.get_parameter(f"{layer}.weight"))[
+            pruned.masks[layer]
+        ].all()
+    assert all(kept.values())
