@@ -86,6 +86,11 @@ METHODS = {  # name -> arguments of snows.prune, and whether channels are permut
     "best": {},
     "best, masks by ALPS": {"mask_alg": "ALPS"},
     "best, permuted, masks by ALPS": {"mask_alg": "ALPS", "permuted": True},
+    "best, permuted, masks by ALPS, mixtures": {
+        "mask_alg": "ALPS",
+        "permuted": True,
+        "options": snows.Options(mixtures=1),
+    },
     "paper, K = 4": {"options": snows.Options.preset("paper")},
     "paper, K = 8": {"options": snows.Options.preset("paper", k_step=8)},
     "Adam": {"options": ONE_PASS, "algo": snows_with(first_order(lambda p: torch.optim.Adam(p, lr=3e-3)))},

@@ -27,6 +27,7 @@ from snows.zoo.registry import load_classifier, load_data
 NETWORK = "efficientnet_lite0"
 PATTERNS = {"2:4": snows.NM(2, 4), "0.5": snows.Unstructured(0.5), "0.7": snows.Unstructured(0.7)}
 ONE_PASS = snows.Options(schedule=0, joint_steps=0, min_samples=10.0)
+CHANGES = ("min_samples", "schedule", "mixtures")  # of ONE_PASS, by a row
 WAYS = [
     dict(mask="MP", algo="MP"),
     dict(mask="MP", algo="SNOWS", classifier=True),
@@ -39,6 +40,8 @@ WAYS = [
     dict(mask="SparseGPT", algo="SNOWS", permuted=True, schedule=1),
     dict(mask="ALPS", algo="SNOWS", permuted=True, schedule=1),
     dict(mask="ALPS", algo="SNOWS", permuted=True),
+    dict(mask="ALPS", algo="SNOWS", permuted=True, mixtures=1),
+    dict(mask="ALPS", algo="SNOWS", permuted=True, mixtures=1, schedule=1),
 ]
 SPARSER = {"0.5": 0.65, "0.7": 0.85}  # the classifier's sparsity, where it is to be more than magnitudes make it
 CLASSIFIER = [
@@ -72,7 +75,7 @@ class Bench:
         if run["permuted"]:
             model = permute(model, pattern, layers).model
         calibration, _ = self.data.calibration(run["images"], run["seed"])
-        options = ONE_PASS.but(**{name: run[name] for name in ("seed", "min_samples", "schedule")})
+        options = ONE_PASS.but(**{name: run[name] for name in ("seed", *CHANGES)})
         how = {"mask_alg": run["mask"], "algo": run["algo"], "layers": layers, "device": self.device}
         pruned = snows.prune(model, calibration, pattern, options, **how)
         found, _ = score(pruned.model, self.test, self.device, self.logits)
@@ -96,7 +99,7 @@ def runs_of(args) -> list[dict]:
         "permuted": False,
         "classifier": False,
     }
-    usual |= {name: getattr(ONE_PASS, name) for name in ("min_samples", "schedule")}
+    usual |= {name: getattr(ONE_PASS, name) for name in CHANGES}
     if args.classifier:
         runs = [usual | {"pattern": "0.7", "layers": "classifier"} | run for run in CLASSIFIER]
     else:

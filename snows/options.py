@@ -101,8 +101,8 @@ class Options:
         "best on them; fewer than 4 images: none", low=0, high=0.5,
     )  # fmt: skip
     mixtures: int = option(
-        0, "mixtures with other images, as many beside each image, that calibrate too: what is solved fits unseen images "
-        "better, and takes longer", low=0,
+        0, "mixtures with other images, as many beside each image, that calibrate too: what is solved fits images that "
+        "it has not seen better, and takes longer", low=0,
     )  # fmt: skip
     batching: bool = option(False, "True: a Newton step per mini-batch (paper); False: one for all the images")
     batch_size: int = option(128, "calibration images per mini-batch or micro-batch; bounds the memory", low=1)

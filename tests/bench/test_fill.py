@@ -46,6 +46,7 @@ def test_the_headline_is_five_rows_of_a_network_each():
 
 def test_the_headlines_last_column_is_of_all_images_and_the_best_masks():
     flags = {"--mask_alg ALPS": False, "--permute --mask_alg ALPS": True, "--permute": False, "": False}
+    flags |= {f"--{more} --permute --mask_alg ALPS": False for more in ("mixtures 1", "joint_steps 8")}
     row = {"images": 3000, "pattern": "2:4"}
     assert {text: tables.is_most({**row, "flags": text}) for text in flags} == flags
     assert tables.is_most({**row, "pattern": "unstructured 0.9", "flags": "--schedule 4 --mask_alg ALPS"})
