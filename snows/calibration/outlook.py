@@ -73,9 +73,10 @@ def outlook(plan: Plan, budget: Budget, masks: Masks, options: Options, largest:
     again = " (computed again where they find no room)" if streams + targets > budget.room else ""
     sizes = sorted({work.images for work in chosen})
     images = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
+    mixed = ", mixtures among them," if options.mixtures else ""
     return (
-        f"memory: {gib(budget.device)} to use; {plan.images} images take up to {gib(streams)} on their way{in_files} "
-        f"and {gib(targets)} of targets{again}; a micro-batch of {images} images "
+        f"memory: {gib(budget.device)} to use; {plan.images} images{mixed} take up to {gib(streams)} on their "
+        f"way{in_files} and {gib(targets)} of targets{again}; a micro-batch of {images} images "
         f"{gib(max(work.need * work.images for work in chosen))}; the solver's vectors "
         f"{gib(VECTORS * theta)}, inverses {gib(inverse)}, products of earlier steps {gib(recycled)}"
     )

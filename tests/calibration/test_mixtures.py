@@ -66,3 +66,9 @@ def test_mixtures_are_no_images_for_layers_that_want_many(tiny, images):
             pruned.masks[layer]
         ].all()
     assert all(kept.values())
+
+
+def test_a_job_says_that_mixtures_are_among_its_images(tiny, images, caplog):
+    with caplog.at_level("INFO", "snows"):
+        snows.prune(tiny, images, snows.NM(2, 4), snows.Options(k_step=1, schedule=0, joint_steps=0, mixtures=2))
+    assert "15 images, mixtures among them, take up to" in caplog.text
