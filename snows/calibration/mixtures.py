@@ -1,4 +1,4 @@
-"""More images of the same ones: beside each, mixtures of it with others (mixup, Zhang et al. 2018), without labels.
+"""More images of the same ones: beside each, mixtures of it with others, without labels (mixup, arXiv 1710.09412).
 
 What the dense network makes of a mixture is known as well as what it makes of an image, and a mixture shows a network
 what none of the images does. What is fitted to few images is fitted less by heart with them.
@@ -26,14 +26,13 @@ def with_mixtures(images: Tensor, copies: int, block: int, seed: int, cache_dir:
     generator = torch.Generator().manual_seed(seed)
     each = 1 + copies
     result = room_for(torch.Size((each * len(images), *images.shape[1:])), images.dtype, cache_dir)
-    done = 0
-    for some in images.split(max(2, block // each)):
-        together = [some]
-        for _ in range(copies):
+    size = max(2, block // each)  # images in a block
+    for some, room in zip(images.split(size), result.split(each * size), strict=True):
+        own = room.unflatten(0, (len(some), each))  # (n, 1 + copies, channels, height, width)
+        own[:, 0] = some
+        for copy in range(1, each):
             order = torch.randperm(len(some), generator=generator)
             other = torch.empty_like(order).scatter_(0, order, order.roll(1))  # the one before it in the order
             share = torch.rand(len(some), 1, 1, 1, generator=generator) * (1 - 2 * LEAST_SHARE) + LEAST_SHARE
-            together.append(torch.lerp(some[other], some, share.to(some.dtype)))
-        result[done : done + each * len(some)] = torch.stack(together, 1).flatten(0, 1)  # (n, each, ...)
-        done += each * len(some)
+            own[:, copy] = torch.lerp(some[other], some, share.to(some.dtype))
     return result

@@ -66,8 +66,8 @@ def resumed(flags: argparse.ArgumentParser, folder: Path, pattern_of: PatternOf)
 
 def may_change(name: str, options: Options) -> bool:
     """Whether a run may go on with another value of a flag: it poses the same problem to each layer."""
-    if name == "batch_size" and options.batching:
-        return False  # where each mini-batch is a problem
+    if name == "batch_size" and (options.batching or options.mixtures):
+        return False  # where each mini-batch is a problem, or has mixtures of its own images
     if name == "joint_steps":
         return options.joint_steps == 0 and not options.joint_stages  # the last ones, not those behind a stage
     return name in MAY_CHANGE

@@ -200,6 +200,7 @@ def test_a_run_whose_joint_steps_fail_is_ended_without_them(script, tmp_path, mo
     ("began", "flags", "refused"),
     [
         (["--batching", "True"], ["--batch_size", 64], "--batch_size was 128, now 64"),
+        (["--mixtures", "1"], ["--batch_size", 64], "--batch_size was 128, now 64"),
         ([], ["--joint_steps", 2], "--joint_steps was 4, now 2"),
         (["--joint_stages", "True"], ["--joint_steps", 0], "--joint_steps was 4, now 0"),
         (["--joint_steps", "0"], ["--joint_steps", 2], "--joint_steps was 0, now 2"),
