@@ -15,7 +15,7 @@ from torch import Tensor
 from snows.calibration.streams import Streams, retry_on_out_of_memory
 from snows.distributed import Group
 from snows.errors import Interrupted, SnowsError, Unfinished, Unsolvable, UsageError, first_line
-from snows.masks.choose import layer_budget, select
+from snows.masks.choose import mask_rule, select
 from snows.masks.patterns import NM, Choice, Selection
 from snows.masks.saliency import SALIENCIES
 from snows.masks.zeros import kept_zeros
@@ -23,7 +23,7 @@ from snows.memory import forget_peak, peak_memory
 from snows.methods import Method, layer_problem
 from snows.network.layers import Layer, Masks, Network, copied
 from snows.options import Options
-from snows.result import LayerRecord, Pruned, Step, zeros
+from snows.result import JOINT, LayerRecord, Pruned, Step, problems, zeros
 from snows.schedule import sweeps
 from snows.solve.layer import Update
 from snows.solve.solver import SolveStats
@@ -87,9 +87,9 @@ class Job:
         step = next(self.finished, None)
         if step is None:
             return None
-        check_finished(step, layer, sweep, mask if self._budget(layer, sweep, mask) is None else step.mask)
+        check_finished(step, layer, sweep, mask if self._mask_rule(layer, sweep, mask) is None else step.mask)
         if self.streams is not None:
-            self.streams.recall(layer, self.options, step.record.batch_size if step.fitted else None)
+            self.streams.recall([layer], self.options, step.record.batch_size if step.fitted else None)
         return replace(step, replayed=True)
 
     def solve(self, layer: Layer, sweep: int, mask: Tensor) -> Step:
@@ -101,11 +101,11 @@ class Job:
         problem = ""
         try:
             streams.fit_layer(layer, self.options)
-            if (budget := self._budget(layer, sweep, mask)) is not None:
+            if (rule := self._mask_rule(layer, sweep, mask)) is not None:
                 for attempt in retry_on_out_of_memory(streams, place):
                     with attempt:
                         zero = kept_zeros(self.network, [layer], self.choice).get(layer.name)
-                        mask = self.choose(*layer_problem(layer, streams), budget, zero)
+                        mask = self.choose(*layer_problem(layer, streams), rule, zero)
             if self.method.update is not None:
                 for attempt in retry_on_out_of_memory(streams, place):
                     with attempt:
@@ -132,9 +132,12 @@ class Job:
         for layer, step in zip(layers, steps):
             check_finished(step, layer, sweep, self.masks[layer.name])
         if len(steps) == len(layers):
+            fitted = steps[0].record.batch_size if steps[0].fitted else None
+            streams.recall(layers, self.options, fitted, joint=True)
             return steps
         started = time.perf_counter()
         forget_peak(streams.device)
+        streams.fit_jointly(layers, self.options)
         advice = "raise `memory_budget`, or do without them: `joint_steps` 0"
         try:
             for attempt in retry_on_out_of_memory(streams, "the joint steps", advice):
@@ -175,7 +178,7 @@ class Job:
 
     def failed(self) -> set[str]:
         """The layers that were not solved when it was last their turn."""
-        return {name for name, problem in {each.name: each.problem for each in self.layers}.items() if problem}
+        return problems(self.layers).keys() - {JOINT}
 
     def check_solved(self) -> None:
         """End the job if there is nothing to go on with.
@@ -218,10 +221,10 @@ class Job:
             what = f"unexpected {type(error).__name__} after {len(self.layers)} layers: {first_line(error)}"
             raise Unfinished(what, self.result()) from error
 
-    def _budget(self, layer: Layer, sweep: int, mask: Tensor) -> NM | int | None:
+    def _mask_rule(self, layer: Layer, sweep: int, mask: Tensor) -> NM | int | None:
         """What a mask that is chosen when it is the layer's turn must keep to; None: the mask is final."""
         now = self.sweeps[sweep]
-        return layer_budget(layer, mask, now.pattern) if self.choose and now.is_new else None
+        return mask_rule(layer, mask, now.pattern) if self.choose and now.is_new else None
 
     def _solved(self) -> bool:
         return any(not record.problem for record in self.layers)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from snows.network.layers import Masks
 from snows.solve.solver import SolveStats
 
+LOSSES = ("loss_before", "loss_after", "held_out_before", "held_out_after")
 JOINT = "all layers together"  # what stands for the layers in a joint step
 
 
@@ -28,6 +29,16 @@ class LayerRecord(SolveStats):
     batch_size: int = 0  # images in the largest micro-batch, once it fitted the memory
     joint: bool = False  # solved with all the others: products and seconds are a share, the rest is of them all
     accuracy: float | None = None  # percent, of the network as it stood after this layer, where it was measured
+
+    @classmethod
+    def of(cls, values: dict) -> LayerRecord:
+        """The record that JSON holds, in which what is not a number is null.
+
+        Raises:
+            TypeError, KeyError: it holds another thing.
+        """
+        missing = {name: float("nan") for name in LOSSES if values[name] is None}
+        return cls(**{**values, **missing, "shape": tuple(values["shape"])})
 
 
 @dataclass
@@ -80,8 +91,9 @@ class Pruned:
 
 
 def problems(records: list[LayerRecord]) -> dict[str, str]:
-    """What was not solved, and why: layers, or all of them at once in the joint steps."""
-    return {JOINT if record.joint else record.name: record.problem for record in records if record.problem}
+    """What was not solved when it was last its turn, and why: layers, or all of them at once in the joint steps."""
+    last = {JOINT if record.joint else record.name: record.problem for record in records}
+    return {name: problem for name, problem in last.items() if problem}
 
 
 def sparsity(model: nn.Module) -> float:

@@ -41,7 +41,7 @@ class Examples:
         self.reads = self.window.inputs - self.window.side_inputs
         self.side: list[Held | None] = [None] * len(self.sizes)
         self.held: list[Held | None] = [None] * len(self.sizes)
-        self.measured: Tensor | None = None
+        self.measured: dict[str, Tensor] = {}
         if self.window.side_inputs:
             for i in self.sparse.own:
                 self.side[i] = self.sparse.store.put(self.window.compute_side_inputs(self.sparse[i]))
@@ -69,19 +69,19 @@ class Examples:
 
     def energies(self) -> Tensor:
         """(micro-batches, K + 1): || Y_k ||^2 in float64, on the host."""
-        return self._of_targets(lambda y: y.square().sum(dtype=torch.float64))
+        return self._of_targets("energies", lambda y: y.square().sum(dtype=torch.float64))
 
     def numbers(self) -> Tensor:
         """(micro-batches, K + 1): how many numbers Y_k holds, on the host."""
-        return self._of_targets(lambda y: torch.tensor(y.numel(), dtype=torch.float64))
+        return self._of_targets("numbers", lambda y: torch.tensor(y.numel(), dtype=torch.float64))
 
     @torch.no_grad()
-    def _of_targets(self, measure: Callable[[Tensor], Tensor]) -> Tensor:
+    def _of_targets(self, name: str, measure: Callable[[Tensor], Tensor]) -> Tensor:
         """One number for each target, which the host waits for only once."""
-        if self.measured is None:
+        if name not in self.measured:
             own, depths = self.sparse.own, len(self.window.features)
             measured = torch.zeros(len(self.sizes), depths, dtype=torch.float64, device="cpu")
             if own:
                 measured[own] = torch.stack([torch.stack([measure(y) for y in self.targets(i)]) for i in own]).cpu()
-            self.measured = self.sparse.group.sum(measured)
-        return self.measured
+            self.measured[name] = self.sparse.group.sum(measured)
+        return self.measured[name]

@@ -17,17 +17,13 @@ LEAST_SHARE = 0.3  # of either image in a mixture
 def with_mixtures(images: Tensor, copies: int, block: int, seed: int, cache_dir: str = "") -> Tensor:
     """Each image with `copies` mixtures behind it, of it and another one: ((1 + copies) n, channels, height, width).
 
-    block: so many images and mixtures in a row have nothing of others, so that mini-batches that are held out do not
-        show what the others are fitted to. An image that is alone in its block is its own mixture.
+    block: so many images in a row are mixed with one another alone, so that mini-batches of them that are held out do
+        not show what the others are fitted to. An image that is alone in its block is its own mixture.
     cache_dir: the folder for images of more than a GiB; see snows/calibration/store.py.
     """
-    if not copies:
-        return images
-    generator = torch.Generator().manual_seed(seed)
-    each = 1 + copies
+    generator, each = torch.Generator().manual_seed(seed), 1 + copies
     result = room_for(torch.Size((each * len(images), *images.shape[1:])), images.dtype, cache_dir)
-    size = max(2, block // each)  # images in a block
-    for some, room in zip(images.split(size), result.split(each * size), strict=True):
+    for some, room in zip(images.split(block), result.split(each * block), strict=True):
         own = room.unflatten(0, (len(some), each))  # (n, 1 + copies, channels, height, width)
         own[:, 0] = some
         for copy in range(1, each):

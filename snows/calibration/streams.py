@@ -80,8 +80,8 @@ class Streams:
         return [batch[self.group.share(start, len(batch))].clone() for start, batch in zip(starts, batches)]
 
     def cut(self, size: int) -> None:
-        """Micro-batches of `size` images, at the start of the network."""
-        parts = [[min(size, length - start) for start in range(0, length, size)] for length in self.lengths]
+        """Micro-batches of `size` images at most, those of a mini-batch of even sizes, at the start of the network."""
+        parts = [evenly(length, size) for length in self.lengths]
         sizes, numbers = list(itertools.chain(*parts)), itertools.count()
         self.groups = [[next(numbers) for _ in each] for each in parts]  # the micro-batches of each mini-batch
         own = list(map(self.group.share, itertools.accumulate(sizes, initial=0), sizes))
@@ -129,14 +129,18 @@ class Streams:
         """
         self.need = need
         wanted = halved_to_fit(max(self.lengths), need, self.ceiling)
-        if parted:
-            wanted = min(wanted, max(1, self.images // PARTS))
+        while parted and wanted > 1 and sum(len(evenly(length, wanted)) for length in self.lengths) < PARTS:
+            wanted = (wanted + 1) // 2
         if wanted < self.batch_size or wanted >= 4 * self.batch_size:
             self.cut(wanted)
 
     def fit_layer(self, layer: Layer, options: Options) -> None:
         """Cut the micro-batches for the solution of a layer."""
         self.fit(self.plan.need([layer], options.k_step))
+
+    def fit_jointly(self, layers: list[Layer], options: Options) -> None:
+        """Cut the micro-batches for the joint steps of these layers: so many that some can be held out."""
+        self.fit(self.plan.need(layers, len(self.network.nodes)), parted=self.suffice(options.held_out))
 
     def counted(self, layer: Layer, mask: Tensor, options: Options) -> list[bool]:
         """Which depths of a layer's window the images give enough samples of, for the weights that survive.
@@ -192,11 +196,20 @@ class Streams:
         """
         return outlook(self.plan, self.budget, masks, options, max(self.lengths))
 
-    def recall(self, layer: Layer, options: Options, batch_size: int | None) -> None:
-        """Pass over a finished layer, in micro-batches of the size that had fitted then, if that is to be kept to."""
-        self.fit_layer(layer, options)
+    def recall(self, layers: list[Layer], options: Options, batch_size: int | None, joint: bool = False) -> None:
+        """Pass over finished layers, in micro-batches of the size that had fitted then, if that is to be kept to."""
+        if joint:
+            self.fit_jointly(layers, options)
+        else:
+            self.fit_layer(layers[0], options)
         if batch_size is not None and batch_size < self.batch_size:
             self.allow(batch_size)
+
+
+def evenly(length: int, size: int) -> list[int]:
+    """The lengths of the fewest parts of `size` at most, no two of which differ by more than one."""
+    count = -(-length // size)
+    return [length // count + (i < length % count) for i in range(count)]
 
 
 def retry_on_out_of_memory(
@@ -258,8 +271,12 @@ def micro_batches(network: Network, calibration: Tensor | Iterable, options: Opt
     if dtype not in (torch.float32, torch.float64):
         raise UsageError(f"the model's weights are {dtype}, too coarse to solve in: pass model.float().")
     images = gather(calibration).to(dtype)
-    images = with_mixtures(images, options.mixtures, options.batch_size, options.seed, options.cache_dir)
-    batches = list(images.split(min(options.batch_size, len(images))))
+    size = min(options.batch_size, len(images))
+    if options.mixtures:  # so many mini-batches that some can be held out: no image is mixed with one of another
+        each = 1 + options.mixtures
+        block = max(2, min(options.batch_size // each, len(images) // PARTS))
+        images, size = with_mixtures(images, options.mixtures, block, options.seed, options.cache_dir), each * block
+    batches = list(images.split(size))
     check_trace(network, batches[0][:CHECKED].to(next(network.model.parameters()).device), options.k_step)
     return batches
 

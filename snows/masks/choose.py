@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 
 from torch import Tensor
 
 from snows.calibration.streams import Streams, retry_on_out_of_memory
 from snows.errors import UsageError, by_reason, listed
 from snows.masks.patterns import NM, Choice, Pattern, Selection, Unstructured, are_masks
+from snows.masks.rules import names_any
 from snows.masks.saliency import SALIENCIES, Saliency, check_inputs, scores
 from snows.masks.zeros import kept_zeros, leave_all_zero
 from snows.network.layers import Layer, Masks, Network
 from snows.options import Options
+
+MANY = 0.05  # share of the parameters from which on it is said that they are in no layer
 
 log = logging.getLogger("snows")
 
@@ -50,6 +54,7 @@ def select(network: Network, choice: Choice, streams: Streams | None, options: O
         if saliency.score is not None and (pattern.compares_layers or saliency.choose is None):
             weights = measured(chosen, saliency, streams, options)
         zeros, total = kept_zeros(network, chosen, choice), counted_parameters(network, pattern)
+        pattern = without_rules_of(network.refused, pattern, weights)
         selection = pattern.select(weights, total, by_row=saliency.by_row, zeros=zeros)
         leave_all_zero(selection, zeros)
     if not selection.masks:
@@ -73,16 +78,25 @@ def check_selection(selection: Selection, network: Network) -> Choice:
 
 
 def counted_parameters(network: Network, pattern: Pattern) -> int:
-    """How many parameters a target sparsity is a share of: those that the forward pass uses. Others are named, once."""
+    """How many parameters a target sparsity is a share of: those that the forward pass uses.
+
+    Others are named, once; and so are matrices that are no layer's, where they are many.
+    """
     sizes = {name: parameter.numel() for name, parameter in network.model.named_parameters()}
-    idle = sum(sizes[name] for name in network.idle)
-    if idle and isinstance(pattern, Unstructured) and not network.told_idle:
-        network.told_idle = True
+    idle, outside = sum(sizes[name] for name in network.idle), network.outside()
+    share = sum(sizes[name] for name in outside) / max(1, sum(sizes.values()) - idle)
+    if not network.told and idle and isinstance(pattern, Unstructured):
         owners = dict.fromkeys(name.split(".")[0] for name in network.idle)
         log.warning(
             "the forward pass does not use %d of the %d parameters (in %s): the target sparsity is of the others",
             *(idle, sum(sizes.values()), listed(owners)),
         )
+    if not network.told and share > MANY:
+        log.warning(
+            "%.0f %% of the parameters stay dense, for they are the weights of neither convolutions nor linear layers: "
+            "%s", 100 * share, listed(outside),
+        )  # fmt: skip
+    network.told = True
     return sum(sizes.values()) - idle
 
 
@@ -108,7 +122,14 @@ def without(pattern: Pattern | Masks, names: Iterable[str]) -> Pattern | Masks:
     return pattern
 
 
-def layer_budget(layer: Layer, mask: Tensor, pattern: Pattern) -> NM | int | None:
+def without_rules_of(refused: Collection[str], pattern: Pattern, names: Collection[str]) -> Pattern:
+    """A pattern without the rules that name none of the layers, but some that the network refuses, as it has told."""
+    rules = pattern.layer_sparsity
+    kept = {rule: rules[rule] for rule in rules if names_any(rule, names) or not names_any(rule, refused)}
+    return replace(pattern, layer_sparsity=kept)
+
+
+def mask_rule(layer: Layer, mask: Tensor, pattern: Pattern) -> NM | int | None:
     """What a layer's mask, chosen at its turn, must keep to: its N:M, or as many weights removed as `mask` removes."""
     return pattern.of(layer.name) if isinstance(pattern, NM) else int((~mask).sum())
 

@@ -64,6 +64,7 @@ class Unstructured:
         are in units of each layer's own output.
     layer_sparsity: layer name or pattern -> share of its own weights that a layer loses, or "dense". The other layers
         lose what is missing to the target; if there are none, the target plays no part.
+    on_the_way: of a pattern that `path` gives: where its rules alone remove more than its target, the target gives way.
 
     Raises:
         UsageError: a share outside [0, 1), or a target that the cap or the unpruned parameters put out of reach.
@@ -74,6 +75,7 @@ class Unstructured:
     allocation: str = "global"
     normalise: bool = False
     layer_sparsity: Rules = field(default_factory=dict)
+    on_the_way: bool = field(default=False, kw_only=True, repr=False)
 
     def __post_init__(self):
         for share in (self.target_sparsity, self.max_layer_sparsity or 0.0):
@@ -109,7 +111,7 @@ class Unstructured:
             return 1 - (1 - sparsity) ** share
 
         rules = {name: rule if rule == DENSE else part(rule) for name, rule in self.layer_sparsity.items()}
-        return replace(self, target_sparsity=part(self.target_sparsity), layer_sparsity=rules)
+        return replace(self, target_sparsity=part(self.target_sparsity), layer_sparsity=rules, on_the_way=True)
 
     def cap(self, needed: float) -> float:
         """The largest share that one layer may lose; needed: the share that all the layers together must lose."""
@@ -144,7 +146,7 @@ class Unstructured:
     def allocate(self, scores: dict[str, Tensor], total_parameters: int, already: int, least: Counts) -> Counts:
         """How many weights each of the layers without a rule loses, `least` or more; `already` go in the others."""
         removed = round(self.target_sparsity * total_parameters) - already
-        if removed < 0:
+        if removed < 0 and not self.on_the_way:
             raise UsageError(
                 f"target sparsity {self.target_sparsity:g} is out of reach: the layer sparsities alone remove "
                 f"{already / total_parameters:.4f} of all parameters. Raise the target, or lower those."
@@ -158,8 +160,8 @@ class Unstructured:
             reach = (sum(caps.values()) + already) / total_parameters
             raise UsageError(
                 f"target sparsity {self.target_sparsity:g} is out of reach: with at most {cap:g} of each of the "
-                f"{len(scores)} prunable layers, {reach:.4f} of all parameters can be zero. Lower the target or raise "
-                f"the cap (`max_layer_sparsity`)."
+                f"{len(scores)} prunable layers, {reach:.4f} of all parameters can be zero. Lower the target, or "
+                f"{'raise the cap (`max_layer_sparsity`)' if cap < 1 else 'prune more layers'}."
             )
         scores = normalised(scores) if self.normalise else scores
         fixed: Counts = {}  # layers that an allocation would leave less than `least`: the others make up for it

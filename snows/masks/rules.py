@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,11 @@ def rule_of(name: str, rules: Rules) -> Any:
     return next((rule for pattern, rule in rules.items() if fnmatchcase(name, pattern)), None)
 
 
+def names_any(pattern: str, names: Collection[str]) -> bool:
+    """Whether a name or pattern names any of the layers."""
+    return pattern in names or any(fnmatchcase(name, pattern) for name in names)
+
+
 def check_patterns(patterns: Iterable[str], names: Iterable[str], origin: str) -> None:
     """Refuse patterns that no layer's name matches; origin: where they come from, for the message.
 
@@ -28,7 +33,7 @@ def check_patterns(patterns: Iterable[str], names: Iterable[str], origin: str) -
         UsageError: it lists them, and the names that there are.
     """
     names = list(names)
-    idle = [p for p in patterns if p not in names and not any(fnmatchcase(name, p) for name in names)]
+    idle = [pattern for pattern in patterns if not names_any(pattern, names)]
     if idle:
         raise UsageError(f"{origin}: no prunable layer is named {listed(idle)}; those are {listed(names)}.")
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from snows.calibration.stream import Stream
-from snows.errors import SnowsError, UsageError, listed
+from snows.errors import Unsolvable, UsageError, listed
 from snows.masks import alps
 from snows.masks.patterns import NM
 from snows.masks.sparsegpt import choose_mask, damped_inverse
@@ -143,10 +143,10 @@ def checked(statistic: Tensor, layer: Layer) -> Tensor:
     """The statistic, if it is finite.
 
     Raises:
-        SnowsError: it is not.
+        Unsolvable: it is not.
     """
     if not statistic.isfinite().all():
-        raise SnowsError(f"the inputs of layer {layer.name} hold NaN or infinity: no masks can be chosen from them.")
+        raise Unsolvable(f"the inputs of layer {layer.name} hold NaN or infinity.", "its inputs hold NaN or infinity")
     return statistic
 
 

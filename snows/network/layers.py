@@ -107,7 +107,7 @@ class Network:
         self.affine = {node for node in self.nodes if is_fixed_norm(node, self.model)}
         self.batch_norm_of = self._pair_batch_norms()
         self.layers, self.refused = self._find_layers()
-        self.idle, self.told_idle = self._unread_parameters(), False
+        self.idle, self.told = self._unread_parameters(), False
 
     def copy(self) -> Network:
         """Another network of the same trace, whose weights change on their own."""
@@ -178,6 +178,12 @@ class Network:
             held = attribute(self.model, target)
             read |= {id(each) for each in (held.parameters() if isinstance(held, nn.Module) else [held])}
         return [name for name, parameter in self.model.named_parameters() if id(parameter) not in read]
+
+    def outside(self) -> list[str]:
+        """The weights that the forward pass uses and that are no layer's, nor refused as one: an LSTM's, say."""
+        layers = {layer.parameter for layer in self.layers} | self._weights().keys()
+        others = (name for name, each in self.model.named_parameters() if each.ndim > 1 and name not in layers)
+        return [name for name in others if name not in self.idle]
 
     def is_shared(self, parameter: str) -> bool:
         """Whether a parameter belongs to several modules (tied weights)."""

@@ -19,13 +19,12 @@ from snows.solve.solver import solve
 
 
 def joint_objective(layers: list[Layer], streams: Streams, options: Options) -> Objective:
-    """L of all the layers' weights; the streams are left at the first layer, in micro-batches that fit."""
-    everything = len(streams.network.nodes)
-    streams.fit(streams.plan.need(layers, everything), parted=streams.suffice(options.held_out))
+    """L of all the layers' weights; the streams are left at the first layer."""
     streams.restart()
     streams.advance(layers[0], options.targets)
-    options = options.but(k_step=everything, curvature_images=options.joint_images)
-    return reconstruction(layers, streams.sparse, streams.dense, options, streams.kept_bytes(layers))
+    options = options.but(k_step=len(streams.network.nodes), curvature_images=options.joint_images)
+    groups = streams.groups if options.mixtures else None  # whose images are in one another's mixtures
+    return reconstruction(layers, streams.sparse, streams.dense, options, streams.kept_bytes(layers), groups)
 
 
 def update_jointly(

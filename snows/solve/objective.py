@@ -70,7 +70,7 @@ class Objective:
         images; and of the rest what says how to differentiate: `curvature`, `curvature_images`, `biases`.
     kept_bytes: what the graphs of micro-batches may take to be kept; None: half of what is free.
     indices: the micro-batches that the loss is of; None: all.
-    counted: for each depth, whether it counts: c_k is 0 where not; none does: all do, and so with None.
+    counted: for each depth, whether it counts (c_k is 0 where not); with None, or where none does, all count.
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class Objective:
         return Objective(self.examples, self.options, self.kept_bytes, indices, self.counted)
 
     def holding_out(self, share: float) -> Objective:
-        """The same loss without about that share of the images, on which it is checked; one micro-batch at least.
+        """The same loss without about that share of the images, on which it is checked; one mini-batch at least.
 
-        Itself, where there is no share or a single micro-batch.
+        Itself, where there is no share or a single mini-batch.
         """
-        fitted, held = held_out(self.indices, share)
+        fitted, held = set_apart(self.examples.groups, share)
         if not held:
             return self
         objective = self.on(fitted)
@@ -158,11 +158,15 @@ class Objective:
         return [1 / total if total > 0 and counts else 0.0 for total, counts in zip(totals, self.counted)]
 
 
-def held_out(indices: list[int], share: float) -> tuple[list[int], list[int]]:
-    """(micro-batches that are fitted, about that share of them that are not, spread over all); of one, none is not."""
-    count = min(len(indices) // 2, max(1, round(share * len(indices)))) if share else 0
-    held = [indices[(2 * i + 1) * len(indices) // (2 * count)] for i in range(count)]
-    return [i for i in indices if i not in held], held
+def set_apart(groups: list[list[int]], share: float) -> tuple[list[int], list[int]]:
+    """(micro-batches that are fitted, those of about that share of the groups, which are not), spread over all.
+
+    Of a single group, all are fitted.
+    """
+    count = min(len(groups) // 2, max(1, round(share * len(groups)))) if share else 0
+    held = {(2 * i + 1) * len(groups) // (2 * count) for i in range(count)}
+    fitted = [index for number, group in enumerate(groups) if number not in held for index in group]
+    return fitted, [index for number in sorted(held) for index in groups[number]]
 
 
 def reconstruction(

@@ -280,6 +280,19 @@ def test_a_layer_that_the_trace_does_not_follow_is_left_dense(images, masks, cap
     assert torch.equal(pruned.model.first.weight, model.first.weight)
 
 
+@pytest.mark.parametrize("rule", ["1:2", "dense"])
+def test_a_rule_of_a_layer_that_the_trace_does_not_follow_is_no_mistake(images, rule):
+    model = randomise(Frozen())
+    for network in (model, checked := Network(model)):
+        rules = snows.NM(1, 2, {"first": rule, "sec*": "1:4"})
+        pruned = snows.prune(network, images, rules, snows.Options(schedule=1))
+        assert set(pruned.masks) == {"second"}
+        assert "the trace has frozen" in pruned.left_dense["first"]
+        snows.choose_masks(checked, images, snows.NM(1, 2))  # its layer is refused from here on
+    with pytest.raises(snows.UsageError, match="no prunable layer is named third"):
+        snows.prune(model, images, snows.NM(1, 2, {"first": rule, "third": rule}))
+
+
 class Careless(nn.Module):
     """Dropout that no one switches off."""
 

@@ -13,6 +13,7 @@ from torchvision.models.regnet import BlockParams, RegNet
 
 import snows
 from snows.calibration.streams import gather
+from snows.cli.run_folder import layer_rows
 from snows.methods import snows_with
 from snows.schedule import sweeps
 from snows.solve.curvature import Curvature
@@ -398,6 +399,60 @@ def test_joint_steps_behind_each_stage(tiny, images, mask_alg, solved):
     assert told[0] == told[1]
 
 
+@pytest.fixture
+def parted(tiny):
+    """A job whose joint steps cut the images into other micro-batches; the next sweep keeps to those."""
+    images = torch.randn(48, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return tiny, images, snows.NM(1, 4), fast(batch_size=8, schedule=2, joint_steps=1, joint_stages=True)
+
+
+@pytest.mark.parametrize("solved", [0, 2, 3, 4, 5, 8, 12])
+def test_a_job_goes_on_with_the_micro_batches_that_joint_steps_have_left(parted, solved):
+    steps = []
+    whole = snows.prune(*parted, listener=lambda step, job: steps.append(step))
+    assert [step.record.batch_size for step in steps] == [8] * 2 + [4] * 10
+    again = snows.prune(*parted, finished=steps[:solved])
+    assert [record.batch_size for record in again.layers] == [8] * 2 + [4] * 10
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
+
+
+def test_a_job_goes_on_with_the_micro_batches_that_fitted_the_joint_steps(parted, monkeypatch):
+    compute, steps = Curvature.__init__, []
+
+    def small_memory(self, objective, theta):
+        if len(objective.window.layers) > 1 and max(objective.examples.sizes) > 2:
+            raise MemoryError
+        compute(self, objective, theta)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Curvature, "__init__", small_memory)
+        snows.prune(*parted, listener=lambda step, job: steps.append(step))
+    sizes = [step.record.batch_size for step in steps]
+    assert set(sizes[2:4]) == {2}
+    again = snows.prune(*parted, finished=steps[:4])
+    assert [record.batch_size for record in again.layers[:6]] == sizes[:6]
+
+
+def test_a_layer_that_failed_once_is_no_problem_once_it_is_solved(tiny, images):
+    turns = []
+
+    def flaky(objective, *job):
+        turns.append([layer.name for layer in objective.window.layers])
+        if len(turns) == 1 or turns[-1] == ["fc"]:
+            raise FloatingPointError("the loss is not finite")
+        return solve(objective, *job)
+
+    options = fast(schedule=1, joint_steps=1)
+    pruned = snows.prune(tiny, images, snows.NM(1, 4), options, algo=snows_with(flaky))
+    assert pruned.layers[0].problem
+    assert pruned.problems == {"fc": "the loss is not finite"}
+    assert "fc" not in turns[-1]  # the joint steps go without it, and with the other
+    assert turns[0][0] in turns[-1]
+    problems = {row["name"]: row["problem"] for row in layer_rows(pruned.layers)}
+    assert {name for name, problem in problems.items() if problem} == {"fc"}
+
+
 def test_a_job_goes_on_with_the_micro_batches_that_fitted(tiny, images, monkeypatch):
     compute, steps = Curvature.__init__, []
 
@@ -480,3 +535,20 @@ def test_a_nan_among_the_weights_is_reported_and_the_job_ends(tiny, images):
     assert [layer.name for layer in pruned.layers if not layer.problem] == ["stem", "grouped"]
     assert set(pruned.problems) == {"gate", "fc"}
     assert all("the loss is not finite" in problem for problem in pruned.problems.values())
+
+
+def test_matrices_that_are_no_layers_are_named_where_they_are_many(caplog):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.matrix = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x):
+            return self.first(x.flatten(1)) @ self.matrix
+
+    snows.prune(Own(), torch.randn(4, 2, 2, 2), snows.NM(2, 4), algo="MP")
+    (said,) = [record.getMessage() for record in caplog.records if "stay dense" in record.getMessage()]
+    assert (
+        said == "47 % of the parameters stay dense, for they are the weights of neither convolutions nor linear "
+        "layers: matrix"
+    )

@@ -264,7 +264,7 @@ def test_a_layer_that_a_later_sweep_solves_takes_part_in_the_joint_steps(tiny, i
     job = (tiny, images, snows.NM(1, 2), fast(sweeps=2, joint_steps=1))
     pruned = snows.prune(*job, algo=snows_with(solver), listener=lambda step, job: steps.append(step))
     assert turns[-1] == ["stem", "grouped", "fc"]
-    assert set(pruned.problems) == {"grouped", "gate"}
+    assert set(pruned.problems) == {"gate"}
     again = snows.prune(*job, finished=steps)
     for ours, reference in zip(again.model.parameters(), pruned.model.parameters(), strict=True):
         assert torch.equal(ours, reference)

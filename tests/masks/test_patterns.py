@@ -196,3 +196,22 @@ def test_paths_of_n_m_patterns():
     assert NM(2, 4).path(2) == [NM(3, 4)]
     assert NM(2, 8).path(2) == [NM(5, 8), NM(3, 8)]
     assert NM(1, 2).path(3) == NM(3, 4).path(1) == NM(1, 4).path(0) == []
+
+
+@pytest.mark.parametrize(("target", "rule"), [(0.75, 0.9), (0.8, 0.97), (0.6, 0.8)])
+def test_rules_of_most_weights_leave_the_target_in_reach_at_each_sparsity_on_the_way(target, rule):
+    """There they remove more than its share of the way; in the end the others lose what is missing."""
+    scores = {"small": torch.rand(90, 10), "large": torch.rand(240, 10)}
+    pattern, least, short = Unstructured(target, layer_sparsity={"large": rule}), {}, 0
+    for stage in [*pattern.path(3), pattern]:
+        masks = stage.select(scores, 3300, zeros=least).masks
+        least = {name: ~mask for name, mask in masks.items()}
+        lost = {name: int(zero.sum()) for name, zero in least.items()}
+        assert lost["large"] == round(2400 * stage.layer_sparsity["large"])
+        wanted = round(3300 * stage.target_sparsity)
+        assert sum(lost.values()) == max(wanted, lost["large"])
+        short += lost["large"] > wanted
+    assert short
+    assert sum(lost.values()) == round(3300 * target)
+    with pytest.raises(UsageError, match="out of reach: the layer sparsities alone"):
+        Unstructured(0.1, layer_sparsity={"large": rule}).select(scores, 3300)

@@ -201,6 +201,30 @@ def test_inputs_that_are_not_finite_end_in_one_line(tiny, images):
         snows.prune(tiny, images, snows.NM(1, 2), mask_alg="Wanda", algo="MP")
 
 
+@pytest.mark.parametrize("how", [{"algo": "SparseGPT"}, {"mask_alg": "ALPS"}], ids=str)
+def test_a_layer_whose_inputs_are_not_finite_keeps_its_masked_weight_and_the_others_are_solved(how, caplog):
+    class Bursts(nn.Module):
+        def forward(self, x):
+            return x / 0
+
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.whole, self.burst, self.bursts = nn.Linear(8, 4), nn.Linear(8, 4), Bursts()
+
+        def forward(self, x):
+            x = x.flatten(1)
+            return self.whole(x) + torch.nan_to_num(self.burst(self.bursts(x)), 0.0, 0.0, 0.0)
+
+    model, images = randomise(Beside()), torch.randn(32, 2, 2, 2, dtype=torch.float64)
+    options = snows.Options(schedule=0, joint_steps=0, min_samples=0)
+    pruned = snows.prune(model, images, snows.NM(2, 4), options, **how)
+    assert pruned.problems == {"burst": "its inputs hold NaN or infinity"}
+    assert "layer burst keeps its masked weights: the inputs of layer burst hold NaN or infinity" in caplog.text
+    assert pruned.model.burst.weight.equal(model.burst.weight * pruned.masks["burst"])
+    assert not pruned.model.whole.weight.equal(model.whole.weight * pruned.masks["whole"])
+
+
 def test_the_scores_halve_the_micro_batch_where_memory_runs_out(tiny, images, monkeypatch, caplog):
     wanted = snows.prune(tiny, images, snows.NM(1, 2), snows.Options(batch_size=5), mask_alg="Wanda", algo="MP")
     columns = snows.network.inputs.layer_columns

@@ -5,12 +5,16 @@ import csv
 import pytest
 import torch
 from helpers import TinyCNN, randomise
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from references import build
+from torch import nn
 
 import snows
+from snows.calibration.streams import Streams
 from snows.cli.run_folder import csv_text, layer_rows
+from snows.network.layers import Network
+from snows.solve.joint import joint_objective
 from snows.solve.solver import Armijo, EarlyStop, conjugate_gradients
 
 
@@ -26,6 +30,19 @@ def test_some_micro_batches_are_held_out_and_the_others_fitted(parts, share):
     assert 1 <= len(held) <= max(1, round(share * len(objective)))
     assert sorted(fitted.indices + held) == objective.indices
     assert fitted.held_out.held_out is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(count=st.integers(40, 3000), batch_size=st.integers(8, 256))
+def test_about_the_share_of_the_images_is_held_out(count, batch_size):
+    """Whatever remains in the last mini-batch, and wherever the cuts fall."""
+    network, options = Network(randomise(nn.Sequential(nn.Flatten(), nn.Linear(1, 1)))), snows.Options()
+    streams = Streams(network, list(torch.ones(count, 1, 1, 1, dtype=torch.float64).split(batch_size)), "cpu")
+    streams.fit_jointly(network.layers, options)
+    assert len(streams.shared.sizes) >= 8
+    objective = joint_objective(network.layers, streams, options).holding_out(0.1)
+    assert objective.images + objective.held_out.images == count
+    assert 0.04 * count <= objective.held_out.images <= 0.2 * count
 
 
 def losses_of_iterates(a, b, held):
