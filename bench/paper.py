@@ -30,7 +30,7 @@ import snows
 from snows.arguments import check_device
 from snows.cli.flags import whole
 from snows.cli.shell import shell
-from snows.errors import SnowsError
+from snows.errors import Interrupted, SnowsError
 from snows.masks.saliency import SALIENCIES
 from snows.options import PRESETS
 from snows.zoo.evaluate import score
@@ -118,6 +118,8 @@ def work(args: argparse.Namespace, results: Results, device: str) -> None:
         said = f"{place}: {name} {run['pattern']} {run['method']} {run['seed']}"
         try:
             figures = measure(subject, run)
+        except Interrupted:
+            raise
         except SnowsError as error:  # a sparsity out of the network's reach, say: the others go on
             print(f"{said}: left out: {error}", flush=True)
             continue

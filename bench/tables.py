@@ -1,8 +1,10 @@
 """The tables of README.md and docs/: one function for each, from the CSV files in results/."""
 
+import re
 from statistics import median
 
 import cost_tables
+import paper_tables
 import ranks_tables
 from cells import (
     PATTERNS,
@@ -17,6 +19,8 @@ from cells import (
     table,
 )
 from deploy_tables import export_sizes, exports, int8, latency
+
+PAPER_METHODS = ("MP", "Wanda", "MP+", "SparseGPT", "SNOWS fast", "SNOWS best", "SNOWS paper")
 
 
 def default(arch: str) -> str:
@@ -259,6 +263,12 @@ def memory() -> str:
     return table(["job", "images", *(name for *_, name in columns)], cells)
 
 
+def paper() -> str:
+    """The tables of bench/paper.py, of networks with their own weights."""
+    rows = [row for row in load("paper") if not row["random_weights"]]
+    return re.sub("^## (.*)$", r"**\1**", paper_tables.markdown(rows, {}, PAPER_METHODS), flags=re.MULTILINE).strip()
+
+
 TABLES = {
     "headline": headline,
     "default": lambda: default("resnet20_digits"),
@@ -280,6 +290,7 @@ TABLES = {
     "compare_vit": lambda: comparison(load("compare_vit_2048")),
     "permute": permuted,
     "networks": networks,
+    "paper": paper,
     "real": real,
     "real_classifier": real_classifier,
     "products": products,

@@ -12,6 +12,7 @@ import torch
 from paper_networks import NETWORKS, Entry
 
 import snows
+from snows.errors import Interrupted
 from snows.options import PRESETS
 
 SMALL = {
@@ -89,6 +90,17 @@ def test_random_weights_run_through_the_same_code_and_only_once(run, tmp_path, c
     capsys.readouterr()
     assert run(*flags) == rows
     assert "of" not in capsys.readouterr().out.split()  # "1 of 4": nothing is measured again
+
+
+def test_a_run_that_is_interrupted_is_not_left_out_but_ends_the_command(run, monkeypatch, capsys):
+    def stopped(*job, **how):
+        raise Interrupted("interrupted after 2 layers", KeyboardInterrupt())
+
+    flags = ["--random_weights", "--patterns", "2:4", "--methods", "MP"]
+    monkeypatch.setattr(snows, "prune", stopped)
+    with pytest.raises(Interrupted):
+        run(*flags)
+    assert "left out" not in capsys.readouterr().out
 
 
 def test_a_network_that_lacks_something_is_left_out_with_what_to_do(run, small, tmp_path, capsys):
