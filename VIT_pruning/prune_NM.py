@@ -16,7 +16,8 @@ def main():
     flags.add_nm_flags(parser)
     utils.add_layer_flag(parser)
     settings = flags.parse(parser, flags.nm)
-    experiment.run(settings, utils.KNOWN, layers=utils.chosen(settings.flags["layers_to_prune"]))
+    parts = settings.flags["layers_to_prune"]
+    experiment.run(settings, utils.KNOWN, utils.chosen(parts), {"--layers_to_prune": utils.patterns(parts)})
 
 
 if __name__ == "__main__":

@@ -60,6 +60,11 @@ def add_layer_flag(flags: argparse.ArgumentParser) -> None:
     )
 
 
+def patterns(parts: list[str]) -> list[str]:
+    """Those of --layers_to_prune that are names, or patterns of names."""
+    return [part for part in parts if part not in PARTS]
+
+
 def chosen(parts: list[str]) -> Callable[[str], bool]:
     """Whether a layer's name is among --layers_to_prune."""
 

@@ -5,6 +5,7 @@ from snows import semi_structured
 from snows.cli.run_folder import load as load_run
 from snows.errors import SnowsError, TraceError, UsageError
 from snows.masks.patterns import NM, Selection, Unstructured
+from snows.masks.permute import permute
 from snows.network.layers import Network
 from snows.options import Options
 from snows.pipeline import choose_masks, prune
@@ -23,6 +24,7 @@ __all__ = [
     "UsageError",
     "choose_masks",
     "load_run",
+    "permute",
     "prune",
     "semi_structured",
     "sparsity",

@@ -33,11 +33,11 @@ def read(folder: Path, metrics: Iterable[str] = (), arguments: Iterable[str] = (
     Raises:
         UsageError: they do not, or the run is not finished.
     """
-    found = run_folder.read_json(folder / "metrics.json", "finished", *metrics)
+    finished = run_folder.read_json(folder / "metrics.json", "finished")["finished"]
     saved = Namespace(**run_folder.read_json(folder / "args.json", "script", "arch", *arguments))
-    if not found["finished"]:
-        raise UsageError(f"{folder} is not finished: go on with python {saved.script} --resume {folder}")
-    return found, saved
+    if not finished:
+        raise UsageError(f"{folder} is not finished: go on with {sys.executable} {saved.script} --resume {folder}")
+    return run_folder.read_json(folder / "metrics.json", *metrics), saved
 
 
 def network_of(folder: Path, saved: Namespace, known: Known | None, factory: str | None) -> Classifier:

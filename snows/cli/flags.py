@@ -6,8 +6,10 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -16,6 +18,7 @@ from snows.cli.resume import resumed
 from snows.cli.settings import PatternOf, RunSettings, check_mask_flags, from_flags
 from snows.deploy.exports import EXPORTS
 from snows.deploy.product import How
+from snows.errors import UsageError
 from snows.masks.allocation import ALLOCATIONS
 from snows.masks.patterns import NM, Unstructured
 from snows.masks.rules import read_rules
@@ -39,9 +42,18 @@ def whole(least: int) -> Callable[[str], int]:
     return number
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes end in one line, as all that goes wrong does."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.match(r"unrecognized arguments: (--\w+)", message)
+        near = get_close_matches(wrong[1], self._option_string_actions, 1) if wrong else []
+        raise UsageError(f"{message}{f' (did you mean {near[0]}?)' if near else ''}; --help lists the flags.")
+
+
 def parser(description: str, arch: str) -> argparse.ArgumentParser:
     """The flags that every script shares; `arch` is the network that ships with the repository."""
-    flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_network_flags(flags, arch)
     add_mask_flags(flags)
     add_run_flags(flags)
@@ -217,9 +229,9 @@ def add_unstructured_flags(flags: argparse.ArgumentParser, default: float) -> No
     group.add_argument(
         "--target_sparsity",
         type=float,
-        default=default,
         help=f"share of all parameters to set to zero (default: {default})",
     )
+    flags.set_defaults(default_sparsity=default)
     group.add_argument("--max_layer_sparsity", type=float, help="cap per layer (default: halfway from the target to 1)")
     group.add_argument(
         "--allocation",
@@ -237,7 +249,8 @@ def add_unstructured_flags(flags: argparse.ArgumentParser, default: float) -> No
 
 def unstructured(args: argparse.Namespace) -> Unstructured:
     normalise = SALIENCIES[args.mask_alg].layer_wise if args.normalise is None else args.normalise
-    return Unstructured(args.target_sparsity, args.max_layer_sparsity, args.allocation, normalise, args.layer_sparsity)
+    target = args.default_sparsity if args.target_sparsity is None else args.target_sparsity
+    return Unstructured(target, args.max_layer_sparsity, args.allocation, normalise, args.layer_sparsity)
 
 
 def add_nm_flags(flags: argparse.ArgumentParser) -> None:

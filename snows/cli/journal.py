@@ -69,8 +69,7 @@ def read(path: Path) -> Step:
         tensors, metadata = safetensors.torch.load(content), header(content)["__metadata__"]
         if metadata["checksum"] != fingerprint(metadata["record"], tensors):
             raise ValueError("its checksum is wrong")
-        record = json.loads(metadata["record"])
-        return Step(LayerRecord(**{**record, "shape": tuple(record["shape"])}), **tensors)
+        return Step(LayerRecord.of(json.loads(metadata["record"])), **tensors)
     except Exception as error:  # what damaged bytes raise has no end
         sound = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
         if sound or is_out_of_memory(error):

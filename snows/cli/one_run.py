@@ -28,6 +28,7 @@ class OneRun:
     def __init__(self, task: Task, algo: str, seed: int, folder: Path):
         self.task, self.settings, self.algo, self.seed, self.folder = task, task.settings, algo, seed, folder
         self.journal = Journal(folder)
+        self.judged: tuple[int, float | None] = (-1, None)  # the sweep whose joint steps were measured last
 
     def carry_out(self) -> dict:
         """Prune, evaluate, save, print; returns the run's metrics."""
@@ -60,8 +61,12 @@ class OneRun:
 
     def judge(self, step: Step, job: Job) -> None:
         """Measure the network as it stands after a layer, if that is asked for."""
-        if self.settings.evaluate_layers and not step.replayed:
-            step.record.accuracy = self.task.score(job.network.model).accuracy
+        if not self.settings.evaluate_layers or step.replayed:
+            return
+        record = step.record
+        if not record.joint or record.sweep != self.judged[0]:  # of joint steps, all layers have been written
+            self.judged = record.sweep, self.task.score(job.network.model).accuracy
+        record.accuracy = self.judged[1]
 
     def draw(self) -> tuple[Tensor | None, list[int]]:
         """The calibration images and their indices, if the run looks at any."""

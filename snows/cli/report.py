@@ -1,6 +1,6 @@
 """A page that shows how a run went, or how several compare: one file that needs nothing besides itself.
 
-    python -m snows.report RUN_DIR [RUN_DIR ...] [--out FILE]
+    python -m snows.cli.report RUN_DIR [RUN_DIR ...] [--out FILE]
 
 With one run folder it writes report.html into it, as every run does at its end; with several, comparison.html.
 """
@@ -69,7 +69,7 @@ class Run:
 
 def layer_record(folder: Path, values: dict) -> LayerRecord:
     try:
-        return LayerRecord(**{**values, "shape": tuple(values["shape"])})
+        return LayerRecord.of(values)
     except (TypeError, KeyError) as error:
         raise UsageError(f"{folder} holds no run that can be read: layers.json: {error}") from error
 

@@ -20,15 +20,14 @@ from snows.result import Step
 from snows.zoo.evaluate import Score
 
 # Flags that may change when a run goes on, since its problem stays the same; and what that means for the result.
-MEANINGS = ROUNDING, LEFT_OUT = ("the last bits of the result may differ", "those steps are left out")
-MAY_CHANGE: dict[str, str | None] = {
-    "batch_size": ROUNDING,
-    "memory_budget": ROUNDING,
-    "device": ROUNDING,
-    "joint_steps": LEFT_OUT,
-}
-MAY_CHANGE |= {"precision": ROUNDING, "num_workers": None, "test_batch_size": None, "cache_dir": None}
-SIZES = {"batch_size", "memory_budget", "device"}  # those that decide how many images are in a micro-batch
+ROUNDING = "the last bits of the result may differ"
+OTHERS = "what is still to be solved may come out a little otherwise, as with another seed"  # other random signs, ...
+LEFT_OUT = "those steps are left out"
+MEANINGS = ROUNDING, OTHERS, LEFT_OUT
+SIZES = ("batch_size", "memory_budget", "device")  # those that decide how many images are in a micro-batch
+MAY_CHANGE: dict[str, str | None] = dict.fromkeys(SIZES, OTHERS)
+MAY_CHANGE |= {"joint_steps": LEFT_OUT, "precision": ROUNDING}
+MAY_CHANGE |= dict.fromkeys(("num_workers", "test_batch_size", "cache_dir"))
 
 
 def resumed(flags: argparse.ArgumentParser, folder: Path, pattern_of: PatternOf) -> RunSettings:
@@ -85,7 +84,7 @@ def script() -> str:
 
 def resume_command(folder: Path) -> str:
     group = current()
-    launcher = ["python"] if group.size == 1 else ["torchrun", "--nproc_per_node", str(group.neighbours)]
+    launcher = [sys.executable] if group.size == 1 else ["torchrun", "--nproc_per_node", str(group.neighbours)]
     return shlex.join([*launcher, sys.argv[0], "--resume", str(folder)])
 
 
@@ -106,7 +105,7 @@ def changes(settings: RunSettings, finished: int) -> list[dict]:
 
 def earlier(resumes: Iterable[dict], steps: Iterable[Step]) -> Iterator[Step]:
     """The finished steps; how many images fitted the memory is no longer known of those before a change of sizes."""
-    sizes_changed = [resume for resume in resumes if SIZES & resume.keys()]
+    sizes_changed = [resume for resume in resumes if resume.keys() & set(SIZES)]
     after = max((resume["after"] for resume in sizes_changed), default=0)
     return (replace(step, fitted=number >= after) for number, step in enumerate(steps))
 

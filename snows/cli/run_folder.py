@@ -10,6 +10,7 @@ import csv
 import fcntl
 import io
 import json
+import math
 import os
 import platform
 import sys
@@ -30,8 +31,9 @@ from snows.deploy.macs import remaining
 from snows.distributed import current
 from snows.errors import SnowsError, UsageError, WriteError
 from snows.network.layers import Masks
-from snows.result import LayerRecord, Pruned
+from snows.result import LOSSES, LayerRecord, Pruned
 from snows.zoo import packed
+from snows.zoo.checkpoints import fitted
 
 # What a run writes before its first layer, in this order, and the names that each holds; args.json makes a run of it.
 BEGUN = {"environment.json": "torch", "calibration.json": "indices", "metrics.json": "dense_accuracy"}
@@ -176,7 +178,16 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, record: dict | list) -> None:
-    write(path, json.dumps(record, indent=2, default=str) + "\n")
+    write(path, json.dumps(finite(record), indent=2, default=str, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The value with null for numbers that JSON does not have: NaN, and infinity."""
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path, *names: str) -> Any:
@@ -221,6 +232,7 @@ def save(folder: Path, pruned: Pruned, metrics: dict, macs: dict[str, int] | Non
         "cg_iterations": pruned.cg_iterations,
         "peak_memory_bytes": pruned.peak_memory_bytes,
         "problems": pruned.problems,
+        "left_dense": pruned.left_dense,
     }
     write_json(folder / "metrics.json", metrics)
     return metrics
@@ -236,21 +248,18 @@ def unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-LOSSES = ("loss_before", "loss_after", "held_out_before", "held_out_after")
-
-
 def layer_rows(records: list[LayerRecord]) -> list[dict]:
     """One row per layer: the losses of each sweep (the first without a number), the effort summed over sweeps."""
     rows: dict[str, dict] = {}
     for record in records:
         values = asdict(record)
-        sweep, _ = values.pop("sweep"), values.pop("residuals")
+        sweep, *_ = (values.pop(name) for name in ("sweep", "residuals", "joint"))
         shape = "x".join(map(str, record.shape))
         what = {"name": record.name, "shape": shape, "sparsity": record.sparsity}
         row = rows.setdefault(record.name, {**what, **values, "shape": shape})
         if sweep > 0:
             row |= {"sparsity": record.sparsity, "accuracy": record.accuracy, "batch_size": record.batch_size}
-            row["problem"] = record.problem or row["problem"]
+            row["problem"] = record.problem
             row |= {f"{loss}_{sweep + 1}": values[loss] for loss in LOSSES}
             own = () if record.joint else ("newton_steps", "cg_iterations")  # joint steps are no single layer's
             for effort in (*own, "products", "seconds"):
@@ -287,9 +296,9 @@ def load(folder: str | Path, model: nn.Module) -> tuple[nn.Module, Masks]:
         file = folder / packed.FILE
     try:
         state, masks = packed.unpack(file) if packed.is_packed(file) else load_unpacked(folder)
-        model.load_state_dict(state)
+        model.load_state_dict(fitted(state, model.state_dict(), file))
         return model, masks
-    except (OSError, safetensors.SafetensorError, RuntimeError, KeyError, ValueError) as error:
+    except (OSError, safetensors.SafetensorError, RuntimeError, KeyError, ValueError, UsageError) as error:
         raise SnowsError(f"cannot load {folder}: {error}") from error
 
 

@@ -21,7 +21,7 @@ from snows.zoo.registry import default_dataset
 PatternOf = Callable[[argparse.Namespace], Pattern]  # builds the pattern that a script's flags ask for
 # Flags that have no bearing on a run's result, and are what each command says.
 NO_BEARING = {"resume", "out_dir", "data_dir", "verbose", "quiet", "evaluate_layers", "export_masks"}
-NO_BEARING |= {"export", *vars(How())}
+NO_BEARING |= {"default_sparsity", "export", *vars(How())}
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class RunSettings:
 
     @property
     def runs(self) -> list[tuple[str, int]]:
-        """(algorithm, seed) of each run, each once."""
-        return list(dict.fromkeys(itertools.product(self.algo, self.seed)))
+        """(algorithm, seed) of each run, each once; those of one seed together, for they share its images."""
+        return list(dict.fromkeys((algo, seed) for seed, algo in itertools.product(self.seed, self.algo)))
 
     @property
     def how(self) -> How:
@@ -129,7 +129,7 @@ def check_mask_flags(args: argparse.Namespace) -> None:
         UsageError: it names them.
     """
     choices = {"mask_alg": "MP", "permute": False}
-    choices |= {"max_layer_sparsity": None, "allocation": "global", "normalise": None}
+    choices |= {"target_sparsity": None, "max_layer_sparsity": None, "allocation": "global", "normalise": None}
     if not hasattr(args, "NM_N"):
         choices["layer_sparsity"] = {}  # for N:M, rules say what the masks are checked against
     chosen = [f"--{flag}" for flag, none in choices.items() if getattr(args, flag, none) != none]

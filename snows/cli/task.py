@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -42,7 +42,7 @@ FAR_FROM_STATED = 1.0  # percent points between measured and stated dense accura
 class Task:
     """A dense network, its images, its layers to prune and the pattern; `common` is what metrics.json says of them."""
 
-    def __init__(self, settings: RunSettings, known: Known, layers: Layers):
+    def __init__(self, settings: RunSettings, known: Known, layers: Layers, named: Mapping[str, Sequence[str]] = {}):
         self.settings = settings
         self.layers = lambda name: layers(name) and not any(fnmatchcase(name, skipped) for skipped in settings.skip)
         self.group = current()
@@ -64,8 +64,10 @@ class Task:
             warn_of_twin(settings, self.model, self.data)
         if isinstance(settings.pattern, NM) and settings.permute:
             self.model = permuted(self.model, settings.pattern, self.layers, self.example)
-        if settings.skip:
-            check_patterns(settings.skip, [layer.name for layer in self.network.layers], "--skip")
+        for flag, patterns in {**named, "--skip": settings.skip}.items():
+            if patterns:
+                names = [*(layer.name for layer in self.network.layers), *self.network.refused]
+                check_patterns(patterns, names, flag)
         self.pattern: Pattern | Masks = settings.pattern
         if settings.masks is not None:
             self.pattern = self.masks_of_file(settings.masks)
@@ -107,10 +109,10 @@ class Task:
         """Measure the dense and the masked network, or read what the run that goes on had measured; say so."""
         settings, seed = self.settings, self.settings.seed[0]
         measured = {} if settings.resume is None else read_metrics(settings.resume)
+        chosen = self.selection(seed)  # before the images that test: what does not fit is said at once
         dense = measured["dense_accuracy"] if measured else self.dense[0].accuracy
         print(f"{settings.arch} on {settings.dset}: dense accuracy {console.percent(dense)}, pattern {self.name}")
         warn_if_far(dense, stated_accuracy)
-        chosen = self.selection(seed)
         print(f"pruning {len(chosen.masks)} layers: {console.kinds(chosen.masks)}", flush=True)
         if measured:
             known = (measured[f"masked_{each.name}"] for each in fields(Score))
@@ -125,7 +127,6 @@ class Task:
             "masks_checksum": checksum([] if not isinstance(self.pattern, dict) else self.pattern.values()),
             "dense_accuracy": dense,
             "dense_sparsity": sparsity(self.model),
-            "left_dense": {**self.network.refused, **chosen.left_dense},
         }
 
     def mask_seed(self, seed: int) -> int | None:
@@ -136,8 +137,9 @@ class Task:
         """The masks that a seed's images choose: the one place where they are, once for each set of images."""
         key = self.mask_seed(seed)
         if key not in self.selections:
-            images = None if key is None else self.calibration(seed)[0]
             settings, options = self.settings, self.settings.options_of(seed)
+            looks = any(map(settings.needs_images, settings.algo))  # magnitudes need none, but the network's trace does
+            images = self.calibration(seed)[0] if looks else None
             chosen = choose_masks(
                 *(self.network, images, self.pattern, options),
                 mask_alg=settings.mask_alg,

@@ -10,7 +10,7 @@ from torch import Tensor
 from snows.errors import UsageError, listed
 from snows.masks.patterns import NM, are_masks
 from snows.network.layers import Masks, Network
-from snows.zoo.checkpoints import ASP_MASK, ASP_REST, DENSE_OF, MASK_OF, State, read_state
+from snows.zoo.checkpoints import ASP_MASK, ASP_REST, DENSE_OF, MASK_OF, State, common_prefix, read_state
 
 
 def read_masks(path: Path, network: Network) -> Masks:
@@ -26,7 +26,7 @@ def read_masks(path: Path, network: Network) -> Masks:
         UsageError: the file is missing or damaged, or names, shapes or values do not fit; the message lists what.
     """
     prunable = {layer.parameter: layer.name for layer in network.layers}
-    state = named_as_by_torch(read_state(path))
+    state = named_as_by_torch(without_prefix(read_state(path), network))
     layer_of = {name: prunable.get(name.removesuffix(MASK_OF), name) for name in state}
     masks = {
         name: tensor for name, tensor in state.items() if name in prunable.values() or is_mask_of_weight(name, state)
@@ -45,6 +45,15 @@ def read_masks(path: Path, network: Network) -> Masks:
         names = listed(layer.name for layer in network.layers)
         raise UsageError(f"{path} holds neither masks nor zeros for any of the layers {names}.")
     return dict(named)
+
+
+def without_prefix(state: State, network: Network) -> State:
+    """A file's tensors without what stands before all of the network's names there, as "model."; mostly nothing."""
+    own = dict(network.model.state_dict())
+    for layer in network.layers:
+        own |= dict.fromkeys((layer.name, layer.parameter + MASK_OF, layer.parameter + DENSE_OF), own[layer.parameter])
+    prefix = common_prefix(state, own)
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def named_as_by_torch(state: State) -> State:

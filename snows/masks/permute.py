@@ -39,22 +39,20 @@ def permute(
     model: nn.Module,
     pattern: NM,
     layers: Callable[[str], bool] = lambda name: True,
-    seed: int = 0,
-    scores: Scores | None = None,
     example: Example = None,
 ) -> Permuted:
     """A copy of `model` whose channels are in an order in which N:M keeps more, where they may be.
 
-    A set's layers count alike, each by the share that it keeps; a set whose layers gain nothing on average stays.
+    A set's layers count alike, each by the share of its magnitude that it keeps; a set whose layers gain nothing on
+    average stays.
 
     layers: which layers are to be pruned, by name.
-    scores: what each weight of a layer is worth, not negative; of the layers without, the magnitude.
     example: as of `Network`.
     """
     network, result = Network(model, example=example), Permuted(copy.deepcopy(model), {})
-    coupling, known = Coupling(network), scores or {}
+    coupling = Coupling(network)
     worth = {
-        layer.name: known.get(layer.name, network.model.get_parameter(layer.parameter)).detach().abs().cpu()
+        layer.name: network.model.get_parameter(layer.parameter).detach().abs().cpu()
         for layer in network.layers
         if layers(layer.name)
     }
@@ -65,7 +63,7 @@ def permute(
         readers = {name: score for name, score in readers.items() if score.any()}
         if not readers:
             continue
-        order, before, after = best_order(readings(readers, pattern), seed)
+        order, before, after = best_order(readings(readers, pattern))
         if after > before:
             reorder(result.model, slots, order)
             rules = {name: pattern.of(name) or pattern for name in readers}

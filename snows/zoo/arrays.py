@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from snows.errors import UsageError, first_line
+from snows.errors import UsageError, first_line, listed
 
 log = logging.getLogger("snows")
 
@@ -86,7 +86,12 @@ def read_npz(path: Path) -> Mapping[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             names = [name for name in NAMES if name in archive.files]
-            return {name: archive[name] for name in names or archive.files[:1]}
+            if not names and len(archive.files) > 1:
+                held, wanted = listed(archive.files), ", ".join(NAMES)
+                raise UsageError(f"{path} holds {held}; it must hold {wanted}, or images alone.")
+            return {name: archive[name] for name in names or archive.files}
+    except UsageError:
+        raise
     except FileNotFoundError:
         raise UsageError(f"no such file: {path}") from None
     except Exception as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,12 +33,12 @@ class Classifier:
         return replace(self, transform=with_resize(with_statistics(self.transform, mean, std), resize))
 
 
-def from_library(arch: str, pretrained: bool, num_classes: int | None = None) -> Classifier:
+def from_library(arch: str, pretrained: bool, num_classes: int | None = None, others: Iterable[str] = ()) -> Classifier:
     """Any torchvision or timm classifier; "timm/NAME" or "torchvision/NAME" where both know the name.
 
     "hf-hub:OWNER/NAME" is one of timm's on the Hugging Face hub, "local-dir:FOLDER" one in a folder. A bare name is
     torchvision's if torchvision has it. pretrained: the weights are downloaded (torchvision: IMAGENET1K_V1 where there
-    is one) with a progress bar; otherwise they are random.
+    is one) with a progress bar; otherwise they are random. others: the names that would have been taken besides.
 
     Raises:
         UsageError: neither library knows the name. SnowsError: the weights cannot be downloaded.
@@ -58,8 +58,13 @@ def from_library(arch: str, pretrained: bool, num_classes: int | None = None) ->
             config = timm.data.resolve_model_data_config(model)
             return Classifier(model, timm.data.create_transform(**config, is_training=False))
     except Exception as error:  # each library, hub and protocol raises its own
-        raise SnowsError(f"cannot get {arch}: {type(error).__name__}: {first_line(error)}") from error
-    raise UsageError(f"unknown architecture '{arch}': neither torchvision nor timm has it (see timm.list_models()).")
+        advice = " Give a file of its weights as `checkpoint`." if pretrained else ""
+        said = f"cannot get {arch}: {type(error).__name__}: {first_line(error)}"
+        raise SnowsError(f"{said.rstrip('.')}.{advice}" if advice else said) from error
+    known = f"; this script knows {listed(others)}" if others else ""
+    raise UsageError(
+        f"unknown architecture '{arch}': neither torchvision nor timm has it (see timm.list_models()){known}."
+    )
 
 
 def with_statistics(transform: Callable, mean: Sequence[float] | None, std: Sequence[float] | None) -> Callable:

@@ -165,6 +165,7 @@ def number_classes(train: Pictures, test: Pictures, outputs: int, classes: Seque
             classes = synsets
         else:
             check_same(train.part, test.part)
+            check_outputs(len(folders), outputs)
             classes = folders
     unknown = [name for name in folders if name not in set(classes)]
     if unknown:
@@ -186,6 +187,21 @@ def check_same(train: Part, test: Part) -> None:
             f"{test.folder} has class folders that {train.folder} lacks: {listed(strange)}. Give `classes`, a file "
             f"that lists all of them in the order of the network's outputs."
         )
+
+
+def check_outputs(folders: int, outputs: int) -> None:
+    """Refuse more class folders than the network has outputs; warn of fewer.
+
+    Raises:
+        UsageError: there are more.
+    """
+    if folders > outputs:
+        raise UsageError(f"there are {folders} class folders, and the network has {outputs} outputs (`num_classes`).")
+    if 0 < folders < outputs:
+        log.warning(
+            "%d class folders are taken for the first of the network's %d outputs, in the order of their names: if "
+            "they are others, `classes` says which", folders, outputs,
+        )  # fmt: skip
 
 
 def imagenet_classes(outputs: int) -> list[str]:

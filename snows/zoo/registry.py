@@ -46,6 +46,20 @@ def shipped(build: Callable[[], nn.Module], transform: Callable, file: str, accu
     return builder
 
 
+def unshipped(build: Callable[[], nn.Module], transform: Callable) -> Callable:
+    """The builder of a network whose weights come from --checkpoint.
+
+    Raises (the builder): UsageError: none were given.
+    """
+
+    def builder(pretrained: bool) -> Classifier:
+        if pretrained:
+            raise UsageError("no weights are known of this network: give a file of them as `checkpoint`.")
+        return Classifier(build(), transform)
+
+    return builder
+
+
 def load_classifier(
     arch: str,
     known: Known,
@@ -70,7 +84,7 @@ def load_classifier(
         raise UsageError(f"`num_classes` is for torchvision's and timm's networks: {arch} has its own.")
     pretrained = not (checkpoint or random_weights)
     torch.manual_seed(seed)
-    classifier = known[arch](pretrained) if arch in known else from_library(arch, pretrained, num_classes)
+    classifier = known[arch](pretrained) if arch in known else from_library(arch, pretrained, num_classes, known)
     if checkpoint:
         load_checkpoint(classifier.model, checkpoint, checkpoint_key, classifier.in_order)
         classifier.stated_accuracy = None

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from snows.cli import run_folder
+from snows.cli import resume, run_folder
 from snows.cli.journal import Journal
 from snows.errors import SnowsError, UsageError
 from snows.methods import METHODS
@@ -141,7 +141,7 @@ def test_a_run_goes_on_with_other_micro_batches_and_keeps_to_them(script, ended_
     folder = tmp_path / "run"
     ended_after(3, *SMALL, "--out_dir", folder)
     _, err = ended_after(6, "--resume", folder, "--batch_size", 2, "--num_workers", 1, "--test_batch_size", 9)
-    assert err.splitlines()[0] == "note: --batch_size was 4, now 2: the last bits of the result may differ."
+    assert err.splitlines()[0] == f"note: --batch_size was 4, now 2: {resume.OTHERS}."
     saved = json_of(folder, "args")
     assert (saved["batch_size"], saved["num_workers"], saved["test_batch_size"]) == (2, 1, 9)
     assert saved["argv"][: len(SMALL)] == SMALL
@@ -151,7 +151,7 @@ def test_a_run_goes_on_with_other_micro_batches_and_keeps_to_them(script, ended_
     assert not err.startswith("note")  # nothing that bears on the result
     assert json_of(folder, "args")["batch_size"] == 2
     _, err = script(UNSTR, "--resume", folder, "--batch_size", 8, "--memory_budget", 1.5)
-    assert "--batch_size was 2, now 8; --memory_budget was 0.0, now 1.5: the last bits" in err
+    assert "--batch_size was 2, now 8; --memory_budget was 0.0, now 1.5: what is still" in err
     assert [layer["batch_size"] for layer in json_of(folder, "layers")] == [4] * 3 + [2] * 6 + [8] * (
         LAYERS - 9 + LAYERS
     )
@@ -225,5 +225,5 @@ def test_a_run_goes_on_where_its_device_is_only_if_it_is_told_to(script, ended_a
     _, err = script(UNSTR, "--resume", folder, code=2)
     assert "cannot use device cuda:99" in err
     _, err = script(UNSTR, "--resume", folder, "--device", "cpu")
-    assert "note: --device was cuda:99, now cpu: the last bits of the result may differ." in err
+    assert f"note: --device was cuda:99, now cpu: {resume.OTHERS}." in err
     assert json_of(folder, "args")["device"] == "cpu"

@@ -104,7 +104,7 @@ def test_a_network_with_another_accuracy_is_warned_of(ended, run):
 
 def test_an_unfinished_run_is_not_exported(ended, run):
     edited(run, "metrics.json", finished=False)
-    told = f"error: {run} is not finished: go on with python CNN_pruning/prune_NM.py --resume {run}\n"
+    told = f"error: {run} is not finished: go on with {sys.executable} CNN_pruning/prune_NM.py --resume {run}\n"
     assert ended(run, "--to", "packed") == (told, 2)
 
 

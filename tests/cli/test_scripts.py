@@ -185,8 +185,8 @@ def test_the_default_transformer_is_pruned_and_its_layers_are_chosen_by_name(scr
     metrics = json.loads((tmp_path / "part" / "metrics.json").read_text())
     assert metrics["sparsity"] == pytest.approx(0.1, abs=1e-4)
 
-    _, err = script("VIT_pruning/prune_NM.py", "--layers_to_prune", "in_prj", code=2)
-    assert "no layer was selected of patch_embed.proj, blocks.0.attn.qkv" in err
+    _, err = script("VIT_pruning/prune_NM.py", "--layers_to_prune", "mlp", "in_prj", code=2)
+    assert "--layers_to_prune: no prunable layer is named in_prj; those are patch_embed.proj, blocks.0" in err
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +245,7 @@ def test_files_as_people_have_them_are_taken_through_flags(script, small, tmp_pa
 
 BAD = {
     "unknown architecture": (["--arch", "resnet_of_mine"], "unknown architecture 'resnet_of_mine'"),
+    "a name of the other folder": (["--arch", "vit_digits"], "this script knows resnet"),
     "missing checkpoint": (["--checkpoint", "nowhere.pt"], "no such file: nowhere.pt"),
     "missing dataset": (["--dset", "nowhere"], "dataset 'nowhere' is not one of"),
     "sparsity of 1": (["--target_sparsity", "1"], "outside [0, 1)"),
@@ -266,6 +267,7 @@ BAD = {
         ["--masks", "m.pt", "--allocation", "erk", "--max_layer_sparsity", "0.9"],
         "leave --max_layer_sparsity and --allocation out",
     ),
+    "masks and a target": (["--masks", "m.pt", "--target_sparsity", "0.5"], "leave --target_sparsity out"),
     "a key of no file": (["--checkpoint_key", "ema"], "--checkpoint_key names an entry of the file that --checkpoint"),
     "no file of classes": (["--classes", "nowhere.txt"], "cannot read nowhere.txt (--classes)"),
     "no pixels": (["--resize", "0"], "0 is not between 1"),
@@ -275,6 +277,7 @@ BAD = {
     "no folder for masks": (["--export_masks", "nowhere/m.safetensors"], "there is no folder nowhere"),
     "masks of another kind": (["--export_masks", "m.pt"], "writes .safetensors"),
     "an unknown flag": (["--no_such_flag"], "unrecognized arguments"),
+    "a misspelt flag": (["--taget_sparsity", "0.5"], "--taget_sparsity 0.5 (did you mean --target_sparsity?)"),
     "an unknown device": (["--device", "abacus"], "abacus"),
     "a device without numbers": (["--device", "meta"], "cannot use device meta"),
     "a name of two lines": (["--arch", "one\ntwo"], "unknown architecture 'one two'"),
@@ -287,8 +290,9 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_wrong_usage_ends_with_one_line_and_code_2(script, case, tmp_path):
     flags, message = BAD[case]
-    _, err = script("CNN_pruning/unstr.py", *flags, "--out_dir", tmp_path / "run", code=2)
+    out, err = script("CNN_pruning/unstr.py", *flags, "--out_dir", tmp_path / "run", code=2)
     assert message in err
+    assert "dense accuracy" not in out  # it is said before an image is tested
     assert "Traceback" not in err
     assert err.strip().splitlines()[-1].count("error:") == 1
 
@@ -461,9 +465,11 @@ def test_the_same_run_asked_for_twice_is_run_once_and_a_full_folder_is_refused_b
     script("CNN_pruning/unstr.py", *flags, "--out_dir", tmp_path / "runs")
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"MP-seed0", "MP-seed1"}
     (tmp_path / "runs" / "MP-seed0").rename(tmp_path / "aside")
+    (tmp_path / "runs" / "MP-seed0").mkdir()
+    (tmp_path / "runs" / "MP-seed0" / "notes.txt").write_text("precious")
     _, err = script("CNN_pruning/unstr.py", *flags, "--out_dir", tmp_path / "runs", code=2)
-    assert "not empty" in err
-    assert not list((tmp_path / "runs" / "MP-seed0").iterdir())
+    assert "MP-seed0 exists and is not empty" in err
+    assert [path.name for path in (tmp_path / "runs" / "MP-seed0").iterdir()] == ["notes.txt"]
 
 
 def test_the_same_command_gives_the_same_bits(script, small, tmp_path):

@@ -101,7 +101,7 @@ def changed(run, tmp_path):
 
 
 def test_an_unfinished_run_is_refused(changed, command):
-    with pytest.raises(UsageError, match=r"is not finished: go on with python VIT_pruning/prune_NM\.py --resume"):
+    with pytest.raises(UsageError, match=r"is not finished: go on with .*python\S* VIT_pruning/prune_NM\.py --resume"):
         command(changed(metrics={"finished": False}), *FEW)
 
 

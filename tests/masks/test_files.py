@@ -26,7 +26,7 @@ def half(network, names=("stem", "grouped")):
     }
 
 
-@pytest.mark.parametrize("kind", ["bool", "uint8", "float", "of weights", "data parallel"])
+@pytest.mark.parametrize("kind", ["bool", "uint8", "float", "of weights", "data parallel", "lightning's"])
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_masks_of_any_number_type_are_read(network, tmp_path, kind, suffix):
     masks, path = half(network), tmp_path / f"masks{suffix}"
@@ -35,6 +35,8 @@ def test_masks_of_any_number_type_are_read(network, tmp_path, kind, suffix):
         state = {f"{name}.weight": mask for name, mask in state.items()}
     if kind == "data parallel":
         state = {f"module.{name}": mask for name, mask in state.items()}
+    if kind == "lightning's":  # beside what is no network's
+        state = {f"model.{name}.weight": mask for name, mask in state.items()} | {"ema_decay": torch.ones(1)}
     safetensors.torch.save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     got = read_masks(path, network)
     assert set(got) == set(masks)

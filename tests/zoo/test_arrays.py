@@ -54,3 +54,10 @@ def test_labels_beyond_64_bits_and_two_kinds_of_images_are_refused(tmp_path):
 def test_labels_of_one_part_alone_are_missed(tmp_path):
     with pytest.raises(UsageError, match="lacks y_test; it must hold x_train, y_train"):
         npz(saved(tmp_path, x_train=images(2), y_train=np.array([0, 1]), x_test=images(2)), TRANSFORM)
+
+
+def test_arrays_of_other_names_are_refused_not_taken_for_images_alone(tmp_path):
+    """As MedMNIST names them: the first alone would be half of the training images, tested on the other half."""
+    file = saved(tmp_path, train_images=images(4), test_images=images(4), train_labels=np.arange(4))
+    with pytest.raises(UsageError, match="holds train_images, test_images, train_labels; it must hold x_train, "):
+        npz(file, TRANSFORM)

@@ -156,6 +156,17 @@ def test_folders_of_imagenet_are_known_to_a_network_with_its_outputs(tmp_path, c
         read(tmp_path, outputs=10)
 
 
+def test_class_folders_are_compared_with_the_networks_outputs(tmp_path, caplog):
+    for part in ("train", "val"):
+        folder_of(tmp_path / part, "a", "b", "c")
+    with pytest.raises(UsageError, match=r"there are 3 class folders, and the network has 2 outputs"):
+        read(tmp_path, outputs=2)
+    read(tmp_path, outputs=3)
+    assert not caplog.text
+    read(tmp_path, outputs=9)
+    assert "3 class folders are taken for the first of the network's 9 outputs" in caplog.text
+
+
 def test_classes_are_for_folders(tmp_path):
     (tmp_path / "classes.txt").write_text("a\n")
     images = np.zeros((2, 4, 4, 3), np.uint8)
