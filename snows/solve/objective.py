@@ -106,9 +106,9 @@ class Objective:
         return Objective(self.examples, self.options, self.kept_bytes, indices, self.counted)
 
     def holding_out(self, share: float) -> Objective:
-        """The same loss without about that share of the images, on which it is checked; one mini-batch at least.
+        """The same loss without about that share of the images, on which it is checked; of whole groups, one at least.
 
-        Itself, where there is no share or a single mini-batch.
+        Itself, where there is no share or a single group: of micro-batches, or of those whose images are in mixtures.
         """
         fitted, held = set_apart(self.examples.groups, share)
         if not held:

@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -15,7 +16,7 @@ from snows.errors import SnowsError, UsageError
 from snows.zoo import evaluate
 from snows.zoo.classifiers import Classifier
 from snows.zoo.images import normalised
-from snows.zoo.registry import load_classifier, unshipped
+from snows.zoo.registry import load_classifier, load_data, unshipped
 
 
 class Frozen(nn.Module):
@@ -64,7 +65,12 @@ def test_what_a_run_leaves_dense_is_in_its_metrics_and_not_masked_before(run, tm
     assert list(saved["left_dense"]) == list(metrics["left_dense"]) == ["first"]
     assert "the trace has frozen" in saved["left_dense"]["first"]
     assert "pruning 2 layers: second, third" in capsys.readouterr().out
-    assert saved["masked_accuracy"] > 5  # with the first layer masked too, the whole network would be another
+    assert saved["masked_accuracy"] > 5
+    masked, masks = Frozen().eval(), safetensors.torch.load_file(tmp_path / "run" / "masks.safetensors")
+    for name in ("second", "third"):  # and not the first
+        masked.get_submodule(name).weight.data *= masks[name]
+    data = load_data("frozen_digits", KNOWN["frozen_digits"](False), "digits", tmp_path)
+    assert evaluate.accuracy(masked, data.test_batches(256)) == pytest.approx(saved["masked_accuracy"])
 
 
 def test_all_that_a_run_writes_is_json(run, tmp_path):
