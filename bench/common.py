@@ -97,7 +97,7 @@ def value(name: str, cell: str) -> object:
 
 def write(path: Path, rows: list[dict], of: dict | None = None) -> None:
     """Write rows as CSV. A dict is kept once, in the side file, and the row has its place in that list, from 0."""
-    from snows.cli import run_folder
+    from snows.cli import files
 
     shared, lines = {}, []
     for row in rows:
@@ -117,8 +117,8 @@ def write(path: Path, rows: list[dict], of: dict | None = None) -> None:
     table.writerows(lines)
     path.parent.mkdir(parents=True, exist_ok=True)
     if shared or of:  # before the rows, which a reader reads first: whatever they point at is there
-        run_folder.write(side_file(path), laid_out(({"of": of} if of else {}) | shared))
-    run_folder.write(path, text.getvalue())
+        files.write(side_file(path), laid_out(({"of": of} if of else {}) | shared))
+    files.write(path, text.getvalue())
 
 
 def laid_out(record: dict) -> str:
@@ -187,9 +187,9 @@ class Results:
 
     def _signed(self, row: dict) -> dict:
         """The row with the machine and the versions that it was measured on, where it does not say so itself."""
-        from snows.cli import run_folder
+        from snows.cli.environment import environment_of
 
-        return row if row.get("environment") else {**row, "environment": run_folder.environment(self.device)}
+        return row if row.get("environment") else {**row, "environment": environment_of(self.device)}
 
     @contextmanager
     def _locked(self, place: int, wait: bool = False) -> Iterator[bool]:

@@ -19,7 +19,7 @@ from networks import fill_zero_weights
 from torch import nn
 
 import snows
-from snows.cli import run_folder
+from snows.cli.environment import environment_of
 from snows.cli.flags import whole
 from snows.cli.measure import versions
 from snows.cli.shell import shell
@@ -99,7 +99,7 @@ def main():
         if line is None or line.network != run["network"]:
             line = None  # before another takes as much memory
             line = Line(run["network"], args.patterns, args.batch_size, args.pixels)
-        environment = run_folder.environment("cpu") | versions(backends)
+        environment = environment_of("cpu") | versions(backends)
         rows = [run | row for row in line.measure(run["backend"], args.threads, args.runs)]
         results.add(*(row | {"environment": environment} for row in rows))
         print(f"{place}:", *rows, sep="\n  ", flush=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 from utils import KNOWN
 
-from snows.cli.journal import checksum
+from snows.checksum import checksum
 from snows.errors import SnowsError
 from snows.zoo.arrays import Arrays
 from snows.zoo.classifiers import Classifier, with_statistics

@@ -11,8 +11,8 @@ import torch
 from common import Parser, write
 from torch import nn
 
+from snows.budget import LAYER_INVERSES
 from snows.cli.shell import shell
-from snows.memory import MAX_BYTES
 
 NETWORKS = {"ResNet-50": "resnet50", "ViT-L/16": "vit_large_patch16_224"}
 IMAGES = (3_000, 100_000)
@@ -40,9 +40,9 @@ class Layer:
         self.moment_bytes = 4 * self.groups * (self.inputs + 1) ** 2
 
     def inverse_flops(self) -> float:
-        """Of the row inverses, on half of the inputs (2:4), in blocks as long as MAX_BYTES allows."""
+        """Of the row inverses, on half of the inputs (2:4), in blocks as long as LAYER_INVERSES allows."""
         size = self.inputs // 2 + 1
-        width = max(1, min(size, MAX_BYTES // (4 * self.out * size)))
+        width = max(1, min(size, LAYER_INVERSES // (4 * self.out * size)))
         return 2 * self.out * size * width**2
 
 

@@ -11,7 +11,6 @@ Processes that are gone are noticed by their closed connections, at the next exc
 from __future__ import annotations
 
 import socket
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,21 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from snows.errors import Interrupted, SnowsError, Unsolvable, first_line
-from snows.memory import is_out_of_memory
+from snows.errors import Interrupted, SnowsError, Unsolvable
+from snows.verdicts import ENDS, WELL, Ended, Lost, description, is_settled, marked, retold, verdict
 
 T = TypeVar("T")
 SILENCE = timedelta(minutes=10)  # after which a process that does not answer is given up
-WELL, OUT_OF_MEMORY, UNSOLVABLE, ENDS = range(4)  # what a process says of itself, the worst last
 RANKS = 2**20  # more than there are
-
-
-class Lost(SnowsError):
-    """A process of the group is gone, or answers no more."""
-
-
-class Ended(SnowsError):
-    """An error in another process ends the job in all of them."""
 
 
 class Group:
@@ -237,56 +227,6 @@ def lost() -> Iterator[None]:
         silent = "imed out" in str(error)
         what = f"does not answer for {SILENCE.seconds // 60} minutes" if silent else "has ended"
         raise marked(Lost(f"another process of the job {what}.")) from error
-
-
-def marked(error: SnowsError | MemoryError) -> Exception:
-    """An error that all the processes know of."""
-    error.settled = True  # type: ignore[union-attr]
-    return error
-
-
-def is_settled(error: BaseException | None) -> bool:
-    """Whether all the processes know of an error, or of what it came of."""
-    while error is not None:
-        if getattr(error, "settled", False):
-            return True
-        error = error.__cause__
-    return False
-
-
-def verdict(error: BaseException | None) -> int:
-    """What an error means for a piece of work that all the processes share."""
-    if error is None:
-        return WELL
-    if is_out_of_memory(error):
-        return OUT_OF_MEMORY
-    return UNSOLVABLE if isinstance(error, Unsolvable) else ENDS
-
-
-def description(error: BaseException | None) -> tuple[str, str, int]:
-    """(message, problem, exit code) of an error, for the others."""
-    text = str(error) if isinstance(error, SnowsError) else f"{type(error).__name__}: {first_line(error or Ended())}"
-    return text, getattr(error, "problem", text), getattr(error, "exit_code", 1)
-
-
-def retold(state: int, who: int, message: str, problem: str, code: int) -> SnowsError | MemoryError:
-    """The error of another process, as this one raises it."""
-    if state == OUT_OF_MEMORY:
-        return MemoryError(f"out of memory in process {who}")
-    if state == UNSOLVABLE:
-        return Unsolvable(message, problem)
-    error = Ended(f"process {who}: {message}")
-    error.exit_code = code
-    return error
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> int:
-    """A checksum of tensors' bytes, in order."""
-    value = 0
-    for tensor in tensors:
-        flat = tensor.detach().cpu().reshape(-1).clone()
-        value = zlib.crc32(flat.view(torch.uint8).numpy(), value)
-    return value
 
 
 ALONE = Group()

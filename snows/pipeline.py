@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from snows.arguments import check_arguments
-from snows.calibration.streams import Streams, gather, micro_batches
-from snows.distributed import current, fingerprint
+from snows.calibration.images import gather, micro_batches
+from snows.calibration.streams import Streams
+from snows.checksum import checksum
+from snows.distributed import current
 from snows.errors import UsageError
 from snows.job import Job, Listener
 from snows.masks.choose import check_selection, chosen_layers, select, without
@@ -196,8 +198,8 @@ def opened(
     batches, group = micro_batches(network, calibration, options), current()
     if group.size > 1:
         group.check_same(
-            weights=fingerprint(network.model.parameters()),
-            calibration_images=(sum(map(len, batches)), fingerprint(batches[:1])),
+            weights=checksum(network.model.parameters()),
+            calibration_images=(sum(map(len, batches)), checksum(batches[:1])),
             layers=[layer.name for layer in network.layers],
             options=options.but(cache_dir=""),
         )

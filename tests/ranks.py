@@ -16,7 +16,7 @@ import torch.distributed as dist
 from helpers import TinyCNN, randomise
 
 import snows
-from snows import distributed
+from snows import verdicts
 from snows.options import PRESETS
 from snows.solve.curvature import Curvature
 
@@ -92,7 +92,7 @@ def killed_at(rank, layers):
 
     try:
         prune("best", listener=listener)
-    except distributed.Lost as lost:
+    except verdicts.Lost as lost:
         return steps, str(lost)
     return steps, "nothing was lost"
 

@@ -10,7 +10,8 @@ from helpers import ROOT
 FLOORS = [
     ("errors", "modes"),
     ("options",),
-    ("memory",),
+    ("memory", "checksum"),
+    ("budget", "verdicts"),
     ("distributed",),
     ("network",),
     ("calibration",),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from snows.budget import ALL_INVERSES, LAYER_INVERSES, Budget, halved_to_fit, inverse_bytes
 from snows.calibration.plan import VECTORS, Plan
 from snows.errors import SnowsError
-from snows.memory import ALL_BYTES, GIB, MAX_BYTES, Budget, halved_to_fit, inverse_bytes
+from snows.memory import GIB
 from snows.network.inputs import can_factor
 from snows.network.layers import Layer, Masks
 from snows.options import Options
@@ -64,8 +65,8 @@ def outlook(plan: Plan, budget: Budget, masks: Masks, options: Options, largest:
     targets = plan.images * max(plan.targets(layer, options.k_step) for layer in layers)
     size = next(network.model.parameters()).element_size()
     rows = [inverse_bytes(masks[layer.name], size) for layer in layers if can_factor(network, layer)]
-    inverses = [min(MAX_BYTES, each) for each in rows]
-    inverse = min(sum(inverses), ALL_BYTES) if options.joint_steps else max(inverses, default=0)
+    inverses = [min(LAYER_INVERSES, each) for each in rows]
+    inverse = min(sum(inverses), ALL_INVERSES) if options.joint_steps else max(inverses, default=0)
     theta = max(work.vectors for work in chosen) // VECTORS
     steps = max(options.joint_steps, options.newton_steps)
     recycled = 4 * theta * budget.recycled(options.recycle, theta) if steps > 1 else 0

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from snows.cli import launch, run_folder
+from snows.cli import files, launch, run_folder
 from snows.cli.exporting import export_run
 from snows.cli.one_run import OneRun, conclude, export_masks
 from snows.cli.resume import resume_command, script
@@ -46,7 +46,7 @@ def carry_out(
 ) -> dict[Path, dict]:
     """The runs of a command, in each of its processes: the metrics by folder, which are the first one's to return."""
     if settings.resume is not None:
-        metrics = run_folder.read_json(settings.resume / "metrics.json", "finished")
+        metrics = files.read_json(settings.resume / "metrics.json", "finished")
         if metrics["finished"]:
             return {settings.resume: finish_again(settings.resume, settings, metrics)} if group.rank == 0 else {}
     check_device(settings.device)
@@ -112,11 +112,11 @@ def ended_before(folders: dict[tuple[str, int], Path], settings: RunSettings) ->
         if len(folders) == 1 or not (folder / "args.json").exists():
             run_folder.check_free(folder)
             continue
-        saved = run_folder.read_json(folder / "args.json", "script", "argv", "algo", "seed")
+        saved = files.read_json(folder / "args.json", "script", "argv", "algo", "seed")
         own = {**settings.flags, "script": script(), "algo": algo, "seed": seed}
         if any(saved.get(name) != value for name, value in own.items()):
             raise UsageError(f"{folder} holds a run of another command: choose another --out_dir.")
-        metrics = run_folder.read_json(folder / "metrics.json", "finished")
+        metrics = files.read_json(folder / "metrics.json", "finished")
         if not metrics["finished"]:
             raise UsageError(f"{folder} holds a run that was stopped: go on with it first: {resume_command(folder)}")
         print(f"{folder} is finished already.")

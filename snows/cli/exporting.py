@@ -9,7 +9,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from snows.cli import console, finished, run_folder
+from snows.cli import console, files, finished, run_folder
 from snows.cli.flags import add_how_flags, how
 from snows.deploy.checks import Check, Logits
 from snows.deploy.exports import EXPORTS, check_exports, check_place, export
@@ -72,12 +72,12 @@ def export_run(
     product, accuracy = product_of(folder, known, data_dir, factory)
     before = Logits(product.model, product)
     warn_if_other(before.accuracy, accuracy)
-    kept = run_folder.read_json(folder / FILE) if (folder / FILE).exists() else {}
+    kept = files.read_json(folder / FILE) if (folder / FILE).exists() else {}
     print(f"exports, each read back and beside the pruned network in PyTorch:\n{heading(product.pattern)}", flush=True)
     for name, file in places.items():
         found = export(product, name, file, choices, before)
         kept[name] = {"file": str(file), "half": choices.half, **asdict(found)}
-        run_folder.write_json(folder / FILE, kept)
+        files.write_json(folder / FILE, kept)
         print(line(name, found), flush=True)
 
 
@@ -105,7 +105,7 @@ def product_of(folder: Path, known: Known | None, data_dir: Path, factory: str |
         model.pretrained_cfg = {**config, "mean": saved.mean, "std": saved.std}  # as the folder for timm tells it
     pattern = NM(saved.NM_N, saved.NM_M, saved.layer_sparsity) if hasattr(saved, "NM_N") else None
     images = partial(data.calibration, saved.ngrads, saved.seed, saved.mirror)
-    card = card_of(metrics, run_folder.read_json(folder / "environment.json", "command"))
+    card = card_of(metrics, files.read_json(folder / "environment.json", "command"))
     return Product(model, masks, test, lambda: images()[0], pattern, card), metrics["accuracy"]
 
 

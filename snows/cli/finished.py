@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from snows.cli import run_folder
+from snows.cli import files
 from snows.errors import UsageError, first_line
 from snows.zoo.classifiers import Classifier
 from snows.zoo.images import normalised
@@ -33,11 +33,11 @@ def read(folder: Path, metrics: Iterable[str] = (), arguments: Iterable[str] = (
     Raises:
         UsageError: they do not, or the run is not finished.
     """
-    finished = run_folder.read_json(folder / "metrics.json", "finished")["finished"]
-    saved = Namespace(**run_folder.read_json(folder / "args.json", "script", "arch", *arguments))
+    finished = files.read_json(folder / "metrics.json", "finished")["finished"]
+    saved = Namespace(**files.read_json(folder / "args.json", "script", "arch", *arguments))
     if not finished:
         raise UsageError(f"{folder} is not finished: go on with {sys.executable} {saved.script} --resume {folder}")
-    return run_folder.read_json(folder / "metrics.json", *metrics), saved
+    return files.read_json(folder / "metrics.json", *metrics), saved
 
 
 def network_of(folder: Path, saved: Namespace, known: Known | None, factory: str | None) -> Classifier:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
-from snows.cli.run_folder import write
+from snows.checksum import checksum
+from snows.cli.files import write
 from snows.errors import UsageError, WriteError, first_line
 from snows.memory import is_out_of_memory
 from snows.result import LayerRecord, Step
@@ -90,14 +89,3 @@ def fingerprint(record: str, tensors: dict[str, Tensor]) -> str:
     """A checksum of a record and of named tensors: their names, types, shapes and numbers."""
     kinds = {name: (str(tensors[name].dtype), list(tensors[name].shape)) for name in sorted(tensors)}
     return checksum((tensors[name] for name in kinds), json.dumps([record, kinds]))
-
-
-def checksum(tensors: Iterable[Tensor], text: str = "") -> str:
-    """A CRC-32 of a text and of the tensors' bytes, in order."""
-    value = zlib.crc32(text.encode())
-    for tensor in tensors:
-        dense = tensor.detach().cpu().contiguous()
-        # What holds one number counts as contiguous with any strides, which a view as bytes would trip over.
-        flat = dense.as_strided((dense.numel(),), (1,))
-        value = zlib.crc32(flat.view(torch.uint8).numpy(), value)
-    return f"{value:08x}"

@@ -14,7 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from snows.cli import finished, run_folder
+from snows.cli import files, finished, run_folder
+from snows.cli.environment import environment_of
 from snows.cli.flags import whole
 from snows.cli.report import write_report
 from snows.deploy.backends import BACKENDS, Backend
@@ -97,14 +98,14 @@ def main():
             raise SnowsError(f"nothing could be measured: {rows[0].problem}")
         absent = [name for name, backend in backends.items() if backend.missing]
         record = {
-            "environment": {**run_folder.environment("cpu"), "threads": args.threads, **versions(backends)},
+            "environment": {**environment_of("cpu"), "threads": args.threads, **versions(backends)},
             **{name: getattr(args, name) for name in ("threads", "runs", "batch_size")},
             "image_shape": list(images.shape[1:]),
             "rows": as_rows(rows),
             "not_installed": {name: BACKENDS[name].missing for name in absent},
             "said": sentence(rows),
         }
-        run_folder.write_json(args.run / "latency.json", record)
+        files.write_json(args.run / "latency.json", record)
         write_report([args.run], args.run / "report.html")
     if absent:
         print(f"  not installed: {', '.join(absent)} ({HOW_TO_INSTALL})")

@@ -8,18 +8,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from snows.cli import console, run_folder
-from snows.cli.journal import Journal, checksum
+from snows.checksum import checksum
+from snows.cli import console, files, run_folder
+from snows.cli.environment import environment_of
+from snows.cli.journal import Journal
 from snows.cli.report import write_report
 from snows.cli.resume import changes, check_unchanged, earlier, note_changes, resume_command, script
 from snows.cli.shell import ignore_signals, own_stops
 from snows.cli.task import Task
-from snows.distributed import Lost
 from snows.errors import Interrupted, SnowsError, Unfinished, UsageError, WriteError, first_line
 from snows.job import Job
 from snows.memory import is_out_of_memory
 from snows.methods import METHODS
 from snows.result import Pruned, Step
+from snows.verdicts import Lost
 
 
 class OneRun:
@@ -94,18 +96,18 @@ class OneRun:
         Raises:
             UsageError: it began with other weights, masks or images.
         """
-        settings, environment = self.settings, run_folder.environment(self.settings.device)
+        settings, environment = self.settings, environment_of(self.settings.device)
         if settings.resume is not None:
             check_unchanged(self.folder, metrics, environment)
             note_changes(settings.changed)
         else:
-            run_folder.write_json(self.folder / "environment.json", environment)
-            run_folder.write_json(self.folder / "calibration.json", {"indices": indices})
+            files.write_json(self.folder / "environment.json", environment)
+            files.write_json(self.folder / "calibration.json", {"indices": indices})
         if settings.resume is None or settings.changed:
-            run_folder.write_json(self.folder / "metrics.json", metrics)
+            files.write_json(self.folder / "metrics.json", metrics)
             command = {"script": script(), "argv": settings.argv, "algo": self.algo, "seed": self.seed}
             arguments = {**settings.flags, **command, "resumes": resumes}
-            run_folder.write_json(self.folder / "args.json", arguments)  # the last: it makes a run of the folder
+            files.write_json(self.folder / "args.json", arguments)  # the last: it makes a run of the folder
 
     def prune(self, images: Tensor | None, resumes: list[dict]) -> Pruned:
         """Prune, keeping every finished layer in the folder and going on after those that it holds."""
@@ -164,7 +166,7 @@ def telling_how_to_go_on(folder: Path, metrics: dict | None, macs: dict[str, int
 def export_masks(file: Path | None, folder: Path) -> None:
     """Copy a finished run's masks to a file, if one is named."""
     if file is not None:
-        run_folder.write(file, (folder / "masks.safetensors").read_bytes())
+        files.write(file, (folder / "masks.safetensors").read_bytes())
 
 
 def save_stopped(folder: Path, result: Pruned, metrics: dict, macs: dict[str, int] | None = None) -> str:

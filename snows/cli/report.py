@@ -15,9 +15,9 @@ from pathlib import Path
 
 from snows.cli import charts
 from snows.cli.console import percent
+from snows.cli.files import read_json, write
 from snows.cli.flags import as_flags
 from snows.cli.journal import Journal
-from snows.cli.run_folder import read_json, write
 from snows.errors import UsageError
 from snows.result import LayerRecord, problems
 

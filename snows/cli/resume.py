@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from snows.cli import run_folder
+from snows.cli import files, run_folder
 from snows.cli.settings import PatternOf, RunSettings, check_mask_flags, from_flags
 from snows.distributed import current
 from snows.errors import UsageError
@@ -38,7 +38,7 @@ def resumed(flags: argparse.ArgumentParser, folder: Path, pattern_of: PatternOf)
     """
     if folder.is_dir() and not (folder / "args.json").exists() and run_folder.is_free(folder):
         raise UsageError(f"{folder} was ended before its run had begun: give its first command again.")
-    saved = run_folder.read_json(folder / "args.json", "script", "argv", "algo", "seed")
+    saved = files.read_json(folder / "args.json", "script", "argv", "algo", "seed")
     if saved["script"] != script():
         raise UsageError(f"{folder} was begun by {saved['script']}: resume it with that.")
     began = flags.parse_args(saved["argv"])
@@ -114,7 +114,7 @@ def read_metrics(folder: Path) -> dict:
     """The metrics of a run that was begun."""
     checksums = (f"{what}_checksum" for what in ("weights", "masks", "calibration"))
     masked = (f"masked_{each.name}" for each in fields(Score))
-    return run_folder.read_json(folder / "metrics.json", "dense_accuracy", *masked, *checksums)
+    return files.read_json(folder / "metrics.json", "dense_accuracy", *masked, *checksums)
 
 
 def check_unchanged(folder: Path, metrics: dict, environment: dict) -> None:
@@ -127,7 +127,7 @@ def check_unchanged(folder: Path, metrics: dict, environment: dict) -> None:
     for what in ("weights", "masks", "calibration"):
         if before[f"{what}_checksum"] != metrics[f"{what}_checksum"]:
             raise UsageError(f"cannot go on with {folder}: its {what} are not what they were when the run began.")
-    known = run_folder.read_json(folder / "environment.json", *(environment.keys() - {"processes"}))
+    known = files.read_json(folder / "environment.json", *(environment.keys() - {"processes"}))
     began = {"processes": 1, **known}
     changed = [f"{k} was {began[k]}, now {v}" for k, v in environment.items() if k != "command" and began[k] != v]
     if changed:

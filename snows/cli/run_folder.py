@@ -9,26 +9,19 @@ from __future__ import annotations
 import csv
 import fcntl
 import io
-import json
-import math
 import os
-import platform
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
-import timm
 import torch
-import torchvision
 from torch import nn
 
+from snows.cli.files import read_json, write, write_json
 from snows.deploy.macs import remaining
-from snows.distributed import current
 from snows.errors import SnowsError, UsageError, WriteError
 from snows.network.layers import Masks
 from snows.result import LOSSES, LayerRecord, Pruned
@@ -127,83 +120,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def environment(device: torch.device | str) -> dict:
-    """Versions and machine, as far as they bear on the figures."""
-    cuda = torch.device(device).type == "cuda"
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "machine": machine(device),
-        "threads": torch.get_num_threads(),
-        "processes": current().size,
-        "cuda": torch.version.cuda if cuda else None,
-        "command": " ".join(Path(arg).name if arg.startswith("/") else arg for arg in sys.argv),
-    }
-
-
-def machine(device: torch.device | str = "cpu") -> str:
-    """The processor's name and number of cores, or the GPU's name."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: under another name first, then renamed.
-
-    Raises:
-        WriteError: the disk is full, or the folder cannot be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise WriteError(f"cannot write {path}: {error.strerror or error}.") from error
-    finally:
-        with suppress(OSError):  # where nothing can be written, nothing can be removed either
-            temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, record: dict | list) -> None:
-    write(path, json.dumps(finite(record), indent=2, default=str, allow_nan=False) + "\n")
-
-
-def finite(value: Any) -> Any:
-    """The value with null for numbers that JSON does not have: NaN, and infinity."""
-    if isinstance(value, dict):
-        return {name: finite(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_json(path: Path, *names: str) -> Any:
-    """A JSON file of a run; with names, an object that has them.
-
-    Raises:
-        UsageError: the file is missing, damaged or none of a run's.
-    """
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path.parent} holds no run that can be read: {path.name}: {error}") from error
-    missing = [name for name in names if not isinstance(record, dict) or name not in record]
-    if missing:
-        raise UsageError(f"{path.parent} holds no run that can be read: {path.name} lacks {', '.join(missing)}")
-    return record
 
 
 def save(folder: Path, pruned: Pruned, metrics: dict, macs: dict[str, int] | None = None) -> dict:

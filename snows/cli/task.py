@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from snows.checksum import checksum
 from snows.cli import console
-from snows.cli.journal import checksum
 from snows.cli.resume import read_metrics
 from snows.cli.settings import RunSettings
 from snows.deploy import macs

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from snows.memory import Allowance
+from snows.budget import Allowance
 from snows.network.tangent import Tangents
 from snows.solve.objective import Objective
 

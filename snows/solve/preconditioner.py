@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from snows.memory import ALL_BYTES, MAX_BYTES, common_cap, inverse_bytes, is_gpu
+from snows.budget import ALL_INVERSES, LAYER_INVERSES, common_cap, inverse_bytes
+from snows.memory import is_gpu
 from snows.network.inputs import can_factor, layer_columns, no_moment, second_moment
 from snows.network.layers import Layer
 from snows.solve.objective import Objective, Variables
@@ -42,7 +43,7 @@ class RowInverses:
         scale: Tensor,
         mask: Tensor,
         damping: float = RELATIVE_DAMPING,
-        max_bytes: int = MAX_BYTES,
+        max_bytes: int = LAYER_INVERSES,
     ):
         rows = mask.flatten(1)  # (out, in)
         self.scale = scale / scale.mean().clamp_min(torch.finfo(scale.dtype).tiny) + damping
@@ -118,7 +119,7 @@ class LayerInverses:
 
 
 def row_inverses(
-    objective: Objective, theta: Tensor, support: Tensor, seed: int, max_bytes: int = MAX_BYTES
+    objective: Objective, theta: Tensor, support: Tensor, seed: int, max_bytes: int = LAYER_INVERSES
 ) -> RowInverses | None:
     """The preconditioner of an objective of one layer, at theta; None where its inputs cannot be had.
 
@@ -134,7 +135,7 @@ def row_inverses(
 
 
 def layer_inverses(
-    objective: Objective, theta: Tensor, support: Tensor, seed: int, max_bytes: int = ALL_BYTES
+    objective: Objective, theta: Tensor, support: Tensor, seed: int, max_bytes: int = ALL_INVERSES
 ) -> LayerInverses | None:
     """The preconditioner of an objective of many layers, at theta; None if no layer's inputs can be had.
 
@@ -167,7 +168,7 @@ def layer_inverses(
         metrics[layer], moments[layer] = group.sum(metrics[layer]), group.sum(moments[layer])
         positions[layer] = group.count(positions[layer])
     masks = {layer: mask.bool() for layer, mask in zip(window.layers, variables.rows(support))}
-    needs = [min(MAX_BYTES, inverse_bytes(masks[layer], theta.element_size())) for layer in factored]
+    needs = [min(LAYER_INVERSES, inverse_bytes(masks[layer], theta.element_size())) for layer in factored]
     cap = common_cap(needs, max_bytes)
     inverses = {
         layer: RowInverses(moments.pop(layer) / positions[layer], metrics[layer], masks[layer], max_bytes=cap)

@@ -11,6 +11,7 @@ import common
 import pytest
 
 import snows
+from snows.cli.environment import machine
 
 RUNS = [
     {"pattern": "2:4", "way": way, "seed": seed, "options": {"k_step": 4}}
@@ -88,7 +89,7 @@ def test_a_row_that_is_held_is_not_measured_again(results):
     assert [position for position, _ in results.claimed(RUNS)] == ["1 of 3", "2 of 3", "3 of 3"]
     assert results.rows()[0]["environment"]["python"] == sys.version.split()[0]
     results.replace([RUNS[3], {**RUNS[2], "environment": {"machine": "another"}}])
-    assert [row["environment"]["machine"] for row in results.rows()] == [snows.cli.run_folder.machine(), "another"]
+    assert [row["environment"]["machine"] for row in results.rows()] == [machine(), "another"]
 
 
 def test_a_row_that_another_process_is_at_is_left_to_it_until_it_dies(results):

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import snows
+from snows.calibration.images import micro_batches
 from snows.calibration.mixtures import LEAST_SHARE, with_mixtures
-from snows.calibration.streams import Streams, micro_batches
+from snows.calibration.streams import Streams
 from snows.network.layers import Network
 from snows.solve.joint import joint_objective
 

@@ -13,10 +13,11 @@ from references import build_jointly
 from torch import nn
 
 import snows
+from snows import budget as budgets
 from snows import memory
+from snows.budget import Budget, common_cap, halved_to_fit
 from snows.calibration.store import Store
 from snows.calibration.streams import Streams
-from snows.memory import Budget, common_cap, halved_to_fit
 from snows.methods import snows_with
 from snows.network.layers import Network
 from snows.solve.curvature import Curvature
@@ -153,8 +154,8 @@ def test_a_hungry_layer_does_not_cut_the_micro_batches_of_those_that_need_less()
 def test_micro_batches_do_not_depend_on_the_machine(monkeypatch):
     network, images, sizes = Network(cnn()), torch.randn(64, 8, 32, 32, dtype=torch.float64), []
     for free in (2**33, 2**36, 2**42):
-        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
-        monkeypatch.setattr(memory, "MICRO_BATCH", 2**22)
+        monkeypatch.setattr(budgets, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(budgets, "MICRO_BATCH", 2**22)
         streams = Streams(network, [images], "cpu")
         for layer in network.layers:
             streams.fit(streams.plan.need([layer], 4))
@@ -197,7 +198,7 @@ def test_a_budget_that_one_image_fits_solves_every_layer(share):
 @pytest.mark.parametrize("algo", ["SNOWS", "SparseGPT", "MP"])
 def test_a_run_that_goes_on_cuts_its_micro_batches_as_it_would_have(tiny, images, algo, monkeypatch):
     """Whatever sets the layers, and where masks are chosen in turn."""
-    monkeypatch.setattr(memory, "MICRO_BATCH", 24000)
+    monkeypatch.setattr(budgets, "MICRO_BATCH", 24000)
     options, steps = snows.Options(schedule=0, sweeps=1, joint_steps=0, batch_size=20), []
     images = images.repeat(4, 1, 1, 1)
     job = dict(mask_alg="SparseGPT", algo=algo)

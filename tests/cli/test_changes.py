@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from snows.cli import resume, run_folder
+from snows.cli import files, resume, run_folder
 from snows.cli.journal import Journal
 from snows.errors import SnowsError, UsageError
 from snows.methods import METHODS
@@ -50,7 +50,7 @@ WRITTEN = ["environment.json", "calibration.json", "metrics.json", "args.json"] 
 @pytest.mark.parametrize("moment", [*WRITTEN, *(f"{name}.tmp" for name in WRITTEN)])
 def test_a_run_ended_before_it_had_begun_begins_again_with_the_same_command(script, tmp_path, monkeypatch, moment):
     """Killed before it writes each of its first files, and in the middle of each."""
-    folder, flags, write = tmp_path / "run", ["--algo", "MP", "--skip_evaluation", "--out_dir"], run_folder.write
+    folder, flags, write = tmp_path / "run", ["--algo", "MP", "--skip_evaluation", "--out_dir"], files.write
 
     def killed(path, content):
         if path.name == moment.removesuffix(".tmp"):
@@ -60,7 +60,7 @@ def test_a_run_ended_before_it_had_begun_begins_again_with_the_same_command(scri
         write(path, content)
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_folder, "write", killed)
+        patched.setattr(files, "write", killed)
         with pytest.raises(Killed):
             script(UNSTR, *flags, folder)
     assert not (folder / "args.json").exists()
@@ -86,7 +86,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_a_folder_that_holds_anything_else_is_never_taken_over(tmp_path, kind):
-    run_folder.write_json(tmp_path / "environment.json", {"torch": "2"})
+    files.write_json(tmp_path / "environment.json", {"torch": "2"})
     for name, text in OTHERS[kind].items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -210,7 +210,7 @@ def test_a_run_whose_joint_steps_fail_is_ended_without_them(script, tmp_path, mo
 )
 def test_what_would_change_the_problem_is_refused(script, tmp_path, began, flags, refused):
     saved = {"script": UNSTR, "argv": began, "algo": "SNOWS", "seed": 0}
-    run_folder.write_json(tmp_path / "args.json", saved)
+    files.write_json(tmp_path / "args.json", saved)
     before = (tmp_path / "args.json").read_bytes()
     _, err = script(UNSTR, "--resume", tmp_path, *flags, code=2)
     assert refused in err
@@ -221,7 +221,7 @@ def test_a_run_goes_on_where_its_device_is_only_if_it_is_told_to(script, ended_a
     """Begun on a GPU that is not here: `args.json` says so, whatever the default is on this machine."""
     folder = tmp_path / "run"
     ended_after(2, *SMALL, "--out_dir", folder)
-    run_folder.write_json(folder / "args.json", {**json_of(folder, "args"), "device": "cuda:99"})
+    files.write_json(folder / "args.json", {**json_of(folder, "args"), "device": "cuda:99"})
     _, err = script(UNSTR, "--resume", folder, code=2)
     assert "cannot use device cuda:99" in err
     _, err = script(UNSTR, "--resume", folder, "--device", "cpu")

@@ -17,8 +17,9 @@ import safetensors.torch
 import torch
 from helpers import ROOT
 
-from snows.cli import run_folder
-from snows.cli.journal import Journal, checksum
+from snows.checksum import checksum
+from snows.cli import files, run_folder
+from snows.cli.journal import Journal
 from snows.errors import UsageError
 from snows.result import LayerRecord, Step
 
@@ -252,10 +253,10 @@ def test_a_run_of_other_weights_or_images_does_not_go_on(script, stopped):
     path = stopped / "metrics.json"
     for what in ("weights", "masks", "calibration"):
         metrics = json.loads(path.read_text())
-        run_folder.write_json(path, {**metrics, f"{what}_checksum": "ffffffff"})
+        files.write_json(path, {**metrics, f"{what}_checksum": "ffffffff"})
         _, err = script("CNN_pruning/unstr.py", "--resume", stopped, code=2)
         assert f"its {what} are not what they were" in err
-        run_folder.write_json(path, metrics)
+        files.write_json(path, metrics)
 
 
 def test_a_step_comes_back_as_it_was(tmp_path):

@@ -14,7 +14,7 @@ from helpers import ROOT
 from resnet_cifar import ResNet
 from torch import nn
 
-from snows.cli import run_folder
+from snows.cli import files, run_folder
 from snows.zoo.images import Data, normalised, npz
 
 FAST = ["--k_step", "1", "--newton_steps", "1", "--max_CG_iterations", "2", "--ngrads", "6", "--batch_size", "4"]
@@ -442,9 +442,9 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(tmp_path, monkeypa
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_folder.os, "fsync", no_space)
-    with pytest.raises(run_folder.WriteError, match=r"cannot write .*metrics\.json: .*No space left"):
-        run_folder.write_json(tmp_path / "metrics.json", {})
+    monkeypatch.setattr(files.os, "fsync", no_space)
+    with pytest.raises(files.WriteError, match=r"cannot write .*metrics\.json: .*No space left"):
+        files.write_json(tmp_path / "metrics.json", {})
     assert list(tmp_path.iterdir()) == []
 
 

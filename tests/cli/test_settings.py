@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT
 
 from snows import NM, Unstructured, UsageError
-from snows.cli import console, flags, run_folder
+from snows.cli import console, files, flags
 from snows.cli.shell import Spoken, shell
 from snows.result import LayerRecord
 
@@ -71,7 +71,7 @@ def test_every_default_is_resolved(settings):
 def test_a_run_goes_on_with_the_settings_that_it_began_with_and_later_commands_changed(settings, tmp_path):
     saved = {"script": UNSTR, "argv": ["--seed", "5", "6"], "algo": "SNOWS", "seed": 6, "dset": "digits"}
     saved |= {"max_layer_sparsity": None, "batch_size": 64, "resumes": [{"after": 3, "batch_size": 64}]}
-    run_folder.write_json(tmp_path / "args.json", saved)
+    files.write_json(tmp_path / "args.json", saved)
     made = settings("--resume", tmp_path, default=0.8)
     assert not made.changed
     assert (made.dset, made.options.batch_size) == ("digits", 64)

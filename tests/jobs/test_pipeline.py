@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models.regnet import BlockParams, RegNet
 
 import snows
-from snows.calibration.streams import gather
+from snows.calibration.images import gather
 from snows.cli.run_folder import layer_rows
 from snows.methods import snows_with
 from snows.schedule import sweeps

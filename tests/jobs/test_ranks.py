@@ -7,8 +7,9 @@ from ranks import CASES, in_processes
 
 from snows import distributed
 from snows.cli.launch import first_host, place
-from snows.distributed import ALONE, Ended
+from snows.distributed import ALONE
 from snows.errors import Unfinished, UsageError
+from snows.verdicts import Ended
 
 
 @pytest.fixture(scope="module")

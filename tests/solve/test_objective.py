@@ -13,7 +13,7 @@ from references import build, dense_reference
 from torch import nn
 from torch.func import functional_call
 
-import snows.memory
+import snows.budget
 import snows.solve.curvature
 from snows.calibration.stream import Stream
 from snows.errors import SnowsError
@@ -124,7 +124,7 @@ def test_products_do_not_depend_on_the_micro_batch_nor_on_what_is_kept(tiny, ima
     none, some = (3, [-plenty] * 3, [False] * 2), (2, [plenty, plenty, 0, 0], [True, False, False])  # others take it
     for batch, free, kept in (whole, parts, none, some):
         left = iter(free)
-        monkeypatch.setattr(snows.memory, "free_memory", lambda device, left=left: next(left))
+        monkeypatch.setattr(snows.budget, "free_memory", lambda device, left=left: next(left))
         objective, _, weight = build(tiny, images, 0, 4, "ggn", batch=batch)
         assert objective.images == 5
         here = Curvature(objective, weight)

@@ -10,9 +10,10 @@ from references import build_jointly, matrix
 from torch import nn
 
 import snows
-from snows import memory
+from snows import budget
+from snows.budget import Budget
 from snows.calibration.streams import Streams
-from snows.memory import GIB, Budget
+from snows.memory import GIB
 from snows.network.layers import Network
 from snows.solve.joint import update_jointly
 from snows.solve.recycled import Recycled
@@ -106,7 +107,7 @@ def test_joint_steps_recycle_what_the_memory_holds(tiny, images, monkeypatch):
 
     forgetful = loss(0)
     assert loss(20) < forgetful
-    monkeypatch.setattr(memory, "RECYCLED_BYTES", 0)
+    monkeypatch.setattr(budget, "RECYCLED", 0)
     assert loss(20) == forgetful
 
 
