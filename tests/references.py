@@ -43,8 +43,8 @@ def dense_reference(objective, weight):
         return torch.cat([c**0.5 * f.flatten() for f, _, c in features(w)])
 
     n = weight.numel()
-    jacobian = torch.autograd.functional.jacobian(scaled, weight).reshape(-1, n)
-    hessian = torch.autograd.functional.hessian(loss, weight).reshape(n, n)
+    jacobian = torch.autograd.functional.jacobian(scaled, weight, vectorize=True).reshape(-1, n)
+    hessian = torch.autograd.functional.hessian(loss, weight, vectorize=True).reshape(n, n)
     gradient = torch.autograd.functional.jacobian(loss, weight)
     return loss(weight), gradient, hessian, 2 * jacobian.T @ jacobian
 

@@ -34,7 +34,7 @@ def cifar_flags(small):
 
 
 def test_the_default_prunes_the_network_that_ships_and_its_folder_loads_back(tmp_path):
-    flags = ["--ngrads", "64", "--schedule", "1", "--out_dir", tmp_path / "run"]
+    flags = ["--ngrads", "64", "--batch_size", "64", "--schedule", "1", "--out_dir", tmp_path / "run"]
     out = shell("CNN_pruning/unstr.py", *FAST, *flags)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["dense_accuracy"] == pytest.approx(98.32, abs=0.2)
@@ -170,7 +170,8 @@ def test_the_paper_preset_and_every_solver_flag_are_taken(script, small, tmp_pat
 
 
 def test_the_default_transformer_is_pruned_and_its_layers_are_chosen_by_name(script, tmp_path):
-    out, _ = script("VIT_pruning/prune_NM.py", *FAST, "--ngrads", 64, "--schedule", 0, "--out_dir", tmp_path / "run")
+    flags = ["--ngrads", 64, "--batch_size", 64, "--schedule", 0, "--out_dir", tmp_path / "run"]
+    out, _ = script("VIT_pruning/prune_NM.py", *FAST, *flags)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["dense_accuracy"] == pytest.approx(94.97, abs=0.4)
     assert metrics["accuracy"] > metrics["masked_accuracy"]
@@ -399,7 +400,7 @@ def test_a_folder_that_holds_a_run_is_not_written_to(script, small, tmp_path):
 
 
 def test_ctrl_c_saves_the_finished_layers_and_exits_with_130(tmp_path):
-    command = [sys.executable, "-u", str(ROOT / "CNN_pruning" / "unstr.py"), "--ngrads", "256"]
+    command = [sys.executable, "-u", str(ROOT / "CNN_pruning" / "unstr.py"), "--ngrads", "64"]
     process = subprocess.Popen(
         [*command, "--out_dir", str(tmp_path / "run")],
         stdout=subprocess.PIPE,

@@ -84,8 +84,8 @@ def check_products(model, images, index, parameter):
     def loss(w):
         return coefficient * (logits(w) - model(images).detach()).square().sum()
 
-    jacobian = torch.autograd.functional.jacobian(logits, weight).reshape(-1, n)
-    hessian = torch.autograd.functional.hessian(loss, weight).reshape(n, n)
+    jacobian = torch.autograd.functional.jacobian(logits, weight, vectorize=True).reshape(-1, n)
+    hessian = torch.autograd.functional.hessian(loss, weight, vectorize=True).reshape(n, n)
     vector = torch.randn(n, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for curvature, matrix in (("ggn", 2 * coefficient * jacobian.T @ jacobian), ("hessian", hessian)):
         objective.options = objective.options.but(curvature=curvature)

@@ -106,7 +106,7 @@ def test_output_metric_estimates_the_diagonal_that_is_pulled_back(tiny, images):
             parts = zip(objective.window.after(values, y), objective.coefficients)
             return torch.cat([c**0.5 * f.flatten() for f, c in parts])
 
-        jacobian = torch.autograd.functional.jacobian(scaled, output)  # (features, n, c, h, w)
+        jacobian = torch.autograd.functional.jacobian(scaled, output, vectorize=True)  # (features, n, c, h, w)
         expected += jacobian.square().sum((0, 1, 3, 4))
     estimates = torch.stack(
         [output_metric(objective, *objective.variables.unpack(weight)[0], seed) for seed in range(300)]
