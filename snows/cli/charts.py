@@ -28,11 +28,11 @@ WIDTH = 4.6  # inches, so that nine-point text can still be read on a phone
 Records = Sequence[LayerRecord]
 
 
-def draw(plot, height: float, **subplots) -> str:
+def draw(plot, height: float) -> str:
     """An SVG of a figure that `plot` draws on its axes."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        plot(figure.subplots(**subplots))
+        plot(figure.subplots())
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     text = out.getvalue()

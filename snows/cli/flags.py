@@ -15,7 +15,7 @@ import torch
 
 from snows import options
 from snows.cli.resume import resumed
-from snows.cli.settings import PatternOf, RunSettings, check_mask_flags, from_flags
+from snows.cli.settings import PatternOf, RunSettings, check_flags, from_flags
 from snows.deploy.exports import EXPORTS
 from snows.deploy.product import How
 from snows.errors import UsageError
@@ -202,7 +202,7 @@ def parse(flags: argparse.ArgumentParser, pattern_of: PatternOf) -> RunSettings:
     args = flags.parse_args()
     if args.resume is not None:
         return resumed(flags, args.resume, pattern_of)
-    check_mask_flags(args)
+    check_flags(args)
     return from_flags(args, pattern_of, sys.argv[1:])
 
 

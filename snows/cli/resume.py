@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from snows.cli import files, run_folder
-from snows.cli.settings import PatternOf, RunSettings, check_mask_flags, from_flags
+from snows.cli.settings import PatternOf, RunSettings, check_flags, from_flags
 from snows.distributed import current
 from snows.errors import UsageError
 from snows.options import Options
@@ -44,8 +44,10 @@ def resumed(flags: argparse.ArgumentParser, folder: Path, pattern_of: PatternOf)
     began = flags.parse_args(saved["argv"])
     vars(began).update((name, saved[name]) for name in MAY_CHANGE if name in saved)  # as the last command left them
     now = flags.parse_args(sys.argv[1:], copy.copy(began))
+    if now.out_dir != began.out_dir and now.out_dir.resolve() != folder.resolve():
+        raise UsageError(f"--resume goes on in {folder}: leave --out_dir out.")
     alone = argparse.Namespace(**vars(now) | {"algo": [saved["algo"]], "seed": [saved["seed"]]})
-    check_mask_flags(alone)
+    check_flags(alone)
     settings = from_flags(now, pattern_of, saved["argv"])
     before = dict(from_flags(began, pattern_of, saved["argv"]).flags)
     before |= {**saved, "algo": began.algo, "seed": began.seed}

@@ -122,12 +122,19 @@ def from_flags(args: argparse.Namespace, pattern_of: PatternOf, argv: Sequence[s
     )
 
 
-def check_mask_flags(args: argparse.Namespace) -> None:
-    """Refuse flags of the masks that contradict each other.
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other, and those of exports where there is none.
 
     Raises:
         UsageError: it names them.
     """
+    check_mask_flags(args)
+    of_exports = [f"--{each.name}" for each in fields(How) if getattr(args, each.name) not in (each.default, [])]
+    if of_exports and not args.export:
+        raise UsageError(f"{' and '.join(of_exports)} without --export: name the files to make, or leave it out.")
+
+
+def check_mask_flags(args: argparse.Namespace) -> None:
     choices = {"mask_alg": "MP", "permute": False}
     choices |= {"target_sparsity": None, "max_layer_sparsity": None, "allocation": "global", "normalise": None}
     if not hasattr(args, "NM_N"):

@@ -110,9 +110,9 @@ def torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def refilled(model: nn.Module, masks: Masks, seed: int = 0) -> nn.Module:
+def refilled(model: nn.Module, masks: Masks) -> nn.Module:
     """The same network before it was pruned, as far as time goes: random numbers where its masks have zeros."""
-    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
     parameters = dict(model.named_parameters())
     for name, mask in masks.items():
         weight = parameters[weight_name(name, parameters)]

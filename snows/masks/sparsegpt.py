@@ -80,9 +80,9 @@ def eliminate(weight: Tensor, moment: Tensor, choose: Chooser, width: int) -> tu
     return from_columns(rows.where(kept, 0), weight).to(weight.dtype), from_columns(kept, weight)
 
 
-def damped_inverse(moment: Tensor, damping: float = INVERSE_DAMPING) -> Tensor:
-    """(A + damping * mean diagonal * I)^-1, (groups, in, in)."""
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped(moment, damping)))
+def damped_inverse(moment: Tensor) -> Tensor:
+    """(A + lambda * mean diagonal * I)^-1, (groups, in, in), lambda = INVERSE_DAMPING."""
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped(moment, INVERSE_DAMPING)))
 
 
 def damped(moment: Tensor, damping: float) -> Tensor:

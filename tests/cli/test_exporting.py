@@ -201,6 +201,12 @@ def test_a_missing_package_is_told_before_anything_is_pruned(script, flags, tmp_
     assert err == "error: --half is for the other exports: int8 has a precision of its own.\n"
 
 
+@pytest.mark.parametrize("how", [["--half"], ["--int8_tolerance", 2.0], ["--int8_float", "fc"]], ids=lambda how: how[0])
+def test_the_flags_of_exports_are_refused_where_there_is_none(script, flags, how):
+    _, err = script("CNN_pruning/prune_NM.py", *flags, *how, code=2)
+    assert err == f"error: {how[0]} without --export: name the files to make, or leave it out.\n"
+
+
 def test_a_folder_for_timm_of_another_network_is_refused_before_anything_is_pruned(script, flags, tmp_path):
     _, err = script("CNN_pruning/prune_NM.py", *flags, "--export", "timm", "--out_dir", tmp_path / "run", code=2)
     assert err.startswith("error: only networks that timm makes by a name")

@@ -190,10 +190,14 @@ def test_other_settings_are_refused_with_what_was_and_what_is_asked(script, stop
     assert "was begun by CNN_pruning/unstr.py" in err
     _, err = script("CNN_pruning/unstr.py", *SMALL, "--out_dir", stopped, code=2)
     assert "not empty" in err
+    _, err = script("CNN_pruning/unstr.py", "--resume", stopped, "--out_dir", stopped.parent / "elsewhere", code=2)
+    assert err == f"error: --resume goes on in {stopped}: leave --out_dir out.\n"
     with run_folder.locked(stopped):
         _, err = script("CNN_pruning/unstr.py", "--resume", stopped, code=2)
     assert "still going" in err
-    out, _ = script("CNN_pruning/unstr.py", "--resume", stopped, "--k_step", 2, "--verbose")  # the same, said again
+    out, _ = script(
+        "CNN_pruning/unstr.py", "--resume", stopped, "--k_step", 2, "--out_dir", stopped, "--verbose"
+    )  # said again
     assert out.count(" zero ") == LAYERS - 5
 
 
