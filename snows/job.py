@@ -104,8 +104,11 @@ class Job:
             if (rule := self._mask_rule(layer, sweep, mask)) is not None:
                 for attempt in retry_on_out_of_memory(streams, place):
                     with attempt:
+                        weight, moment = layer_problem(layer, streams)
                         zero = kept_zeros(self.network, [layer], self.choice).get(layer.name)
-                        mask = self.choose(*layer_problem(layer, streams), rule, zero)
+                        if not streams.solvable(layer, mask, self.options).any():
+                            zero = weight == 0  # of an earlier sweep's too: nothing would bring them back
+                        mask = self.choose(weight, moment, rule, zero)
             if self.method.update is not None:
                 for attempt in retry_on_out_of_memory(streams, place):
                     with attempt:

@@ -37,6 +37,16 @@ def test_a_classifier_of_few_images_keeps_its_masked_weights(algo, joint_steps):
     assert torch.equal(found.model[1].weight, model[1].weight * found.masks["1"])
 
 
+@pytest.mark.parametrize("pattern", [snows.NM(2, 4), snows.Unstructured(0.5)])
+@pytest.mark.parametrize("mask_alg", ["MP", "ALPS", "SparseGPT"])
+@pytest.mark.parametrize("algo", ["SNOWS", "MP+"])
+def test_no_place_of_its_mask_is_given_to_a_zero_of_an_earlier_pass(algo, mask_alg, pattern):
+    """The fault: masks chosen for weights that least squares would move kept zeros, which nothing moved."""
+    found = snows.prune(classifier(), images(FEW, 1), pattern, ONE_PASS.but(schedule=2), mask_alg=mask_alg, algo=algo)
+    assert found.masks["1"].sum() >= 0.49 * 64 * CLASSES
+    assert (found.model[1].weight != 0).equal(found.masks["1"])
+
+
 def test_its_bias_takes_up_what_the_mean_image_loses():
     model, some = classifier(), images(FEW, 1)
     found = pruned(model, FEW, ONE_PASS.but(cg_tolerance=1e-8, max_CG_iterations=50, damping=0.0, newton_steps=3))
