@@ -13,6 +13,7 @@ its bias. A row that the results file already holds is not measured again.
 """
 
 from dataclasses import asdict, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 from common import Parser, Results
@@ -39,10 +40,11 @@ WAYS = [
     dict(mask="MP", algo="SNOWS", classifier=True, schedule=1),
     dict(mask="SparseGPT", algo="SNOWS", permuted=True, schedule=1),
     dict(mask="ALPS", algo="SNOWS", permuted=True, schedule=1),
-    dict(mask="ALPS", algo="SNOWS", permuted=True),
-    dict(mask="ALPS", algo="SNOWS", permuted=True, mixtures=1),
-    dict(mask="ALPS", algo="SNOWS", permuted=True, mixtures=1, schedule=1),
+    dict(mask="ALPS", algo="SNOWS", permuted=True, first_dense=True),
+    dict(mask="ALPS", algo="SNOWS", permuted=True, first_dense=True, schedule=1),
+    dict(mask="ALPS", algo="SNOWS", permuted=True, first_dense=True, schedule=1, mixtures=1),
 ]
+FIRST = "blocks.[0-2].*"  # 0.8 % of the weights, which all that comes after depends on
 SPARSER = {"0.5": 0.65, "0.7": 0.85}  # the classifier's sparsity, where it is to be more than magnitudes make it
 CLASSIFIER = [
     dict(images=images, algo=algo, min_samples=samples)
@@ -70,7 +72,8 @@ class Bench:
             pattern = replace(pattern, layer_sparsity={"classifier": SPARSER[run["pattern"]]})
 
         def layers(name: str) -> bool:
-            return name == "classifier" if alone else name != "conv_stem" and not name.endswith("conv_dw")
+            dense = name == "conv_stem" or name.endswith("conv_dw") or (run["first_dense"] and fnmatch(name, FIRST))
+            return name == "classifier" if alone else not dense
 
         if run["permuted"]:
             model = permute(model, pattern, layers).model
@@ -98,6 +101,7 @@ def runs_of(args) -> list[dict]:
         "mask": "MP",
         "permuted": False,
         "classifier": False,
+        "first_dense": False,
     }
     usual |= {name: getattr(ONE_PASS, name) for name in CHANGES}
     if args.classifier:

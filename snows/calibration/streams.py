@@ -68,6 +68,7 @@ class Streams:
         self.store = Store(device, self.budget.features("device"), self.budget.features("host"), options.cache_dir)
         self.ceiling = self.budget.shared_micro_batch  # bytes that a micro-batch may need
         self.need = self.plan.passing  # bytes per image of the work at hand
+        self.depths: dict[tuple[str, int], list[int]] = {}  # of windows, by layer and K, that have been asked for
         self.cut(halved_to_fit(max(self.lengths), self.need, self.ceiling))
 
     def _own(self, batches: list[Tensor]) -> list[Tensor]:
@@ -148,8 +149,15 @@ class Streams:
         mixtures count, which show no classes of their own.
         """
         needed = options.min_samples * int(mask.sum()) * (1 + options.mixtures)
-        features = Window(self.network, [layer], options.k_step).features
-        return [self.plan.numbers(node) * self.images >= needed for node in features]
+        return [numbers * self.images >= needed for numbers in self._numbers(layer, options.k_step)]
+
+    def _numbers(self, layer: Layer, k_step: int) -> list[int]:
+        """How many numbers an image has at each depth of a layer's window."""
+        place = layer.name, k_step
+        if place not in self.depths:
+            features = Window(self.network, [layer], k_step).features
+            self.depths[place] = [self.plan.numbers(node) for node in features]
+        return self.depths[place]
 
     def solvable(self, layer: Layer, mask: Tensor, options: Options) -> Tensor:
         """What is solved of a weight: its support; nothing where the layer's own outputs are few, as a classifier's."""
