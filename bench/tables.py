@@ -147,11 +147,8 @@ def real() -> str:
     rows = [row for row in load("imagenet_real_efficientnet_lite0") if row["layers"] == "all"]
     for row in sorted(rows, key=lambda row: PATTERNS.index(row["pattern"])):
         way = f"{row['algo']}{', channels permuted' * row['permuted']}{', classifier sparser' * row['classifier']}"
-        way += (
-            ", first blocks dense" * row["first_dense"]
-            + ", two passes" * (row["schedule"] == 1)
-            + ", mixtures" * (row["mixtures"] > 0)
-        )
+        way += ", first blocks dense" * row["first_dense"]
+        way += ", two passes" * (row["schedule"] == 1) + ", mixtures" * (row["mixtures"] > 0)
         errors = [row["accuracy"], row["agreement"], f"{row['logit_error']:.3f}"]
         lines.append([row["pattern"], row["mask"], way, *errors, f"{row['sparsity']:.1%}", round(row["seconds"])])
     figures = ["top-1 %", "agrees with dense %", "logit error", "zeros", "seconds"]

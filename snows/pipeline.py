@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from snows.arguments import check_arguments
-from snows.calibration.images import gather, micro_batches
+from snows.calibration.images import gather, mini_batches
 from snows.calibration.streams import Streams
 from snows.checksum import checksum
 from snows.distributed import current
@@ -195,7 +195,7 @@ def opened(
     network: Network, calibration: Tensor | Iterable | None, options: Options, dense_model: nn.Module | None
 ) -> Streams:
     """The calibration images at the start of the network, once they are known to run through it."""
-    batches, group = micro_batches(network, calibration, options), current()
+    batches, group = mini_batches(network, calibration, options), current()
     if group.size > 1:
         group.check_same(
             weights=checksum(network.model.parameters()),

@@ -17,7 +17,7 @@ PARTS = 8  # micro-batches at least, where some of them are held out
 CHECKED = 8  # images that the traced network is compared with the model on
 
 
-def micro_batches(network: Network, calibration: Tensor | Iterable, options: Options) -> list[Tensor]:
+def mini_batches(network: Network, calibration: Tensor | Iterable, options: Options) -> list[Tensor]:
     """The calibration images in mini-batches, the last one short, once they are known to run through the network.
 
     options: `mixtures` of them go with them; the windows of `k_step` are checked too, and `network` refuses layers

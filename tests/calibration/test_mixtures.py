@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import snows
-from snows.calibration.images import micro_batches
+from snows.calibration.images import mini_batches
 from snows.calibration.mixtures import LEAST_SHARE, with_mixtures
 from snows.calibration.streams import Streams
 from snows.network.layers import Network
@@ -44,7 +44,7 @@ def test_no_image_that_is_held_out_is_in_a_mixture_that_is_fitted(count, mixture
     options = snows.Options(mixtures=mixtures, batch_size=batch_size, min_samples=0)
     model = randomise(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(count, 2, bias=False)))
     network = Network(model)
-    streams = Streams(network, micro_batches(network, distinct(count), options), "cpu", options)
+    streams = Streams(network, mini_batches(network, distinct(count), options), "cpu", options)
     streams.fit_jointly(network.layers, options)
     streams.cut(min(size, streams.batch_size))
     objective = joint_objective(network.layers, streams, options).holding_out(options.held_out)

@@ -195,9 +195,8 @@ def test_other_settings_are_refused_with_what_was_and_what_is_asked(script, stop
     with run_folder.locked(stopped):
         _, err = script("CNN_pruning/unstr.py", "--resume", stopped, code=2)
     assert "still going" in err
-    out, _ = script(
-        "CNN_pruning/unstr.py", "--resume", stopped, "--k_step", 2, "--out_dir", stopped, "--verbose"
-    )  # said again
+    same = ["--k_step", 2, "--out_dir", stopped]
+    out, _ = script("CNN_pruning/unstr.py", "--resume", stopped, *same, "--verbose")
     assert out.count(" zero ") == LAYERS - 5
 
 
