@@ -9,3 +9,4 @@ for script in CNN_pruning/unstr.py VIT_pruning/prune_NM.py; do
     python "$script" --device cuda --precision highest --deterministic --out_dir "$(mktemp -d)/run"
 done
 python bench/products.py --device cuda --out results/products_gpu.csv
+python bench/gpu_semi_structured.py

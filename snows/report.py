@@ -1,4 +1,4 @@
-"""The former place of `python -m snows.cli.report` (0.2), for one version."""
+"""The door to snows/cli/report.py: `python -m snows.report RUN_DIR ...` draws and compares finished runs."""
 
 if __name__ == "__main__":
     from snows.cli.report import main

@@ -1,6 +1,6 @@
 """A page that shows how a run went, or how several compare: one file that needs nothing besides itself.
 
-    python -m snows.cli.report RUN_DIR [RUN_DIR ...] [--out FILE]
+    python -m snows.report RUN_DIR [RUN_DIR ...] [--out FILE]
 
 With one run folder it writes report.html into it, as every run does at its end; with several, comparison.html.
 """
