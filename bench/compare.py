@@ -66,7 +66,7 @@ def algorithm(run: dict) -> str:
 
 def row_of(run: dict, images: int, chosen: snows.Options) -> dict:
     """What tells a row from others: its run, and the options as its algorithm settles them, so that MP+ knows few."""
-    settled = vars(chosen.but(**METHODS[algorithm(run)].fixed))
+    settled = vars(METHODS[algorithm(run)].settle(chosen))
     return {**run, "images": images, "options": {name: value for name, value in settled.items() if name != "seed"}}
 
 

@@ -101,23 +101,15 @@ class Job:
         problem = ""
         try:
             streams.fit_layer(layer, self.options)
-            if (rule := self._mask_rule(layer, sweep, mask)) is not None:
-                for attempt in retry_on_out_of_memory(streams, place):
-                    with attempt:
-                        weight, moment = layer_problem(layer, streams)
-                        zero = kept_zeros(self.network, [layer], self.choice).get(layer.name)
-                        if not streams.solvable(layer, mask, self.options).any():
-                            zero = weight == 0  # of an earlier sweep's too: nothing would bring them back
-                        mask = self.choose(weight, moment, rule, zero)
+            mask = self._chosen(layer, sweep, mask, place)
             if self.method.update is not None:
                 for attempt in retry_on_out_of_memory(streams, place):
                     with attempt:
                         update = self.method.update(layer, mask, streams, self.options)
                 return self._step(layer, sweep, mask, update, time.perf_counter() - started)
         except Unsolvable as error:
-            log.warning(
-                "layer %s keeps its masked weights: %s", layer.name, str(error)
-            )  # a record would hold its frames
+            said = str(error)  # of the error itself, the log's record would hold the frames
+            log.warning("layer %s keeps its masked weights: %s", layer.name, said)
             problem, self.unsolvable = error.problem, self.unsolvable or str(error)
         update = Update(self.network.masked(layer, mask), stats=SolveStats(problem=problem))
         return self._step(layer, sweep, mask, update, time.perf_counter() - started)
@@ -223,6 +215,20 @@ class Job:
                 raise
             what = f"unexpected {type(error).__name__} after {len(self.layers)} layers: {first_line(error)}"
             raise Unfinished(what, self.result()) from error
+
+    def _chosen(self, layer: Layer, sweep: int, mask: Tensor, place: str) -> Tensor:
+        """A layer's mask where its turn decides; else `mask`."""
+        streams, rule = self.streams, self._mask_rule(layer, sweep, mask)
+        if streams is None or self.choose is None or rule is None:
+            return mask
+        for attempt in retry_on_out_of_memory(streams, place):
+            with attempt:
+                weight, moment = layer_problem(layer, streams)
+                zero = kept_zeros(self.network, [layer], self.choice).get(layer.name)
+                if not streams.solvable(layer, mask, self.options).any():
+                    zero = weight == 0  # of an earlier sweep's too: nothing would bring them back
+                chosen = self.choose(weight, moment, rule, zero)
+        return chosen
 
     def _mask_rule(self, layer: Layer, sweep: int, mask: Tensor) -> NM | int | None:
         """What a mask that is chosen when it is the layer's turn must keep to; None: the mask is final."""

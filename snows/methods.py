@@ -36,6 +36,10 @@ class Method:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     inverts_inputs: bool = False
 
+    def settle(self, options: Options) -> Options:
+        """The options as this method takes them."""
+        return options.but(**{**({} if self.update_jointly else {"joint_steps": 0}), **self.fixed})
+
 
 def snows_with(solver: Solver = solve) -> Method:
     """SNOWS; `solver` minimises the K-step loss, with the arguments and the result of snows.solve.solver.solve."""

@@ -148,40 +148,49 @@ def prepared(
     device: torch.device | str,
 ) -> Job:
     """A job before its first layer: its network, its masks, and its images if anything looks at them."""
-    network, dense_model = (
-        (model.copy(), model.model)
-        if isinstance(model, Network)
-        else (Network(model, device, example_of(calibration)), None)
-    )
+    if isinstance(model, Network):
+        network, dense_model = model.copy(), model.model
+    else:
+        network, dense_model = Network(model, device, example_of(calibration)), None
+    chosen = wanted if isinstance(wanted, Selection) else None
     choice = check_selection(wanted, network) if isinstance(wanted, Selection) else wanted
-    saliency, scoring, names = SALIENCIES[choice.mask_alg], options, {layer.name for layer in network.layers}
-    options = options.but(**method.fixed)
-    if method.update_jointly is None:
-        options = options.but(joint_steps=0)
+    scoring, options = options, method.settle(options)
+    saliency = SALIENCIES[choice.mask_alg]
     chosen_layers(network, choice.layers)
-    selection = wanted if isinstance(wanted, Selection) else None
+    selection = chosen
     if selection is None and saliency.score is None:  # what does not fit is said before an image is looked at
         selection = select(network, choice, None, scoring)
     solving = method.update is not None or options.joint_steps > 0 or saliency.choose is not None
     scores_to_come = saliency.score is not None and (selection is None or options.schedule > 0)
-    streams = opened(network, calibration, options, dense_model) if solving or scores_to_come else None
+    streams, names = None, {layer.name for layer in network.layers}
+    if solving or scores_to_come:
+        streams = opened(network, calibration, options, dense_model)
     lost = names - {layer.name for layer in network.layers}  # the images showed that they cannot be followed
     choice = replace(choice, pattern=without(choice.pattern, lost))
     if selection is None or lost:
         selection = select(network, choice, streams, scoring)
-    if not isinstance(wanted, Selection):
+    if chosen is None:
         tell_of_zeros(network, selection, choice)
     if method.inverts_inputs:
-        name = next((name for name, each in METHODS.items() if each is method), "the method")
-        check_inputs(name, [layer for layer in network.layers if layer.name in selection.masks], network, inverse=True)
+        check_inverses(method, network, selection.masks)
     if solving and streams is not None:
         log.info(streams.outlook(selection.masks, options))
         streams.tell_of_few(selection.masks, options)
     masks = {name: mask.to(network.device) for name, mask in selection.masks.items()}
     streams = streams if solving or options.schedule else None
     job = Job(network, choice, replace(selection, masks=masks), method, options, scoring, streams, current())
-    job.earlier = selection.seconds if isinstance(wanted, Selection) else 0.0
+    job.earlier = 0.0 if chosen is None else chosen.seconds
     return job
+
+
+def check_inverses(method: Method, network: Network, masks: Masks) -> None:
+    """Refuse layers whose inputs' second moment a method cannot invert.
+
+    Raises:
+        UsageError: it lists them.
+    """
+    name = next((name for name, each in METHODS.items() if each is method), "the method")
+    check_inputs(name, [layer for layer in network.layers if layer.name in masks], network, inverse=True)
 
 
 def example_of(calibration: Any) -> Any:

@@ -83,7 +83,7 @@ class OneRun:
             "mask_alg": settings.mask_alg if settings.masks is None else "Custom",
             "algo": self.algo,
             "seed": self.seed,
-            "options": vars(settings.options_of(self.seed).but(**METHODS[self.algo].fixed)),
+            "options": vars(METHODS[self.algo].settle(settings.options_of(self.seed))),
             "calibration_images": 0 if images is None else len(images),
             "calibration_checksum": checksum([] if images is None else [images]),
             "test_images": len(self.task.data.test),
