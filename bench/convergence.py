@@ -19,10 +19,12 @@ from snows import NM, Options
 from snows.calibration.stream import Stream
 from snows.cli.shell import shell
 from snows.network.layers import Layer, Network
+from snows.network.tangent import dot
+from snows.solve.cg import conjugate_gradients
 from snows.solve.curvature import Curvature
 from snows.solve.objective import reconstruction
 from snows.solve.preconditioner import row_inverses
-from snows.solve.solver import backtrack, conjugate_gradients, dot, solve
+from snows.solve.solver import backtrack, solve
 
 LAYERS = {
     "resnet20_cifar10": ["layer1.1.conv1", "layer2.1.conv2", "layer3.1.conv1"],

@@ -54,7 +54,7 @@ class Interrupted(SnowsError):
 
     def __init__(self, message: str, stop: KeyboardInterrupt, result=None):
         super().__init__(message)
-        self.stop, self.result, self.exit_code = stop, result, exit_code(stop)
+        self.result, self.exit_code = result, exit_code(stop)
 
 
 def exit_code(stop: KeyboardInterrupt) -> int:

@@ -13,9 +13,10 @@ from snows.errors import UsageError, listed
 from snows.network.derivatives import explained
 from snows.network.layers import Layer
 from snows.options import Options
+from snows.solve.cg import Operator, check_finite
 from snows.solve.objective import Objective, reconstruction
 from snows.solve.preconditioner import row_inverses
-from snows.solve.solver import Operator, SolveStats, check_finite, solve
+from snows.solve.solver import SolveStats, solve
 
 log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
 

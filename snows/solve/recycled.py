@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-Operator = Callable[[Tensor], Tensor]  # a linear map, known by its products with vectors
+from snows.network.tangent import dot
+from snows.solve.cg import Operator
 
 
 class Recycled:
@@ -60,7 +60,3 @@ class Recycled:
         for (p, bp, rho), share in zip(self.pairs, reversed(shares)):
             solved = solved + (share - rho * dot(bp, solved)) * p
         return solved
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.flatten(), b.flatten())

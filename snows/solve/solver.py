@@ -1,4 +1,4 @@
-"""Truncated Newton on the support: preconditioned conjugate gradients, Armijo backtracking, adaptive damping.
+"""Truncated Newton on the support: conjugate gradients (cg.py), Armijo backtracking, adaptive damping.
 
 One step solves (B + lambda I) d = -grad L on the support S = {i : mask_i = 1} (the paper's Newton step), with B
 known only through its products with vectors, which are shaped as theta and zero off the support.
@@ -6,111 +6,21 @@ known only through its products with vectors, which are shaped as theta and zero
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
+from snows.network.tangent import dot
 from snows.options import Options
+from snows.solve.cg import CGResult, Operator, check_finite, conjugate_gradients
 from snows.solve.curvature import Curvature
 from snows.solve.objective import Objective
-from snows.solve.recycled import Operator, Recycled, dot
+from snows.solve.recycled import Recycled
 
 SUFFICIENT_DECREASE = 1e-4  # Armijo's constant
 MAX_HALVINGS = 8
 PATIENCE = 2  # iterates of CG that may fail to lower the loss on images held out, one after the other
 STAGNATION = 1e-3  # relative decrease of the loss below which another Newton step is not worth its products
-
-
-@dataclass
-class CGResult:
-    """The step d found, B d, and how it was found."""
-
-    step: Tensor
-    product: Tensor
-    residuals: list[float]  # relative residual norms, one per iteration
-    negative_curvature: bool = False
-
-    @property
-    def iterations(self) -> int:
-        return len(self.residuals)
-
-
-def conjugate_gradients(
-    matvec: Operator,
-    right_side: Tensor,
-    precondition: Operator | None = None,
-    damping: float = 0.0,
-    tolerance: float = 1e-2,
-    max_iterations: int = 20,
-    watch: Callable[[Tensor, Tensor], bool] = lambda step, product: True,
-) -> CGResult:
-    """Approximately solve (B + lambda I) x = b, B given by `matvec`, b by `right_side`.
-
-    damping: lambda in units of the curvature along the first direction, p^T B p / p^T p: one value for any scale.
-    tolerance: stop once ||b - (B + lambda I) x|| <= tolerance * ||b||; the least is the type's own precision.
-    watch: told x and B x after each iteration, which change in place; whether to go on.
-
-    Stops at the first direction whose curvature is not positive, and where the residual has become too small for the
-    type to tell a direction from it, with what it has; if that is the very first direction, with a step along it.
-
-    Raises FloatingPointError where the right side, a product or a preconditioned residual is NaN or infinite.
-    """
-    x, bx, r = torch.zeros_like(right_side), torch.zeros_like(right_side), right_side
-    norm = check_finite(right_side.norm(), "the gradient")
-    if not norm > 0:
-        return CGResult(x, bx, [])
-    precondition = precondition or (lambda residual: residual)
-    tolerance, residuals = max(tolerance, torch.finfo(right_side.dtype).eps), list[float]()
-    z = precondition(r)
-    p, rz, shift = z, dot(r, z), None
-    for _ in range(max_iterations):
-        bp, pp = matvec(p), dot(p, p)
-        curvature = dot(p, bp)
-        if shift is None:
-            shift = damping * (curvature / pp).clamp_min(0)
-        damped = curvature + shift * pp
-        alpha = rz / damped
-        next_r = r - alpha * (bp + shift * p)
-        # The only values that the host waits for, once an iteration.
-        numbers = torch.stack([damped, next_r.norm() / norm, alpha * pp.sqrt(), rz, pp])
-        steepness, residual, length, *squares = numbers.tolist()
-        if 0 in squares or (residuals and not all(map(math.isfinite, squares))):
-            break  # the direction vanishes in its square, or has come of a residual that does
-        if not math.isfinite(steepness):
-            raise FloatingPointError("a curvature product is not finite")
-        if not steepness > 0:
-            if not residuals:
-                alpha = rz / abs(steepness) if steepness else torch.ones_like(rz)
-                x, bx = alpha * p, alpha * bp
-            return CGResult(x, bx, residuals, negative_curvature=True)
-        if residuals and not math.isfinite(residual + length):
-            break  # the curvature is too small to divide by
-        if not math.isfinite(residual + length):
-            raise FloatingPointError("the step is not finite")
-        x += alpha * p  # in place: of all layers together, each vector may take a large share of the memory
-        bx += alpha * bp
-        r = next_r
-        residuals.append(residual)
-        if not watch(x, bx) or residual <= tolerance:
-            break
-        z = precondition(r)
-        rz, previous = dot(r, z), rz
-        p = z + (rz / previous) * p
-    return CGResult(x, bx, residuals)
-
-
-def check_finite(value: Tensor, what: str) -> Tensor:
-    """The value, if it holds no NaN and no infinity.
-
-    Raises:
-        FloatingPointError: it does.
-    """
-    if not value.isfinite().all():
-        raise FloatingPointError(f"{what} is not finite")
-    return value
 
 
 class EarlyStop:
@@ -260,10 +170,10 @@ def newton_step(
         recycled.noting(lambda v: here.matvec(v).mul_(support)),
         descent,
         recycled,
-        damping,
-        options.cg_tolerance,
-        options.max_CG_iterations,
-        unseen or (lambda step, product: True),
+        damping=damping,
+        tolerance=options.cg_tolerance,
+        max_iterations=options.max_CG_iterations,
+        watch=unseen or (lambda step, product: True),
     )
     direction, product = (cg.step, cg.product) if unseen is None else unseen.take(cg)
     result = NewtonStep(theta, damping, here.loss, here.loss, cg.residuals, here.share, unseen=unseen)

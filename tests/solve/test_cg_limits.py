@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import snows
-from snows.solve.solver import conjugate_gradients
+from snows.solve.cg import conjugate_gradients
 
 TYPES = [torch.float32, torch.float64]
 

@@ -14,8 +14,9 @@ import snows
 from snows.calibration.streams import Streams
 from snows.cli.run_folder import csv_text, layer_rows
 from snows.network.layers import Network
+from snows.solve.cg import conjugate_gradients
 from snows.solve.joint import joint_objective
-from snows.solve.solver import Armijo, EarlyStop, conjugate_gradients
+from snows.solve.solver import Armijo, EarlyStop
 
 
 @given(parts=st.integers(1, 9), share=st.floats(0, 0.5))

@@ -10,10 +10,11 @@ import snows
 from snows.calibration.streams import Streams
 from snows.methods import snows_with
 from snows.network.layers import Network
+from snows.solve.cg import conjugate_gradients
 from snows.solve.curvature import Curvature
 from snows.solve.joint import joint_objective
 from snows.solve.preconditioner import layer_inverses
-from snows.solve.solver import conjugate_gradients, solve
+from snows.solve.solver import solve
 
 ONE_STEP = dict(newton_steps=1, max_CG_iterations=1, cg_tolerance=0.0, damping=1e-3, batching=False)
 

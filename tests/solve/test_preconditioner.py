@@ -7,9 +7,9 @@ from references import build
 from torch import nn
 
 from snows.network.inputs import input_columns
+from snows.solve.cg import conjugate_gradients
 from snows.solve.curvature import Curvature
 from snows.solve.preconditioner import RowInverses, input_moment, output_metric, row_inverses
-from snows.solve.solver import conjugate_gradients
 
 
 @pytest.mark.parametrize(

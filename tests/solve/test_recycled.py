@@ -15,9 +15,10 @@ from snows.budget import Budget
 from snows.calibration.streams import Streams
 from snows.memory import GIB
 from snows.network.layers import Network
+from snows.solve.cg import conjugate_gradients
 from snows.solve.joint import update_jointly
 from snows.solve.recycled import Recycled
-from snows.solve.solver import conjugate_gradients, solve
+from snows.solve.solver import solve
 
 
 def random(*shape, seed=0):

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from references import build, dense_reference, matrix
 
 from snows.options import Options
+from snows.solve.cg import conjugate_gradients
 from snows.solve.curvature import Curvature
-from snows.solve.solver import backtrack, conjugate_gradients, solve
+from snows.solve.solver import backtrack, solve
 
 NEWTON = Options(newton_steps=1, max_CG_iterations=200, cg_tolerance=1e-12, damping=0.0, batching=False)
 
