@@ -18,7 +18,8 @@ from networks import NETWORKS, cifar10, trained, weights
 from snows import NM, Options
 from snows.calibration.stream import Stream
 from snows.cli.shell import shell
-from snows.network.layers import Layer, Network
+from snows.network.layers import Layer
+from snows.network.network import Network
 from snows.network.tangent import dot
 from snows.solve.cg import conjugate_gradients
 from snows.solve.curvature import Curvature

@@ -27,7 +27,7 @@ from snows import memory
 from snows.calibration.streams import Streams
 from snows.cli.shell import shell
 from snows.modes import precision
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.solve.curvature import Curvature
 from snows.solve.objective import reconstruction
 from snows.zoo.classifiers import load_checkpoint

@@ -20,7 +20,8 @@ from vit_small import vit_cifar10
 from snows.calibration.stream import Stream
 from snows.cli.flags import whole
 from snows.cli.shell import shell
-from snows.network.layers import Layer, Network
+from snows.network.layers import Layer
+from snows.network.network import Network
 from snows.options import Options
 from snows.solve.curvature import Curvature
 from snows.solve.objective import reconstruction

@@ -6,7 +6,7 @@ from snows.cli.run_folder import load as load_run
 from snows.errors import SnowsError, TraceError, UsageError
 from snows.masks.patterns import NM, Selection, Unstructured
 from snows.masks.permute import permute
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.options import Options
 from snows.pipeline import choose_masks, prune
 from snows.result import LayerRecord, Pruned, sparsity

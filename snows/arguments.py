@@ -9,7 +9,7 @@ from snows.masks.patterns import NM, Choice, Selection, Unstructured, every_laye
 from snows.masks.saliency import SALIENCIES
 from snows.methods import METHODS, Method
 from snows.network.checks import check_device, check_model
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.options import Options
 
 

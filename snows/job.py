@@ -21,7 +21,8 @@ from snows.masks.saliency import SALIENCIES
 from snows.masks.zeros import kept_zeros
 from snows.memory import forget_peak, peak_memory
 from snows.methods import Method, layer_problem
-from snows.network.layers import Layer, Masks, Network, copied
+from snows.network.layers import Layer, Masks
+from snows.network.network import Network, copied
 from snows.options import Options
 from snows.result import JOINT, LayerRecord, Pruned, Step, problems, zeros
 from snows.schedule import sweeps

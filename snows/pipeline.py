@@ -24,7 +24,8 @@ from snows.masks.saliency import SALIENCIES, check_inputs
 from snows.masks.zeros import tell_of_zeros
 from snows.methods import METHODS, Method
 from snows.modes import own_modes, precision
-from snows.network.layers import Masks, Network
+from snows.network.layers import Masks
+from snows.network.network import Network
 from snows.options import Options
 from snows.result import Pruned, Step
 

@@ -6,7 +6,7 @@ from helpers import randomise
 
 from snows.calibration.stream import Stream
 from snows.calibration.streams import Streams
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.options import Options
 from snows.solve.joint import joint_objective
 from snows.solve.objective import reconstruction

@@ -25,7 +25,8 @@ from snows.calibration.stream import Stream, channels_last_on_cpu
 from snows.errors import TraceError, UsageError, first_line, listed
 from snows.memory import is_out_of_memory
 from snows.network.known import has_activation
-from snows.network.layers import Layer, Network
+from snows.network.layers import Layer
+from snows.network.network import Network
 from snows.network.tangent import Tangents, dual, tangent_of
 from snows.network.trace import Values, run_node
 from snows.network.window import Window, differentiable
@@ -92,13 +93,9 @@ def as_it_came(network: Network, images: Tensor, weights: dict[str, Tensor]) -> 
 def run_trace(network: Network, images: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """The logits as the trace computes them; notes which counted nodes return something else than a tensor."""
     values: Values = {network.input: channels_last_on_cpu(images, images.device)}
-    for node in network.nodes[1:-1]:
-        values[node] = value = run_node(node, network.model, values, weights)
-        if network.is_counted(node) and not is_feature(value):
+    for node in network.walk(network.nodes[1:-1], network.model, values, weights):
+        if network.is_counted(node) and not is_feature(values[node]):
             network.pairs.add(node)
-        for read in node.all_input_nodes:
-            if network.last_use[read] <= network.position[node]:
-                values.pop(read, None)
     return values[network.output]
 
 

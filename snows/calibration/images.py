@@ -10,7 +10,7 @@ from torch import Tensor
 from snows.calibration.faithful import check_trace
 from snows.calibration.mixtures import with_mixtures
 from snows.errors import UsageError, listed
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.options import Options
 
 PARTS = 8  # micro-batches at least, where some of them are held out

@@ -7,6 +7,7 @@ bits on machines of any size.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -17,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from snows.calibration.staging import nbytes
-from snows.network.layers import Layer, Network
-from snows.network.trace import run_node
+from snows.network.layers import Layer
+from snows.network.network import Network
+from snows.network.trace import Values
 from snows.network.window import Window
 
 LINEAR = (operator.add, torch.add, F.linear, F.conv2d)  # functions that keep no slope
@@ -41,18 +43,12 @@ class Plan:
     def of(cls, network: Network, images: Tensor, count: int) -> Plan:
         """The plan for `count` images like these, of which one or two go through the network once."""
         plan, few = cls(network, images=count), images[:2]
-        values = {network.input: few}
-        for node in network.nodes[:-1]:
-            if node.op == "get_attr":
-                continue
-            if node is not network.input:
-                values[node] = run_node(node, network.model, values, {})
+        values: Values = {network.input: few}
+        steps = [node for node in network.nodes[1:-1] if node.op != "get_attr"]
+        for node in itertools.chain([network.input], network.walk(steps, network.model, values, {})):
             plan.output[node] = nbytes(values[node]) // len(few)
             plan.kept[node] = kept_for_derivative(network, node, values) // len(few)
             plan.passing = max(plan.passing, sum(plan.output[each] for each in values))
-            for read in node.all_input_nodes:
-                if network.last_use[read] <= network.position[node]:
-                    values.pop(read, None)
         return plan
 
     def need(self, layers: Sequence[Layer], k_step: int) -> int:

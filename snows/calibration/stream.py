@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from snows.calibration.store import Held, Store
 from snows.distributed import ALONE, Group
 from snows.memory import is_gpu
-from snows.network.layers import Network
-from snows.network.trace import Values, run_node
+from snows.network.network import Network
+from snows.network.trace import Values
 
 
 @dataclass(frozen=True)
@@ -79,19 +79,15 @@ class Stream:
     @torch.no_grad()
     def advance(self, node: fx.Node) -> None:
         """Run every node before `node`, and forget what no later node reads."""
-        position, last_use = self.network.position, self.network.last_use
-        end = position[node]
+        last_use, end = self.network.last_use, self.network.position[node]
         steps = [step for step in self.network.nodes[self.cut : end] if step.op != "get_attr"]
         for i in self.own if steps else ():
             held, self.held[i] = self.held[i], None  # its room is free for what follows
             values = self._images(i) if held is None else held.get()
             del held
             self.expect(i + 1)
-            for step in steps:
-                values[step] = run_node(step, self.model, values, {})
-                for read in step.all_input_nodes:
-                    if last_use[read] <= position[step]:
-                        values.pop(read, None)
+            for _ in self.network.walk(steps, self.model, values, {}):
+                pass
             self.held[i] = self.store.put({n: v for n, v in values.items() if last_use[n] >= end})
         self.cut = end
 

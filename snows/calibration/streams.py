@@ -20,7 +20,8 @@ from snows.calibration.stream import Cut, Stream
 from snows.distributed import ALONE, Group
 from snows.errors import Unsolvable, UsageError, listed
 from snows.memory import is_out_of_memory
-from snows.network.layers import Layer, Masks, Network
+from snows.network.layers import Layer, Masks
+from snows.network.network import Network
 from snows.network.window import Window
 from snows.options import Options
 

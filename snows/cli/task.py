@@ -25,7 +25,8 @@ from snows.masks.patterns import NM, Pattern, Selection
 from snows.masks.permute import permute
 from snows.masks.rules import check_patterns
 from snows.memory import is_gpu
-from snows.network.layers import Masks, Network
+from snows.network.layers import Masks
+from snows.network.network import Network
 from snows.pipeline import choose_masks, prune
 from snows.result import Pruned, sparsity
 from snows.zoo import evaluate

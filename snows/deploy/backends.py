@@ -22,7 +22,7 @@ from snows.deploy.opened import as_module, bias_of, mapped_layers
 from snows.deploy.packages import missing
 from snows.deploy.product import How, Product
 from snows.errors import SnowsError
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.zoo.arrays import NO_LABEL
 
 Run = Callable[[], Any]  # one forward pass, which gives the logits

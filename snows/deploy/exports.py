@@ -15,7 +15,7 @@ from snows.deploy.checks import Check, Logits, ReadBack, check
 from snows.deploy.packages import HOW_TO_INSTALL, missing
 from snows.deploy.product import How, Product
 from snows.errors import SnowsError, UsageError, WriteError
-from snows.network.layers import copied
+from snows.network.network import copied
 from snows.zoo import packed
 
 AS_IT_IS = How()

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, fx, nn
 
-from snows.network.layers import Layer, Network
+from snows.network.layers import Layer
+from snows.network.network import Network
 from snows.network.operations import LinearMap
 
 

@@ -16,7 +16,8 @@ from snows.errors import SnowsError, TraceError, first_line
 from snows.masks.patterns import NM
 from snows.network.attention import attention_by_parts
 from snows.network.known import weight_name
-from snows.network.layers import Masks, Network, copied
+from snows.network.layers import Masks
+from snows.network.network import Network, copied
 from snows.zoo.evaluate import Batches
 
 

@@ -17,7 +17,8 @@ from snows.deploy.opened import as_module, mapped_layers
 from snows.errors import SnowsError, UsageError, by_reason
 from snows.masks.patterns import NM
 from snows.network.concrete import Example
-from snows.network.layers import Layer, Network
+from snows.network.layers import Layer
+from snows.network.network import Network
 from snows.network.operations import LinearMap
 
 DTYPES = (torch.float16, torch.bfloat16)

@@ -12,7 +12,7 @@ from snows.deploy.checks import ReadBack
 from snows.deploy.product import How, Product
 from snows.deploy.pt2 import weights_of
 from snows.errors import SnowsError, UsageError, first_line
-from snows.network.layers import copied
+from snows.network.network import copied
 
 CITATION = """\
 ```bibtex

@@ -14,7 +14,8 @@ from snows.masks.patterns import NM, Choice, Pattern, Selection, Unstructured, a
 from snows.masks.rules import names_any
 from snows.masks.saliency import SALIENCIES, Saliency, check_inputs, scores
 from snows.masks.zeros import kept_zeros, leave_all_zero
-from snows.network.layers import Layer, Masks, Network
+from snows.network.layers import Layer, Masks
+from snows.network.network import Network
 from snows.options import Options
 
 MANY = 0.05  # share of the parameters from which on it is said that they are in no layer

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from snows.masks.slots import FIXED, FUNCTIONS, METHODS, ONE, UNKNOWN, Slot, Slots, Value, flattened, pooled
 from snows.network.known import ELEMENTWISE_MODULES, acts_elementwise, is_plain
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.network.operations import LinearMap, norm_arguments
 
 POOLS = {nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d}

@@ -20,7 +20,7 @@ from snows.masks.patterns import NM
 from snows.masks.slots import Slot
 from snows.modes import own_modes
 from snows.network.concrete import Example
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.network.operations import attribute
 
 Scores = Mapping[str, Tensor]  # layer name -> what each weight is worth, of the weight's shape

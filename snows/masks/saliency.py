@@ -27,7 +27,8 @@ from snows.masks.patterns import NM
 from snows.masks.sparsegpt import choose_mask, damped_inverse
 from snows.network.derivatives import explained
 from snows.network.inputs import MAX_INPUTS, can_factor, layer_columns, no_moment, second_moment, shows_inputs
-from snows.network.layers import Layer, Network
+from snows.network.layers import Layer
+from snows.network.network import Network
 from snows.network.trace import value_of
 from snows.options import Options
 from snows.solve.objective import reconstruction

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Iterable
 
 from snows.masks.patterns import Choice, Selection
-from snows.network.layers import Layer, Masks, Network
+from snows.network.layers import Layer, Masks
+from snows.network.network import Network
 
 log = logging.getLogger("snows")
 

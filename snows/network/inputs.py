@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snows.network.layers import Layer, Network
+from snows.network.layers import Layer
+from snows.network.network import Network
 
 MAX_INPUTS = 16384  # columns beyond which A is not formed, and CG runs plain
 

@@ -16,6 +16,8 @@ from snows.network.known import is_fixed_batch_norm, is_plain
 from snows.network.trace import fetch
 
 SETTINGS = ("stride", "padding", "dilation", "groups")  # of F.conv2d, after input, weight and bias
+# Functions that hide linear maps: torchvision's Swin hands both projections of an attention to one.
+HIDING = {"shifted_window_attention"}
 NORM_DEFAULTS: tuple[Any, ...] = (None, None, None, None, None, False, 0.1, 1e-5)  # of F.batch_norm
 
 

@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from snows.network.attention import attention_by_parts
 from snows.network.known import has_activation
-from snows.network.layers import Layer, Network
+from snows.network.layers import Layer
+from snows.network.network import Network
 from snows.network.operations import FixedNorm, attribute, norm_of, settings
 from snows.network.trace import Values, run_node, value_of
 

@@ -90,7 +90,7 @@ def conjugate_gradients(
 
 
 class Verdict(Enum):
-    """What becomes of an iteration: its step is taken, or CG ends without it: nothing is left, or there is no minimum."""
+    """What becomes of an iteration: its step is taken, or CG ends before it, for want of a residual or of a minimum."""
 
     TAKE = auto()
     EXHAUSTED = auto()

@@ -18,7 +18,7 @@ import snows
 from snows.calibration.faithful import check_trace
 from snows.calibration.stream import Stream
 from snows.network.attention import attention_by_parts
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.network.tangent import Tangents
 from snows.network.window import Window
 

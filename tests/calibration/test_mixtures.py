@@ -10,7 +10,7 @@ import snows
 from snows.calibration.images import mini_batches
 from snows.calibration.mixtures import LEAST_SHARE, with_mixtures
 from snows.calibration.streams import Streams
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.solve.joint import joint_objective
 
 

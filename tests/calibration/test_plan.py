@@ -19,7 +19,7 @@ from snows.budget import Budget, common_cap, halved_to_fit
 from snows.calibration.store import Store
 from snows.calibration.streams import Streams
 from snows.methods import snows_with
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.solve.curvature import Curvature
 from snows.solve.joint import layer_inverses
 from snows.solve.objective import reconstruction

@@ -18,7 +18,7 @@ from snows.calibration.staging import Staging, extent, nbytes
 from snows.calibration.store import Store, is_in_memory, remove_left_over, room_for
 from snows.calibration.stream import Stream
 from snows.errors import WriteError
-from snows.network.layers import Network
+from snows.network.network import Network
 
 LAYOUTS = {
     "contiguous": lambda: torch.randn(3, 4, 5),

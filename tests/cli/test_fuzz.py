@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from snows.cli.journal import Journal
 from snows.errors import SnowsError
 from snows.masks.files import read_masks
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.result import LayerRecord, Step
 from snows.zoo.checkpoints import read_state
 from snows.zoo.classifiers import load_checkpoint

@@ -18,7 +18,7 @@ import snows
 from snows.calibration.store import Store
 from snows.calibration.streams import Streams
 from snows.masks.permute import permute
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.result import Step
 from snows.solve.layer import update_layer
 from snows.zoo.evaluate import accuracy

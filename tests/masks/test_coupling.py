@@ -10,7 +10,7 @@ from torch import nn
 
 from snows.masks.coupling import Coupling
 from snows.masks.permute import reorder
-from snows.network.layers import Network
+from snows.network.network import Network
 
 
 def shuffle(model):

@@ -9,7 +9,7 @@ from torch.nn.utils import prune as torch_prune
 
 from snows import NM, Options, Unstructured, UsageError, prune
 from snows.masks.files import check_pattern, read_masks
-from snows.network.layers import Network
+from snows.network.network import Network
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from snows.calibration.stream import Stream
 from snows.masks.rules import rule_of
 from snows.masks.saliency import SALIENCIES, scores
 from snows.masks.sparsegpt import damped_inverse
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.solve.curvature import Curvature
 
 LAYERS = ("stem", "grouped", "gate", "fc")

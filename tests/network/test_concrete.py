@@ -11,7 +11,7 @@ import snows
 from snows.calibration.faithful import check_trace
 from snows.calibration.stream import Stream
 from snows.errors import TraceError
-from snows.network.layers import Network
+from snows.network.network import Network
 
 SHAPE = (3, 8, 8)
 

@@ -14,7 +14,7 @@ from torch import nn
 import snows
 from snows.calibration.stream import Stream
 from snows.errors import TraceError
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.network.trace import run_node
 from snows.network.window import Window
 

@@ -10,7 +10,7 @@ from torch import nn
 import snows
 from snows.calibration.stream import Stream
 from snows.network.inputs import layer_columns
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.network.window import Window
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import snows
 from snows.calibration.streams import Streams
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.solve.objective import reconstruction
 
 

@@ -10,7 +10,7 @@ from torch.autograd.functional import jvp
 
 import snows
 from snows.calibration.stream import Stream
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.network.tangent import Tangents, by_double_backward
 from snows.options import Options
 from snows.solve.objective import reconstruction

@@ -15,7 +15,7 @@ from torchvision.models.swin_transformer import SwinTransformer as swin
 from torchvision.models.vision_transformer import VisionTransformer
 
 import snows
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.solve.curvature import Curvature
 
 TINY = dict(img_size=8, patch_size=4, embed_dim=8, num_heads=2, num_classes=3)

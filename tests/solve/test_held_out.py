@@ -13,7 +13,7 @@ from torch import nn
 import snows
 from snows.calibration.streams import Streams
 from snows.cli.run_folder import csv_text, layer_rows
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.solve.cg import conjugate_gradients
 from snows.solve.joint import joint_objective
 from snows.solve.solver import Armijo, EarlyStop

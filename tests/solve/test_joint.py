@@ -9,7 +9,7 @@ from references import build_jointly, dense_reference, tiny_vit
 import snows
 from snows.calibration.streams import Streams
 from snows.methods import snows_with
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.solve.cg import conjugate_gradients
 from snows.solve.curvature import Curvature
 from snows.solve.joint import joint_objective

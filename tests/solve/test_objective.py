@@ -18,7 +18,7 @@ import snows.solve.curvature
 from snows.calibration.stream import Stream
 from snows.errors import SnowsError
 from snows.network.derivatives import explained
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.network.tangent import Tangents
 from snows.options import Options
 from snows.solve.curvature import Curvature

@@ -14,7 +14,7 @@ from snows import budget
 from snows.budget import Budget
 from snows.calibration.streams import Streams
 from snows.memory import GIB
-from snows.network.layers import Network
+from snows.network.network import Network
 from snows.solve.cg import conjugate_gradients
 from snows.solve.joint import update_jointly
 from snows.solve.recycled import Recycled
