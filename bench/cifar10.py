@@ -16,7 +16,7 @@ from common import RESULTS, Parser, Results
 from networks import PATTERNS, Bench, views, weights
 
 import snows
-from snows import options
+from snows.cli.option_flags import add_option_flags, options_of
 from snows.cli.shell import shell
 from snows.masks.permute import permute
 from snows.zoo.evaluate import accuracy
@@ -87,7 +87,7 @@ def row_of(run: dict) -> dict:
 def read(flags: str) -> argparse.Namespace:
     """What a row's flags say: the options, and how the network, its images and its masks are made."""
     parser = argparse.ArgumentParser()
-    options.add_flags(parser)
+    add_option_flags(parser)
     parser.add_argument("--protocol", choices=["published"])
     parser.add_argument("--permute", action="store_true")
     parser.add_argument("--mask_alg", default="MP")
@@ -101,7 +101,7 @@ def pruned_as_published(layer: str) -> bool:
 def measure(bench: Bench, row: dict) -> dict:
     """One row's figures."""
     args = read(row["flags"])
-    chosen, published = options.from_flags(args, row["seed"]), args.protocol is not None
+    chosen, published = options_of(args, row["seed"]), args.protocol is not None
     calibration, _ = bench.data.calibration(row["images"], row["seed"])
     layers, pattern, model = bench.layers, PATTERNS[row["pattern"]], bench.model
     if published:

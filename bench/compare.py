@@ -18,7 +18,7 @@ from common import Parser, Results, panels, save_figure
 from networks import Bench, weights
 
 import snows
-from snows import options
+from snows.cli.option_flags import add_option_flags, options_of
 from snows.cli.shell import shell
 from snows.errors import UsageError
 from snows.masks.saliency import SALIENCIES
@@ -150,7 +150,7 @@ def parser() -> Parser:
     flags.add_argument("--patterns", nargs="+", default=list(PATTERNS), help="N:M, or shares of all parameters")
     flags.add_argument("--images", type=int, default=2048, help="calibration images (default: 2048)")
     flags.set_defaults(seeds=[0, 1, 2])
-    options.add_flags(flags)
+    add_option_flags(flags)
     return flags
 
 
@@ -158,7 +158,7 @@ def main():
     args = parser().parse()
     for pattern in args.patterns:
         pattern_of(pattern, "MP")
-    network, chosen = NETWORKS[args.network], options.from_flags(args, seed=0)
+    network, chosen = NETWORKS[args.network], options_of(args, seed=0)
     checkpoint = weights(network, args.checkpoint)
     results = Results(args.out, args.device, (checkpoint, args.dset))
     rows = [row_of(run, args.images, chosen) for run in grid(args)]

@@ -1,12 +1,11 @@
 """How a layer is solved: every choice that the objective and the solver leave open, validated when built.
 
-The same dataclass is the library's keyword arguments, the scripts' flags (`add_flags`, `from_flags`) and what a run
+The same dataclass is the library's keyword arguments, the scripts' flags (snows/cli/option_flags.py) and what a run
 folder records.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -71,10 +70,10 @@ class Options:
         low=0, high=1000,
     )  # fmt: skip
     joint_steps: int = option(
-        4, "Newton steps on all the layers together after the last pass, whose loss looks at the whole line", low=0
+        4, "Newton steps on all the layers together after the last pass, whose loss sees all of the network", low=0
     )
     joint_stages: bool = option(
-        False, "the joint steps also behind each sparsity on the way to the target, whose weights choose the next masks"
+        False, "the joint steps also after each sparsity on the way to the target, whose weights choose the next masks"
     )
     joint_CG_iterations: int = option(10, "curvature products per joint step, at most", low=1)
     joint_images: int = option(
@@ -141,36 +140,3 @@ class Options:
     def but(self, **changes) -> Options:
         """A copy with some options changed."""
         return replace(self, **changes)
-
-
-def boolean(text: str) -> bool:
-    """True or False as the command line spells them."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
-    return text.lower() == "true"
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag per option, plus --preset; flags that are not given take the preset's value."""
-    group = parser.add_argument_group("objective and solver")
-    group.add_argument("--preset", default="best", choices=PRESETS, help="values of the flags below that are not given")
-    for f in fields(Options):
-        if f.name == "seed":  # belongs to the experiment: the scripts may run several
-            continue
-        kind = boolean if isinstance(f.default, bool) else type(f.default)
-        paper = PRESETS["paper"].get(f.name, f.default)
-        values = f"{f.default}" if paper == f.default else f"{f.default}; paper: {paper}"
-        group.add_argument(
-            f"--{f.name}",
-            type=kind,
-            default=argparse.SUPPRESS,
-            choices=f.metadata["choices"],
-            metavar="True|False" if kind is boolean else None,
-            help=f"{f.metadata['help']} (default: {values})",
-        )
-
-
-def from_flags(args: argparse.Namespace, seed: int) -> Options:
-    """The options that parsed flags ask for."""
-    given = {f.name: getattr(args, f.name) for f in fields(Options) if f.name != "seed" and hasattr(args, f.name)}
-    return Options.preset(args.preset, **given, seed=seed)

@@ -1,4 +1,4 @@
-"""What a job goes through: passes over the layers, at a rising sparsity, and the joint steps behind them."""
+"""What a job goes through: passes over the layers, at a rising sparsity, and the joint steps after them."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import torch
 
-from snows import options
+from snows.cli.option_flags import add_option_flags, boolean
 from snows.cli.resume import resumed
 from snows.cli.settings import PatternOf, RunSettings, check_flags, from_flags
 from snows.deploy.exports import EXPORTS
@@ -58,7 +58,7 @@ def parser(description: str, arch: str) -> argparse.ArgumentParser:
     add_mask_flags(flags)
     add_run_flags(flags)
     add_export_flags(flags)
-    options.add_flags(flags)
+    add_option_flags(flags)
     return flags
 
 
@@ -119,7 +119,7 @@ def add_mask_flags(flags: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--keep_zeros",
-        type=options.boolean,
+        type=boolean,
         default=True,
         metavar="True|False",
         help="weights that are zero already, in layers of a sparse network, stay zero (default: True)",
@@ -241,7 +241,7 @@ def add_unstructured_flags(flags: argparse.ArgumentParser, default: float) -> No
     )
     group.add_argument(
         "--normalise",
-        type=options.boolean,
+        type=boolean,
         metavar="True|False",
         help=f"global: compare scores as shares of their layer's sum (default: True for {LAYER_WISE})",
     )

@@ -70,7 +70,7 @@ def may_change(name: str, options: Options) -> bool:
     if name == "batch_size" and (options.batching or options.mixtures):
         return False  # where each mini-batch is a problem, or has mixtures of its own images
     if name == "joint_steps":
-        return options.joint_steps == 0 and not options.joint_stages  # the last ones, not those behind a stage
+        return options.joint_steps == 0 and not options.joint_stages  # the last ones, not those on the way
     return name in MAY_CHANGE
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from snows import options
+from snows.cli.option_flags import options_of
 from snows.deploy.product import How
 from snows.errors import UsageError
 from snows.masks.patterns import Pattern
@@ -106,7 +106,7 @@ def from_flags(args: argparse.Namespace, pattern_of: PatternOf, argv: Sequence[s
     Raises:
         UsageError: a value outside its range.
     """
-    pattern, chosen = pattern_of(args), options.from_flags(args, args.seed[0])
+    pattern, chosen = pattern_of(args), options_of(args, args.seed[0])
     resolved = {**vars(chosen), **vars(args)}
     resolved["dset"] = default_dataset(args.arch) if args.dset is None else args.dset
     resolved |= {name: value for name, value in vars(pattern).items() if name in resolved}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import snows
+from snows.cli.option_flags import options_of
 
 
 @pytest.mark.parametrize("table", cifar10.TABLES)
@@ -16,7 +17,7 @@ def test_a_rows_flags_give_the_options_that_it_runs_with(table):
     for run in cifar10.runs_of(table):
         chosen = {name: value for name, value in run.items() if name not in ("pattern", "algo", "images", "protocol")}
         args = cifar10.read(cifar10.row_of(run)["flags"])
-        assert snows.options.from_flags(args, 3) == snows.Options(**chosen, seed=3)
+        assert options_of(args, 3) == snows.Options(**chosen, seed=3)
         assert (args.protocol == "published") == ("protocol" in run)
         assert (args.permute, args.mask_alg) == (False, "MP")
 
