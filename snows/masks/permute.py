@@ -8,19 +8,20 @@ depthwise filters, and the columns of all the layers that read them, which share
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from snows.errors import SnowsError
 from snows.masks.coupling import Coupling
 from snows.masks.order import Reading, best_order
 from snows.masks.patterns import NM
 from snows.masks.slots import Slot
 from snows.modes import own_modes
 from snows.network.concrete import Example
-from snows.network.network import Network
+from snows.network.network import Network, copied
 from snows.network.operations import attribute
 
 Scores = Mapping[str, Tensor]  # layer name -> what each weight is worth, of the weight's shape
@@ -47,7 +48,10 @@ def permute(
     average stays.
 
     layers: which layers are to be pruned, by name.
-    example: as of `Network`.
+    example: as of `Network`; given, both networks must compute the same of it.
+
+    Raises:
+        SnowsError: they do not: an operation was followed that treats channels by their place.
     """
     network, result = Network(model, example=example), Permuted(copy.deepcopy(model), {})
     coupling = Coupling(network)
@@ -71,8 +75,30 @@ def permute(
                 name: (kept_share(score, rules[name]), kept_share(score[:, order], rules[name]))
                 for name, score in readers.items()
             }
+    if result.kept and example is not None:
+        check_function(network.model, copied(result.model, "cpu").eval(), example)
     result.kept = {layer.name: result.kept[layer.name] for layer in network.layers if layer.name in result.kept}
     return result
+
+
+@torch.no_grad()
+def check_function(
+    model: nn.Module, permuted: nn.Module, example: Tensor | Sequence[int] | Callable[[], Tensor]
+) -> None:
+    """Refuse a network that computes something else.
+
+    Raises:
+        SnowsError: it does.
+    """
+    images = example() if callable(example) else example
+    images = images[:2] if isinstance(images, Tensor) else torch.rand(2, *images, device="cpu")
+    images = images.to("cpu", next(model.parameters()).dtype)
+    before, after = model(images), permuted(images)
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item(), equal_nan=True):
+        raise SnowsError(
+            "with its channels in another order the network computes something else: it treats some of them by their "
+            "place in a way that is not recognised. Leave its order as it is (without --permute)."
+        )
 
 
 def readings(readers: Scores, pattern: NM) -> list[Reading]:

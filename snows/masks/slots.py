@@ -91,9 +91,14 @@ class Slots:
 Rule = Callable[[Slots, fx.Node, list[Value]], "Value | None"]
 
 
+ALIASES = {"dim": "axis", "keepdim": "keepdims"}  # NumPy's names, which torch takes too
+
+
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """What a call is given, by position or by name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, node.kwargs.get(ALIASES.get(name, name), default))
 
 
 def several(node: fx.Node, name: str) -> Any:

@@ -86,6 +86,17 @@ FOLLOWED = {
     "a residual sum": (lambda m, x: x + m.conv(F.gelu(x)), {"conv": nn.Conv2d(8, 8, 3, padding=1)}, {"head", "conv"}),
     "a gate": (gated, {"down": nn.Conv2d(8, 4, 1), "up": nn.Conv2d(4, 8, 1)}, {"head", "down", "up"}),
     "a gate of one channel": (lambda m, x: x * m.gate(x), {"gate": nn.Conv2d(8, 1, 1)}, {"head", "gate"}),
+    "reductions by NumPy's names": (
+        lambda m, x: x * m.up(F.relu(m.down(x.mean(axis=(2, 3), keepdims=True)))) + x.amax(axis=1, keepdim=True),
+        {"down": nn.Conv2d(8, 4, 1), "up": nn.Conv2d(4, 8, 1)},
+        {"head", "down", "up"},
+    ),
+    "sums by NumPy's names": (lambda m, x: x * torch.sum(x, axis=(2, 3), keepdims=True), {}, {"head"}),
+    "a concatenation by NumPy's name": (
+        lambda m, x: m.conv(torch.cat([x, x], axis=1)),
+        {"conv": nn.Conv2d(16, 8, 1)},
+        {"head"},
+    ),
     "a mean over channels": (lambda m, x: x * x.mean(1, keepdim=True), {}, {"head"}),
     "a scale": (lambda m, x: x * m.scale, {"scale": parameter(8, 1, 1)}, {"head"}),
     "a vector laid out": (lambda m, x: x * m.scale.reshape(1, -1, 1, 1), {"scale": parameter(8)}, {"head"}),

@@ -8,6 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import snows
+from snows.masks import slots
 from snows.masks.permute import permute
 
 
@@ -63,6 +64,21 @@ def test_the_function_stays_and_n_m_keeps_more_of_every_layer_that_may_be_permut
         assert share_before == pytest.approx((plain.model.get_submodule(layer).weight.abs().sum() / weight).item())
         assert share_after == pytest.approx((more.model.get_submodule(layer).weight.abs().sum() / weight).item())
     assert not expected or sum(after - before for before, after in permuted.kept.values()) > 0
+
+
+def test_a_network_that_would_compute_something_else_is_refused(monkeypatch):
+    monkeypatch.setitem(slots.METHODS, "cumsum", slots.elementwise)  # a rule that is not so
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), Cumulated(), nn.Conv2d(8, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    model = randomise(model)
+    for example in (images, (2, 8, 8), lambda: images):
+        with pytest.raises(snows.SnowsError, match="something else"):
+            permute(model, snows.NM(1, 4), example=example)
+
+
+class Cumulated(nn.Module):
+    def forward(self, x):
+        return x.cumsum(1)
 
 
 def tie(one, other, parameter="weight"):
