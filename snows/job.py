@@ -74,10 +74,10 @@ class Job:
             self.streams.restart()
         if not self.sweeps[sweep].is_new:
             return dict(self.masks)
-        if sweep == 0 and stage is self.choice.pattern:
-            return dict(self.selection.masks)
-        choice = replace(self.choice, pattern=stage)
-        return select(self.network, choice, self.streams, self.scoring).masks
+        masks = self.selection.masks
+        if sweep > 0 or stage is not self.choice.pattern:
+            masks = select(self.network, replace(self.choice, pattern=stage), self.streams, self.scoring).masks
+        return {name: self.group.agree(mask) for name, mask in masks.items()}
 
     def layers_of(self, names: Collection[str]) -> list[Layer]:
         """The layers of these names, in execution order."""
@@ -229,7 +229,7 @@ class Job:
                 if not streams.solvable(layer, mask, self.options).any():
                     zero = weight == 0  # of an earlier sweep's too: nothing would bring them back
                 chosen = self.choose(weight, moment, rule, zero)
-        return chosen
+        return self.group.agree(chosen)
 
     def _mask_rule(self, layer: Layer, sweep: int, mask: Tensor) -> NM | int | None:
         """What a mask that is chosen when it is the layer's turn must keep to; None: the mask is final."""

@@ -170,6 +170,7 @@ def prepared(
     choice = replace(choice, pattern=without(choice.pattern, lost))
     if selection is None or lost:
         selection = select(network, choice, streams, scoring)
+    check_same(choice, selection, is_chosen=chosen is None and not isinstance(choice.pattern, dict))
     if chosen is None:
         tell_of_zeros(network, selection, choice)
     if method.inverts_inputs:
@@ -182,6 +183,19 @@ def prepared(
     job = Job(network, choice, replace(selection, masks=masks), method, options, scoring, streams, current())
     job.earlier = 0.0 if chosen is None else chosen.seconds
     return job
+
+
+def check_same(choice: Choice, selection: Selection, is_chosen: bool) -> None:
+    """Refuse processes that were given other patterns, layers or masks than the first.
+
+    Raises:
+        SnowsError: it says which.
+    """
+    group = current()
+    if group.size > 1 and is_chosen:
+        group.check_same(pattern=repr(choice.pattern), scores=choice.mask_alg, layers=sorted(selection.masks))
+    elif group.size > 1:
+        group.check_same(layers=sorted(selection.masks), masks=checksum(selection.masks.values()))
 
 
 def check_inverses(method: Method, network: Network, masks: Masks) -> None:
@@ -208,8 +222,8 @@ def opened(
     batches, group = mini_batches(network, calibration, options), current()
     if group.size > 1:
         group.check_same(
-            weights=checksum(network.model.parameters()),
-            calibration_images=(sum(map(len, batches)), checksum(batches[:1])),
+            weights=checksum(network.model.state_dict().values()),
+            calibration_images=(sum(map(len, batches)), checksum(batches)),
             layers=[layer.name for layer in network.layers],
             options=options.but(cache_dir=""),
         )

@@ -50,8 +50,33 @@ def each_case(names, dtype):
     return {name: prune(name, dtype) for name in names}
 
 
-def with_other_images():
-    return prune("best", calibration=images() + dist.get_rank())
+def given_other(what):
+    """A job of which each process has something of its own."""
+    rank, model, calibration, pattern, hooks = (
+        dist.get_rank(),
+        randomise(TinyCNN()).double(),
+        images(),
+        snows.NM(1, 2),
+        {},
+    )
+    generator = torch.Generator().manual_seed(rank)
+    match what:
+        case "weights":
+            model.fc.weight.data += rank
+        case "statistics":  # as training in several processes may leave them
+            next(buffer for buffer in model.buffers() if buffer.is_floating_point()).add_(rank)
+        case "images":
+            calibration[-1] += rank
+        case "pattern":
+            pattern = snows.NM(1 + rank, 2 + 2 * rank)
+        case "layers":
+            hooks["layers"] = lambda name: rank == 0 or name != "fc"
+        case "masks":
+            names = {name: weight.shape for name, weight in model.named_parameters() if weight.ndim > 1}
+            pattern = {
+                n.removesuffix(".weight"): torch.rand(shape, generator=generator) < 0.5 for n, shape in names.items()
+            }
+    return snows.prune(model, calibration, pattern, snows.Options(batch_size=4), **hooks)
 
 
 def with_too_few_images():

@@ -8,7 +8,7 @@ depthwise filters, and the columns of all the layers that read them, which share
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -82,16 +82,14 @@ def permute(
 
 
 @torch.no_grad()
-def check_function(
-    model: nn.Module, permuted: nn.Module, example: Tensor | Sequence[int] | Callable[[], Tensor]
-) -> None:
+def check_function(model: nn.Module, permuted: nn.Module, example: Example) -> None:
     """Refuse a network that computes something else.
 
     Raises:
         SnowsError: it does.
     """
-    images = example() if callable(example) else example
-    images = images[:2] if isinstance(images, Tensor) else torch.rand(2, *images, device="cpu")
+    example = example() if callable(example) else example
+    images = example[:2] if isinstance(example, Tensor) else torch.rand(2, *(example or ()), device="cpu")
     images = images.to("cpu", next(model.parameters()).dtype)
     before, after = model(images), permuted(images)
     if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item(), equal_nan=True):

@@ -69,9 +69,14 @@ def test_an_error_in_one_process_ends_all(rank):
     assert errors[1 - rank] == (Ended, f"process {rank}: {what}", 2)
 
 
-def test_processes_that_were_given_other_images_say_so():
-    first, second = in_processes(2, ranks.with_other_images)
-    assert second.text == "process 1 was given other calibration images than process 0."
+GIVEN = {"weights": "weights", "statistics": "weights", "images": "calibration images"}
+GIVEN |= {each: each for each in ("pattern", "layers", "masks")}
+
+
+@pytest.mark.parametrize("what", GIVEN)
+def test_processes_that_were_given_something_else_say_so(what):
+    first, second = in_processes(2, ranks.given_other, what)
+    assert second.text == f"process 1 was given other {GIVEN[what]} than process 0."
     assert first.text == f"process 1: {second.text}"
 
 
