@@ -59,7 +59,9 @@ class Job:
 
     def __post_init__(self):
         self.sweeps = sweeps(self.choice.pattern, self.options)
-        self.choose = SALIENCIES[self.choice.mask_alg].choose
+        saliency = SALIENCIES[self.choice.mask_alg]
+        self.choose = saliency.choose
+        self.is_scored = saliency.score is not None and not isinstance(self.choice.pattern, dict)
         self.turns = len(self.selection.masks) * len(self.sweeps)
 
     def begin(self, sweep: int) -> Masks:
@@ -88,7 +90,9 @@ class Job:
         step = next(self.finished, None)
         if step is None:
             return None
-        check_finished(step, layer, sweep, mask if self._mask_rule(layer, sweep, mask) is None else step.mask)
+        # Images choose some masks, and round otherwise in other micro-batches or on another device.
+        seen = self.sweeps[sweep].is_new and (self.choose is not None or self.is_scored)
+        check_finished(step, layer, sweep, step.mask if seen else mask)
         if self.streams is not None:
             self.streams.recall([layer], self.options, step.record.batch_size if step.fitted else None)
         return replace(step, replayed=True)

@@ -27,8 +27,9 @@ def with_mixtures(images: Tensor, copies: int, block: int, seed: int, cache_dir:
         own = room.unflatten(0, (len(some), each))  # (n, 1 + copies, channels, height, width)
         own[:, 0] = some
         for copy in range(1, each):
-            order = torch.randperm(len(some), generator=generator)
+            order = torch.randperm(len(some), generator=generator, device="cpu")
             other = torch.empty_like(order).scatter_(0, order, order.roll(1))  # the one before it in the order
-            share = torch.rand(len(some), 1, 1, 1, generator=generator) * (1 - 2 * LEAST_SHARE) + LEAST_SHARE
+            drawn = torch.rand(len(some), 1, 1, 1, generator=generator, device="cpu", dtype=torch.float32)
+            share = drawn * (1 - 2 * LEAST_SHARE) + LEAST_SHARE
             own[:, copy] = torch.lerp(some[other], some, share.to(some.dtype))
     return result

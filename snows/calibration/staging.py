@@ -66,7 +66,7 @@ class Staging:
     def __init__(self, device: torch.device):
         self.device = device
         self.up, self.down = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self.buffer = torch.empty(0, dtype=torch.uint8)
+        self.buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.busy: torch.cuda.Event | None = None  # over once the buffer may be written to again
         self.asked: torch.cuda.Event | None = None  # over once what was asked of the device at the last upload is done
 
@@ -110,6 +110,6 @@ class Staging:
             self.busy.synchronize()
         starts, end = places(tensors)
         if end > len(self.buffer):
-            self.buffer = torch.empty(end, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            self.buffer = torch.empty(end, dtype=torch.uint8, device="cpu", pin_memory=torch.cuda.is_available())
         ends = [start + extent(tensor) * tensor.element_size() for start, tensor in zip(starts, tensors)]
         return [self.buffer[start:end].view(t.dtype) for start, end, t in zip(starts, ends, tensors)]

@@ -185,7 +185,7 @@ def room_for(shape: torch.Size, dtype: torch.dtype, cache_dir: str = "") -> Tens
     """
     size = shape.numel() * dtype.itemsize
     if size < LARGE:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     parent = Path(cache_dir) if cache_dir else default_cache_dir()
     try:
         parent.mkdir(parents=True, exist_ok=True)

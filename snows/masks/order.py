@@ -57,14 +57,19 @@ class Reading:
         )
 
 
+def natural(count: int) -> Tensor:
+    """0, 1, 2 and so on, on the host whatever torch's default device is."""
+    return torch.arange(count, device="cpu")
+
+
 class Search:
     """An order that is improved exchange by exchange."""
 
     def __init__(self, readings: list[Reading], order: Tensor, effort: float):
         self.readings, self.order, self.effort = readings, order, effort
-        self.gains = [torch.zeros(len(order), len(order)) for _ in readings]
+        self.gains = [torch.zeros(len(order), len(order), dtype=torch.float32, device="cpu") for _ in readings]
         self.kept = self._measure()
-        self._refresh(torch.arange(len(order)))
+        self._refresh(natural(len(order)))
 
     def climb(self) -> None:
         """Exchange channels until no exchange keeps more."""
@@ -80,9 +85,9 @@ class Search:
     def shuffle(self, generator: torch.Generator) -> None:
         """Put the channels of a few groups in a random order."""
         m = max(reading.m for reading in self.readings)
-        groups = torch.randperm(len(self.order) // m, generator=generator)[:SHUFFLED]
-        places = (groups[:, None] * m + torch.arange(m)).flatten()
-        self.order[places] = self.order[places[torch.randperm(len(places), generator=generator)]]
+        groups = torch.randperm(len(self.order) // m, generator=generator, device="cpu")[:SHUFFLED]
+        places = (groups[:, None] * m + natural(m)).flatten()
+        self.order[places] = self.order[places[torch.randperm(len(places), generator=generator, device="cpu")]]
         self._refresh(places)
 
     def state(self) -> tuple[Tensor, list[Tensor], float]:
@@ -99,7 +104,7 @@ class Search:
         """Count anew what the groups of some places gain by other channels."""
         for reading, gains in zip(self.readings, self.gains):
             groups = (places // reading.m).unique()
-            rows = (groups[:, None] * reading.m + torch.arange(reading.m)).flatten()
+            rows = (groups[:, None] * reading.m + natural(reading.m)).flatten()
             gains[rows] = reading.gains(self.order, groups)
             self.effort -= OVERHEAD + len(rows) * reading.columns.numel() + gains.numel()
 
@@ -117,7 +122,7 @@ class Search:
             if not any(groups & taken for groups, taken in zip(touched, used)):
                 pairs.append((place, other))
                 used = [taken | groups for taken, groups in zip(used, touched)]
-        return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+        return torch.tensor(pairs, dtype=torch.long, device="cpu").view(-1, 2)
 
 
 def best_order(readings: list[Reading], seed: int = 0) -> tuple[Tensor, float, float]:
@@ -128,16 +133,16 @@ def best_order(readings: list[Reading], seed: int = 0) -> tuple[Tensor, float, f
     channels, numbers = len(readings[0].columns), sum(reading.columns.numel() for reading in readings)
     step = math.lcm(*(reading.m for reading in readings))
     parts = math.ceil(CLIMB * channels * numbers / EFFORT)
-    blocks = torch.arange(channels).split(max(math.ceil(channels / step / parts), MIN_GROUPS) * step)
+    blocks = natural(channels).split(max(math.ceil(channels / step / parts), MIN_GROUPS) * step)
     effort, generator = EFFORT / len(blocks), torch.Generator().manual_seed(seed)
     order = torch.cat([block[improved([each.of(block) for each in readings], effort, generator)] for block in blocks])
-    before, after = (sum(each.kept(o) for each in readings) for o in (torch.arange(channels), order))
-    return (order, before, after) if after > before else (torch.arange(channels), before, before)
+    before, after = (sum(each.kept(o) for each in readings) for o in (natural(channels), order))
+    return (order, before, after) if after > before else (natural(channels), before, before)
 
 
 def improved(readings: list[Reading], effort: float, generator: torch.Generator) -> Tensor:
     """The best order of some channels that an effort, or at least one climb, finds."""
-    search = Search(readings, torch.arange(len(readings[0].columns)), effort)
+    search = Search(readings, natural(len(readings[0].columns)), effort)
     search.climb()
     best = search.state()
     for _ in range(ROUNDS):
