@@ -95,7 +95,7 @@ def check_function(model: nn.Module, permuted: nn.Module, example: Example) -> N
     if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item(), equal_nan=True):
         raise SnowsError(
             "with its channels in another order the network computes something else: it treats some of them by their "
-            "place in a way that is not recognised. Leave its order as it is (without --permute)."
+            "place in a way that is not recognised. Leave the order of its channels as it is."
         )
 
 
