@@ -13,7 +13,7 @@ from helpers import randomise
 
 import snows
 from snows.methods import METHODS, Method
-from snows.network import layers as network_layers
+from snows.network import network as traced_network
 from snows.solve.layer import Update
 
 PATTERNS = [snows.NM(2, 4), snows.NM(1, 2), snows.Unstructured(0.5)]
@@ -50,8 +50,8 @@ def test_magnitude_masks_need_no_images(tiny, images):
 
 
 def test_a_network_is_traced_and_checked_once_and_stays_as_it_is(tiny, images, monkeypatch):
-    traced, trace = [], network_layers.trace_somehow
-    monkeypatch.setattr(network_layers, "trace_somehow", lambda *given: traced.append(given) or trace(*given))
+    traced, trace = [], traced_network.trace_somehow
+    monkeypatch.setattr(traced_network, "trace_somehow", lambda *given: traced.append(given) or trace(*given))
     network = snows.Network(tiny)
     before = copy.deepcopy(network.model.state_dict())
     chosen = snows.choose_masks(network, images, snows.NM(1, 2), fast())

@@ -149,7 +149,7 @@ def test_a_layer_that_does_not_fit_keeps_its_masked_weights_and_the_job_goes_on(
 
 def test_a_stream_that_ran_out_of_memory_half_way_starts_again(tiny, images, monkeypatch):
     """At its second micro-batch, on the way to `grouped`: the first one's values are those of another cut by then."""
-    advance, run_node = snows.calibration.stream.Stream.advance, snows.calibration.stream.run_node
+    advance, run_node = snows.calibration.stream.Stream.advance, snows.network.graph.run_node
 
     def stops(stream, node):
         seen = []
@@ -161,7 +161,7 @@ def test_a_stream_that_ran_out_of_memory_half_way_starts_again(tiny, images, mon
             return run_node(step, *args)
 
         with monkeypatch.context() as patched:
-            patched.setattr(snows.calibration.stream, "run_node", no_memory)
+            patched.setattr(snows.network.graph, "run_node", no_memory)
             advance(stream, node)
 
     monkeypatch.setattr(snows.calibration.stream.Stream, "advance", stops)
