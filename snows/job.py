@@ -248,7 +248,7 @@ class Job:
     ) -> Step:
         """A finished layer, the same in all the processes: what each of them rounds otherwise does not add up."""
         group, bias_update = self.group, update.bias_update
-        mask, weight = group.agree(mask), group.agree(update.weight)
+        weight = group.agree(update.weight)  # the mask is the same already: `begin`, `_chosen`
         record = LayerRecord(
             **vars(update.stats),
             name=layer.name,

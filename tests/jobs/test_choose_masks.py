@@ -175,6 +175,15 @@ def test_a_method_of_ones_own_sets_the_layers_and_its_options(tiny, images, monk
         snows.prune(tiny, images, snows.NM(1, 2), fast(), algo="third")
 
 
+@pytest.mark.parametrize("method", [*METHODS.values(), Method(), replace(METHODS["SNOWS"], update_jointly=None)])
+def test_a_method_s_options_have_joint_steps_only_if_it_takes_them(method):
+    for options in (snows.Options(), snows.Options(joint_steps=0)):
+        settled = method.settle(options)
+        assert settled.joint_steps == (options.joint_steps if method.update_jointly else 0)
+        assert method.settle(settled) == settled
+        assert all(getattr(settled, name) == value for name, value in method.fixed.items())
+
+
 def test_a_method_can_do_without_joint_steps(tiny, images):
     alone = replace(METHODS["SNOWS"], update_jointly=None)
     ours = snows.prune(tiny, images, snows.NM(1, 2), fast(), algo=alone)
