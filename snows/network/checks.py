@@ -41,8 +41,10 @@ def check_model(model: Any) -> None:
             raise TraceError(
                 f"cannot trace {name} (DistributedDataParallel): put the network inside, its .module, there."
             )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TraceError("cannot trace a scripted or jit-traced model: pass the module that it was made from.")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TraceError(
+                f"cannot trace {name or 'the model'}, a module that torch.jit compiled: pass the one it was made from."
+            )
     tensors = [*model.parameters(), *model.buffers()]
     if any(nn.parameter.is_lazy(tensor) or tensor.is_meta for tensor in tensors):
         raise UsageError("the model has parameters without numbers (lazy, or on the meta device): load its weights.")

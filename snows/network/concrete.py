@@ -2,8 +2,7 @@
 
 A symbolic trace does not know a size: `assert h == 32`, `len(x)`, `*x.shape` and einops end it. Here every operation
 runs as it is recorded, so that whatever is no tensor is the plain value that it would be. Only the number of images
-must not become a constant. So the network is traced with two numbers of images, and a whole number that differs between
-the two records is so many times the number of images.
+must not become a constant: the network is traced with two (any_count.py).
 """
 
 from __future__ import annotations
@@ -14,45 +13,91 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from snows.errors import TraceError, first_line
-from snows.network.trace import Tracer, Values, fetch, normal_form, run_node, trace
+from snows.network.any_count import COUNTS, for_any_count
+from snows.network.trace import Tracer, Values, normal_form, run_node, trace
 
 Example: TypeAlias = Tensor | Sequence[int] | Callable[[], Tensor] | None
-COUNTS = (2, 3)  # images that a network is traced with; no whole multiple of the one is the same multiple of the other
+FACTORIES = {torch.zeros, torch.ones, torch.full, torch.empty, torch.arange}  # may make one for so many images
+METHODS = (type(Tensor.add), type(Tensor.__getitem__))  # those of torch's in C
+OPERATORS: dict[str, Callable] = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
+OPERATORS |= {"div": operator.truediv, "matmul": operator.matmul, "pow": operator.pow, "neg": operator.neg}
+OPERATORS["__getitem__"] = operator.getitem
+REFLECTED = {"__rsub__": operator.sub, "__rdiv__": operator.truediv, "__rmatmul__": operator.matmul}
+READINGS = {"__bool__", "__int__", "__float__", "__index__", "__contains__", "tolist", "numpy"}  # numbers of a tensor's
 
 
-class Value(fx.Proxy):
-    """A tensor on its way through a forward pass: recorded by a tracer, and known to it."""
+class Value(Tensor, fx.Proxy):
+    """A tensor on its way through a forward pass that a tracer records: the node that computes it, and its numbers."""
 
-    __class__ = Tensor  # to isinstance, as in the forward pass itself
+    __torch_function__ = torch._C._disabled_torch_function_impl  # `Recording` sees to it
+    __hash__ = Tensor.__hash__
+
+    node: fx.Node
+    tracer: ConcreteTracer
+
+    @staticmethod
+    def of(proxy: fx.Proxy, tensor: Tensor) -> Value:
+        value = tensor.detach().as_subclass(Value)
+        value.node, value.tracer = proxy.node, proxy.tracer
+        return value
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self.tracer.values[self.node], name)
-        if isinstance(found, Tensor):
-            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-        if not callable(found):
-            return found
-        return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
-
-    def __len__(self) -> int:
-        return len(self.tracer.values[self.node])
+        raise AttributeError(f"a tensor has no attribute {name}")
 
     def __iter__(self) -> Iterator[Any]:
         return iter([self[i] for i in range(len(self))])
 
+    def __repr__(self) -> str:
+        return f"Value({self.node})"
+
+
+class Recording(TorchFunctionMode):
+    """While it is entered, a tracer records each function of torch's that reads one of its values, and `functions`."""
+
+    def __init__(self, tracer: ConcreteTracer, functions: set[Callable]):
+        super().__init__()
+        self.tracer, self.functions = tracer, functions
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        reads = function in self.functions or any(isinstance(each, Value) for each in flat((args, kwargs)))
+        if self.tracer.running or not reads:
+            return function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        if name == "__setitem__":
+            return self.tracer.assign(*args)
+        if name in READINGS:
+            raise TraceError(f"what it does depends on what images show ({name})")
+        if name == "__get__":
+            return self.tracer.create_proxy("call_function", getattr, (*args, function.__self__.__name__), {})
+        if not (is_tensor_method_or_property(function) or isinstance(function, METHODS)):
+            return self.tracer.create_proxy("call_function", function, args, kwargs)
+        if name in REFLECTED and not kwargs:
+            return self.tracer.create_proxy("call_function", REFLECTED[name], args[::-1], {})
+        if name in OPERATORS and not kwargs:
+            return self.tracer.create_proxy("call_function", OPERATORS[name], args, {})
+        return self.tracer.create_proxy("call_method", name, args, kwargs)
+
 
 class ConcreteTracer(Tracer):
-    """A tracer that runs what it records; what comes of it is a `Value` where it is a tensor, and itself where not."""
+    """A tracer that runs what it records; what comes of it is a `Value` where it is a tensor, and itself where not.
 
-    def __init__(self, images: Tensor):
+    factories: record what makes tensors of zeros and the like too. They may be for so many images; but a module that is
+        made in the forward pass makes its parameters so.
+    """
+
+    def __init__(self, images: Tensor, factories: bool):
         super().__init__()
-        self.images = images
+        self.images, self.factories = images, factories
         self.values: Values = {}
         self.running = False
 
-    def proxy(self, node: fx.Node) -> Value:
-        return Value(node, self)
+    def trace(self, root, concrete_args=None) -> fx.Graph:
+        with Recording(self, FACTORIES if self.factories else set()):
+            return super().trace(root, concrete_args)
 
     def create_arg(self, a: Any) -> Any:
         return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
@@ -70,10 +115,16 @@ class ConcreteTracer(Tracer):
         self.values[proxy.node] = value
         return self.handed_on(proxy, value)
 
+    def assign(self, tensor: Tensor, place: Any, value: Any) -> None:
+        """Record `tensor[place] = value`: who reads the tensor from here on reads a copy that it was written into."""
+        if not isinstance(tensor, Value):
+            raise TraceError("it writes what it computes into a tensor that is not of its own making")
+        tensor.node = self.create_proxy("call_function", assigned, (tensor, place, value), {}).node
+
     def handed_on(self, proxy: fx.Proxy, value: Any) -> Any:
         """What the forward pass sees of a recorded value."""
         if isinstance(value, Tensor):
-            return proxy
+            return Value.of(proxy, value)
         if isinstance(value, dict):
             return {key: self.part(proxy, key, each) for key, each in value.items()}
         if isinstance(value, (tuple, list)) and any(isinstance(each, (Tensor, tuple, list)) for each in value):
@@ -94,6 +145,20 @@ class ConcreteTracer(Tracer):
         return attr_val if self.running else super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
+def assigned(tensor: Tensor, place: Any, value: Any) -> Tensor:
+    """A copy of a tensor, with a value written into a place of it."""
+    tensor = tensor.clone()
+    tensor[place] = value
+    return tensor
+
+
+def flat(args: Any) -> list[Any]:
+    """What is in nested arguments."""
+    found: list[Any] = []
+    fx.node.map_aggregate(args, found.append)
+    return found
+
+
 def trace_somehow(model: nn.Module, example: Example) -> list[fx.Node]:
     """The operations of a model, traced with symbols; where that fails, with real images.
 
@@ -112,80 +177,12 @@ def trace_somehow(model: nn.Module, example: Example) -> list[fx.Node]:
         like = next(iter(model.parameters()), torch.zeros(()))
         image = example[:1] if isinstance(example, Tensor) else torch.zeros(1, *example)
         shape, image = "x".join(map(str, image.shape[1:])), image.to(like.device, like.dtype)
-        tracers = [ConcreteTracer(image.repeat(count, *[1] * (image.ndim - 1))) for count in COUNTS]
-        try:
-            with torch.no_grad():
-                graphs = [tracer.trace(model) for tracer in tracers]
-            return normal_form(for_any_count(graphs[0], graphs[1], model), model)
-        except Exception as error:  # whatever a forward pass raises
-            place = next((f" in {tracer.failed_in}" for tracer in tracers if tracer.failed_in), "")
-            raise TraceError(f"{symbolic} Nor with images of {shape}{place}: {first_line(error)}") from error
-
-
-def for_any_count(first: fx.Graph, second: fx.Graph, model: nn.Module) -> fx.Graph:
-    """The graph of any number of images, from those of COUNTS.
-
-    Raises:
-        TraceError: they do more than count images differently.
-    """
-    for graph in (first, second):
-        for node in reversed(graph.nodes):
-            if node.target is operator.getitem and not node.users:
-                graph.erase_node(node)  # a part that nothing reads
-    merge = Merge(first, model)
-    if len(first.nodes) != len(second.nodes):
-        raise TraceError("other operations with another number of images")
-    for ours, other in zip(list(first.nodes), list(second.nodes)):
-        merge.add(ours, other)
-    return first
-
-
-class Merge:
-    """Two records of a forward pass, the second with more images, as one, node by node."""
-
-    def __init__(self, graph: fx.Graph, model: nn.Module):
-        self.graph, self.model = graph, model
-        self.images = next(iter(graph.nodes))
-        self.twin: dict[fx.Node, fx.Node] = {}
-        self.multiples: dict[int, fx.Node] = {}
-
-    def add(self, ours: fx.Node, other: fx.Node) -> None:
-        """Make a node of the first record that of any number of images."""
-        self.twin[other] = ours
-        same = ours.op == other.op and ours.target == other.target
-        if ours.op == other.op == "get_attr" and not same:  # tensors that the forward pass makes
-            same = torch.equal(fetch(self.model, ours.target), fetch(self.model, other.target))
-        if not same:
-            raise TraceError(f"{ours.name} is another with another number of images")
-        ours.args, ours.kwargs = self.of(ours.args, other.args), self.of(ours.kwargs, other.kwargs)
-
-    def of(self, ours: Any, other: Any) -> Any:
-        """What stands for an argument, given as in the two records."""
-        if isinstance(ours, fx.Node):
-            if self.twin.get(other) is not ours:
-                raise TraceError(f"{ours.name} is read elsewhere with another number of images")
-            return ours
-        if isinstance(ours, (tuple, list)) and len(ours) == len(other):
-            return type(ours)(self.of(*pair) for pair in zip(ours, other))
-        if isinstance(ours, dict) and ours.keys() == other.keys():
-            return {key: self.of(each, other[key]) for key, each in ours.items()}
-        if isinstance(ours, slice):
-            return slice(*(self.of(getattr(ours, k), getattr(other, k)) for k in ("start", "stop", "step")))
-        if ours == other:
-            return ours
-        times, left = divmod(ours, COUNTS[0]) if isinstance(ours, int) else (0, 1)
-        if left or other != times * COUNTS[1]:
-            raise TraceError(f"a number is {ours} with {COUNTS[0]} images and {other} with {COUNTS[1]}")
-        return self.multiple(times)
-
-    def multiple(self, times: int) -> fx.Node:
-        """The node that counts so many for each image."""
-        if times not in self.multiples:
-            before = self.images if times == 1 else self.multiple(1)
-            with self.graph.inserting_after(before):
-                self.multiples[times] = (
-                    self.graph.call_method("size", (self.images, 0))
-                    if times == 1
-                    else self.graph.call_function(operator.mul, (before, times))
-                )
-        return self.multiples[times]
+        for factories in (False, True):
+            tracers = [ConcreteTracer(image.repeat(n, *[1] * (image.ndim - 1)), factories) for n in COUNTS]
+            try:
+                with torch.no_grad():
+                    graphs = [tracer.trace(model) for tracer in tracers]
+                return normal_form(for_any_count(graphs[0], graphs[1], model), model)
+            except Exception as error:  # whatever a forward pass raises
+                failed, place = error, next((f" in {each.failed_in}" for each in tracers if each.failed_in), "")
+        raise TraceError(f"{symbolic} Nor with images of {shape}{place}: {first_line(failed)}") from failed

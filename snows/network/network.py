@@ -89,8 +89,11 @@ def copied(model: nn.Module, device: torch.device | str | None = None) -> nn.Mod
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
+    memo: dict[int, Any] = {id(cached): cached.detach().clone() for cached in cached_tensors(model)}
+    held = (each for module in model.modules() for each in vars(module).values())
+    memo |= {id(each): each for each in held if isinstance(each, torch.jit.ScriptFunction)}  # refuses a copy
     try:
-        model = copy.deepcopy(model, {id(cached): cached.detach().clone() for cached in cached_tensors(model)})
+        model = copy.deepcopy(model, memo)
     except Exception as error:  # whatever a module's tensors raise
         raise SnowsError(
             f"the model cannot be copied: {first_line(error)} torch.nn.utils.prune and weight_norm leave weights that "

@@ -57,6 +57,23 @@ class Tracer(fx.Tracer):
         (first, *_) = inspect.signature(self.root.forward).parameters
         return lambda images: self.root.forward(images), [self.create_proxy("placeholder", first, (), {})]
 
+    def trace(self, root, concrete_args=None) -> fx.Graph:
+        """The graph, in which a function that torch.jit compiled is one operation: called with proxies, it crashes."""
+        compiled, call = torch.jit.ScriptFunction, torch.jit.ScriptFunction.__call__
+
+        def recorded(function: Any, *args: Any, **kwargs: Any) -> Any:
+            proxies: list[fx.Proxy] = []
+            fx.node.map_aggregate((args, kwargs), lambda a: proxies.append(a) if isinstance(a, fx.Proxy) else None)
+            if proxies:
+                return self.create_proxy("call_function", function, args, kwargs)
+            return call(function, *args, **kwargs)
+
+        compiled.__call__ = recorded
+        try:
+            return super().trace(root, concrete_args)
+        finally:
+            compiled.__call__ = call
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         if isinstance(module, nn.DataParallel) or type(module) is Conv2dSame:
             return False

@@ -187,10 +187,12 @@ class ByCount(nn.Module):
 def test_both_obstacles_are_named_where_neither_way_leads():
     said = refused(nn.Sequential(nn.Conv2d(3, 2, 1), Branch()))
     assert "cannot trace 1 (Branch): Proxy object cannot be iterated" in said
-    assert "Nor with images of 3x8x8 in 1 (Branch): symbolically traced variables cannot be used" in said
+    assert "Nor with images of 3x8x8 in 1 (Branch): what it does depends on what images show (__bool__)" in said
     assert "a number is 3 with 2 images and 4 with 3" in refused(ByCount(lambda x: x * (len(x) + 1)))
     assert "other operations" in refused(ByCount(lambda x: x if len(x) < 3 else x + x))
-    assert "another with another number" in refused(ByCount(lambda x: x * torch.arange(len(x)).view(-1, 1, 1, 1)))
+    assert "it loops over them" in refused(ByCount(lambda x: torch.stack([image.relu() for image in x])))
+    assert "in a way that is not recorded" in refused(ByCount(lambda x: x + torch.Tensor(x)))
+    assert "depends on what images show (__float__)" in refused(ByCount(lambda x: x * float(x.mean())))
 
 
 def test_images_that_do_not_fit_are_said_to_not_fit():
@@ -201,3 +203,104 @@ def test_images_that_do_not_fit_are_said_to_not_fit():
 def test_a_network_that_is_traced_with_symbols_does_not_run_for_it():
     plain = Network(randomise(nn.Sequential(nn.Flatten(), nn.Linear(4, 2))), example=(1, 1, 1))  # would not fit
     assert [layer.name for layer in plain.layers] == ["1"]
+
+
+class Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        return gradient * s * (1 + x * (1 - s))
+
+
+@torch.jit.script
+def compiled(x):
+    return x * torch.sigmoid(x)
+
+
+class Compiled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.activation = compiled
+
+    def forward(self, x):
+        return self.activation(x)
+
+
+def padded(x):
+    y = torch.zeros(x.shape[0], 2 * x.shape[1], *x.shape[2:], dtype=x.dtype)
+    y[:, : x.shape[1]] = x
+    return y.view(len(x), 2, *x.shape[1:]).sum(1)
+
+
+def overwritten(x):
+    y = x.clone()
+    y[:, 1] = 0
+    y += 1
+    y[:, 0] *= 2
+    return y
+
+
+# What runs outside of torch's functions, writes into a part of a tensor, or makes one for so many images.
+HANDLED = {
+    "an autograd.Function": Swish.apply,
+    "a function that torch.jit compiled": compiled,
+    "a checkpoint": lambda x: torch.utils.checkpoint.checkpoint(torch.relu, x, use_reentrant=True),
+    "another checkpoint": lambda x: torch.utils.checkpoint.checkpoint(torch.relu, x, use_reentrant=False),
+    "an operator of torch.ops": torch.ops.aten.relu,
+    "a copy by torch.as_tensor": lambda x: torch.as_tensor(x).relu(),
+    "a transform": lambda x: torch.fft.rfft2(x).abs().mean((2, 3), keepdim=True) * x,
+    "numbers before a tensor": lambda x: (2 - x) / (1 + x**2) + (1 / (2 + x * x)) @ x - (-x),
+    "zeros that are written into": padded,
+    "places that are overwritten": overwritten,
+    "ones for each image": lambda x: x + torch.ones(*x.shape, dtype=x.dtype),
+    "numbers of the images": lambda x: x * torch.arange(len(x)).view(-1, 1, 1, 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:.*recommended to use")
+@pytest.mark.parametrize("function", HANDLED.values(), ids=HANDLED.keys())
+def test_what_a_forward_pass_calls_is_recorded_with_real_images(function, images):
+    body = ByCount(function)
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), body, nn.Conv2d(4, 3, 1), nn.Flatten(), nn.Linear(192, 2)))
+    network = Network(model, example=SHAPE)
+    for count in (1, 2, 7):
+        torch.testing.assert_close(logits(network, images[:count]), model(images[:count]))
+    assert [layer.name for layer in network.layers] == ["0", "2", "4"]
+    check_trace(network, images, 4)
+
+
+# Each of these ended the process when it was given what only looks like a tensor.
+UNRECORDED = {
+    "vmap": lambda x: torch.vmap(torch.relu)(x),
+    "grad": lambda x: torch.func.grad(lambda z: z.square().sum())(x),
+    "jvp": lambda x: torch.func.jvp(torch.relu, (x,), (x,))[1],
+    "a constructor": lambda x: torch.Tensor(x.float()).to(x.dtype),
+    "a subclass": lambda x: torch.Tensor._make_subclass(torch.Tensor, x),
+    "nested tensors": lambda x: torch.nested.nested_tensor(list(x)).to_padded_tensor(0.0),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("function", UNRECORDED.values(), ids=UNRECORDED.keys())
+def test_what_cannot_be_recorded_is_refused(function):
+    assert "Nor with images of 3x8x8" in refused(ByCount(function))
+
+
+def test_a_function_that_torch_jit_compiled_is_an_operation_without_images_too(images):
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 1), Compiled(), nn.Flatten(), nn.Linear(256, 2)))
+    network = Network(model)
+    torch.testing.assert_close(logits(network, images), model(images))
+
+
+def test_a_module_that_torch_jit_compiled_is_named():
+    inner = torch.jit.trace(nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(
+        TraceError, match=r"cannot trace 0, a module that torch\.jit compiled: pass the one it was made"
+    ):
+        Network(nn.Sequential(inner, nn.Flatten(), nn.Linear(192, 2)))
