@@ -32,6 +32,23 @@ FLAGS = {  # what several benches take
 }
 
 
+def pattern_of(text: str):
+    """The pattern "2:4", or "0.7" of all parameters.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    import snows
+    from snows.errors import UsageError
+
+    if ":" in text:
+        return snows.NM.parse(text)
+    try:
+        return snows.Unstructured(float(text))
+    except ValueError:
+        raise UsageError(f"pattern '{text}' is neither N:M nor a sparsity.") from None
+
+
 class Parser(argparse.ArgumentParser):
     """A bench's flags: those of FLAGS that it names, --threads, --out, and what it adds.
 

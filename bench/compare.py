@@ -14,14 +14,13 @@ import itertools
 import statistics
 
 from cells import MASKS, PATTERNS, WAYS, comparison, found, over_seeds
-from common import Parser, Results, panels, save_figure
+from common import Parser, Results, panels, pattern_of, save_figure
 from networks import Bench, weights
 
 import snows
 from snows.cli.option_flags import add_option_flags, options_of
 from snows.cli.shell import shell
 from snows.errors import UsageError
-from snows.masks.saliency import SALIENCIES
 from snows.methods import METHODS
 from snows.zoo.evaluate import accuracy
 
@@ -33,16 +32,6 @@ LOOKS = {
     "SNOWS": {"linestyle": "-", "marker": "D", "markersize": 4},
 }
 COLOURS = dict(zip(MASKS, ("tab:gray", "tab:orange", "tab:green", "tab:blue")))
-
-
-def pattern_of(text: str, mask: str) -> snows.NM | snows.Unstructured:
-    """The pattern "2:4", or "0.7" of all parameters, allocated as suits the mask's scores."""
-    if ":" in text:
-        return snows.NM.parse(text)
-    try:
-        return snows.Unstructured(float(text), normalise=SALIENCIES[mask].layer_wise)
-    except ValueError:
-        raise UsageError(f"pattern '{text}' is neither N:M nor a sparsity.") from None
 
 
 def grid(args: argparse.Namespace) -> list[dict]:
@@ -76,7 +65,7 @@ def measure(bench: Bench, run: dict, chosen: snows.Options) -> dict:
     pruned = snows.prune(
         bench.model,
         calibration,
-        pattern_of(run["pattern"], run["mask"]),
+        pattern_of(run["pattern"]),
         chosen.but(seed=run["seed"]),
         mask_alg=run["mask"],
         algo=algorithm(run),
@@ -157,7 +146,7 @@ def parser() -> Parser:
 def main():
     args = parser().parse()
     for pattern in args.patterns:
-        pattern_of(pattern, "MP")
+        pattern_of(pattern)
     network, chosen = NETWORKS[args.network], options_of(args, seed=0)
     checkpoint = weights(network, args.checkpoint)
     results = Results(args.out, args.device, (checkpoint, args.dset))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import ROOT, Parser, Results
+from common import ROOT, Parser, Results, pattern_of
 from networks import NETWORKS as CIFAR10
 from networks import cifar10, fill_zero_weights, trained, weights
 from resnet_cifar import ResNet
@@ -80,7 +80,7 @@ def network(name: str, args: argparse.Namespace) -> tuple[nn.Module, Data]:
 def pruned(model: nn.Module, data: Data, pattern: str, algo: str, part: str) -> Product:
     """A network, pruned, with what its exports need."""
     images = data.calibration(min(CALIBRATION, len(data.train)), seed=0)[0]
-    asked = snows.NM.parse(pattern) if ":" in pattern else snows.Unstructured(float(pattern.split()[-1]))
+    asked = pattern_of(pattern.split()[-1])
     found = snows.prune(model, images, asked, algo=algo, layers=lambda name: part in name)
     rule = asked if isinstance(asked, snows.NM) else None
     size = at_a_time(data.test[0][0])

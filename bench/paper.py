@@ -22,7 +22,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from common import Parser, Results, save_figure
+from common import Parser, Results, pattern_of, save_figure
 from paper_networks import NETWORKS, Subject
 from paper_tables import PATTERNS, latex, markdown, plot
 
@@ -31,7 +31,6 @@ from snows.arguments import check_device
 from snows.cli.flags import whole
 from snows.cli.shell import shell
 from snows.errors import Interrupted, SnowsError
-from snows.masks.saliency import SALIENCIES
 from snows.options import PRESETS
 from snows.zoo.evaluate import score
 
@@ -61,10 +60,7 @@ def arguments_of(run: dict) -> dict:
     options = snows.Options.preset(preset, seed=run["seed"])
     if preset == "paper":
         options = options.but(k_step=NETWORKS[run["network"]].k_step)
-    layer_wise = SALIENCIES[how.get("mask_alg", "MP")].layer_wise
-    text = run["pattern"]
-    pattern = snows.NM.parse(text) if ":" in text else snows.Unstructured(float(text), normalise=layer_wise)
-    return {"pattern": pattern, "options": options, **how}
+    return {"pattern": pattern_of(run["pattern"]), "options": options, **how}
 
 
 def measure(subject: Subject, run: dict) -> dict:

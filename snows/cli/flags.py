@@ -22,7 +22,7 @@ from snows.errors import UsageError
 from snows.masks.allocation import ALLOCATIONS
 from snows.masks.patterns import NM, Unstructured
 from snows.masks.rules import read_rules
-from snows.masks.saliency import SALIENCIES
+from snows.masks.saliency import SALIENCIES, comparing
 from snows.methods import METHODS
 from snows.zoo.images import DATASETS
 
@@ -248,9 +248,9 @@ def add_unstructured_flags(flags: argparse.ArgumentParser, default: float) -> No
 
 
 def unstructured(args: argparse.Namespace) -> Unstructured:
-    normalise = SALIENCIES[args.mask_alg].layer_wise if args.normalise is None else args.normalise
     target = args.default_sparsity if args.target_sparsity is None else args.target_sparsity
-    return Unstructured(target, args.max_layer_sparsity, args.allocation, normalise, args.layer_sparsity)
+    given = Unstructured(target, args.max_layer_sparsity, args.allocation, args.normalise, args.layer_sparsity)
+    return comparing(given, SALIENCIES[args.mask_alg])
 
 
 def add_nm_flags(flags: argparse.ArgumentParser) -> None:

@@ -7,9 +7,13 @@ that number. It returns whole numbers that add up to it exactly.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
+Key = TypeVar("Key", str, int)
 Counts = dict[str, int]  # layer name -> how many
 TINY = torch.finfo(torch.float32).tiny
 
@@ -64,6 +68,27 @@ def rounded(removed: int, shares: dict[str, float], caps: Counts) -> Counts:
 
 
 ALLOCATIONS = {"global": smallest_first, "uniform": uniform, "erk": erdos_renyi_kernel}
+
+
+def with_least(split: Callable[[int, list[Key]], dict[Key, int]], total: int, least: dict[Key, int]) -> dict[Key, int]:
+    """What `split` makes of a total among some keys, but no key gets less than `least`: the others make up for it.
+
+    Of the total, at least the sum of `least`; split: (total, keys) -> each key's part, adding up to it.
+    """
+    fixed: dict[Key, int] = {}
+    while True:
+        free = [key for key in least if key not in fixed]
+        counts = split(max(total - sum(fixed.values()), 0), free)
+        short = {key: least[key] for key in free if counts[key] < least[key]}
+        if not short:
+            return fixed | counts
+        fixed |= short
+
+
+def even(total: int, rows: Sequence[int]) -> dict[int, int]:
+    """Split `total` evenly among rows, give or take one."""
+    bounds = [total * i // max(len(rows), 1) for i in range(len(rows) + 1)]
+    return {row: end - start for row, start, end in zip(rows, bounds, bounds[1:])}
 
 
 def proportional(total: int, sizes: list[int]) -> list[int]:

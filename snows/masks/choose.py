@@ -12,7 +12,7 @@ from snows.calibration.streams import Streams, retry_on_out_of_memory
 from snows.errors import UsageError, by_reason, listed
 from snows.masks.patterns import NM, Choice, Pattern, Selection, Unstructured, are_masks
 from snows.masks.rules import names_any
-from snows.masks.saliency import SALIENCIES, Saliency, check_inputs, scores
+from snows.masks.saliency import SALIENCIES, Saliency, check_inputs, comparing, scores
 from snows.masks.zeros import kept_zeros, leave_all_zero
 from snows.network.layers import Layer, Masks
 from snows.network.network import Network
@@ -55,7 +55,7 @@ def select(network: Network, choice: Choice, streams: Streams | None, options: O
         if saliency.score is not None and (pattern.compares_layers or saliency.choose is None):
             weights = measured(chosen, saliency, streams, options)
         zeros, total = kept_zeros(network, chosen, choice), counted_parameters(network, pattern)
-        pattern = without_rules_of(network.refused, pattern, weights)
+        pattern = comparing(without_rules_of(network.refused, pattern, weights), saliency)
         selection = pattern.select(weights, total, by_row=saliency.by_row, zeros=zeros)
         leave_all_zero(selection, zeros)
     if not selection.masks:
@@ -94,8 +94,8 @@ def counted_parameters(network: Network, pattern: Pattern) -> int:
         )
     if not network.told and share > MANY:
         log.warning(
-            "%.0f %% of the parameters stay dense, for they are the weights of neither convolutions nor linear layers: "
-            "%s", 100 * share, listed(outside),
+            "%.0f %% of the parameters stay dense, for no Conv2d, Linear, F.conv2d or F.linear multiplies by them as "
+            "they are: %s", 100 * share, listed(outside),
         )  # fmt: skip
     network.told = True
     return sum(sizes.values()) - idle

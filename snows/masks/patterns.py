@@ -6,6 +6,7 @@ leaves dense, and says why.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 
 from snows.errors import UsageError
-from snows.masks.allocation import ALLOCATIONS, Counts, normalised
+from snows.masks.allocation import ALLOCATIONS, Counts, even, normalised, with_least
 from snows.masks.rules import DENSE, Rules, check_patterns, rule_of
 from snows.network.layers import Masks
+
+log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
 
 LEFT_DENSE = "dense, as its rule asks"
 
@@ -61,7 +64,7 @@ class Unstructured:
     allocation: "global" compares scores across layers, "uniform" gives every layer the same sparsity, "erk" keeps
         small layers denser (Evci et al. 2020).
     normalise: "global" compares each layer's scores as shares of their sum, as suits Wanda's and SparseGPT's, which
-        are in units of each layer's own output.
+        are in units of each layer's own output. None: where the scores are (`Saliency.layer_wise`).
     layer_sparsity: layer name or pattern -> share of its own weights that a layer loses, or "dense". The other layers
         lose what is missing to the target; if there are none, the target plays no part.
     on_the_way: of a pattern that `path` gives: where its rules alone remove more than its target, the target gives way.
@@ -73,7 +76,7 @@ class Unstructured:
     target_sparsity: float
     max_layer_sparsity: float | None = None
     allocation: str = "global"
-    normalise: bool = False
+    normalise: bool | None = None
     layer_sparsity: Rules = field(default_factory=dict)
     on_the_way: bool = field(default=False, kw_only=True, repr=False)
 
@@ -140,8 +143,18 @@ class Unstructured:
         free = {name: score for name, score in scores.items() if name not in ruled}
         if free:
             counts |= self.allocate(free, total_parameters, sum(counts.values()), least)
+        elif not self.on_the_way:
+            self.tell_of_missed_target(sum(counts.values()) / total_parameters)
         masks = {n: smallest_removed(s, counts[n], by_row, zeros.get(n)) for n, s in scores.items() if n not in dense}
         return Selection(masks, dict.fromkeys(dense, LEFT_DENSE))
+
+    def tell_of_missed_target(self, reached: float) -> None:
+        """Warn where rules for all the layers make another share of the parameters zero than the target."""
+        if abs(reached - self.target_sparsity) >= 0.01:
+            log.warning(
+                "there is a sparsity of its own for every layer, and no other to make up for them: %.1f %% of all "
+                "parameters become zero, not the target of %.1f %%", 100 * reached, 100 * self.target_sparsity,
+            )  # fmt: skip
 
     def allocate(self, scores: dict[str, Tensor], total_parameters: int, already: int, least: Counts) -> Counts:
         """How many weights each of the layers without a rule loses, `least` or more; `already` go in the others."""
@@ -164,26 +177,26 @@ class Unstructured:
                 f"{'raise the cap (`max_layer_sparsity`)' if cap < 1 else 'prune more layers'}."
             )
         scores = normalised(scores) if self.normalise else scores
-        fixed: Counts = {}  # layers that an allocation would leave less than `least`: the others make up for it
-        while True:
-            free = {name: score for name, score in scores.items() if name not in fixed}
-            counts = ALLOCATIONS[self.allocation](removed - sum(fixed.values()), free, caps)
-            short = {name: least[name] for name in free if counts[name] < least[name]}
-            if not short:
-                return fixed | counts
-            fixed |= short
+
+        def split(count: int, names: list[str]) -> Counts:
+            return ALLOCATIONS[self.allocation](count, {name: scores[name] for name in names}, caps)
+
+        return with_least(split, removed, {name: least[name] for name in scores})
 
 
 def smallest_removed(score: Tensor, count: int, by_row: bool = False, zero: Tensor | None = None) -> Tensor:
     """A mask that removes the `count` entries of smallest magnitude (ties: the first ones), by_row evenly from rows.
 
-    zero: entries that are removed all the same, and before others.
+    zero: entries that are removed all the same, and before others; they count, and where a row or the whole has more
+        of them than it would lose, other rows lose less.
     """
     worth = zeros_last(score, zero)
     rows = worth.flatten(1) if by_row else worth.reshape(1, -1)
-    bounds = torch.arange(len(rows) + 1, device=score.device) * count // len(rows)
+    least = (rows < 0).sum(1).tolist()
+    counts = with_least(even, count, dict(enumerate(least)))
+    removed = torch.tensor([counts[row] for row in range(len(rows))], device=score.device)
     rank = rows.argsort(dim=1, stable=True).argsort(dim=1)
-    mask = (rank >= bounds.diff()[:, None]).view(score.shape)
+    mask = (rank >= removed[:, None]).view(score.shape)
     return mask if zero is None else mask & ~zero
 
 

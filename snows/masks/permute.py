@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from snows.errors import SnowsError
+from snows.errors import SnowsError, UsageError
 from snows.masks.coupling import Coupling
 from snows.masks.order import Reading, best_order
 from snows.masks.patterns import NM
@@ -51,8 +51,11 @@ def permute(
     example: as of `Network`; given, both networks must compute the same of it.
 
     Raises:
+        UsageError: the pattern is no N:M.
         SnowsError: they do not: an operation was followed that treats channels by their place.
     """
+    if not isinstance(pattern, NM):
+        raise UsageError(f"channels are put in order for an N:M pattern, not for {pattern!r}.")
     network, result = Network(model, example=example), Permuted(copy.deepcopy(model), {})
     coupling = Coupling(network)
     worth = {

@@ -38,14 +38,25 @@ def check_patterns(patterns: Iterable[str], names: Iterable[str], origin: str) -
         raise UsageError(f"{origin}: no prunable layer is named {listed(idle)}; those are {listed(names)}.")
 
 
+def once(pairs: list[tuple[str, Any]]) -> Rules:
+    """An object of json, none of whose names stands there twice."""
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(f"layer rules: {listed(twice)} stand{'s' * (len(twice) == 1)} there twice.")
+    return dict(pairs)
+
+
 def read_rules(path: str | Path) -> Rules:
     """The rules of a json file, an object of names or patterns; what they may say is the pattern's affair.
 
     Raises:
-        UsageError: the file is missing, no json, or no object.
+        UsageError: the file is missing, no json, or no object, or has a name twice.
     """
     try:
-        rules = json.loads(Path(path).read_text("utf-8-sig"))  # with or without a byte order mark
+        rules = json.loads(
+            Path(path).read_text("utf-8-sig"), object_pairs_hook=once
+        )  # with or without a byte order mark
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}.") from error
     except RecursionError as error:

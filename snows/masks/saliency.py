@@ -16,14 +16,15 @@ stream along the network.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from torch import Tensor
 
 from snows.calibration.stream import Stream
 from snows.errors import Unsolvable, UsageError, listed
 from snows.masks import alps
-from snows.masks.patterns import NM
+from snows.masks.patterns import NM, Unstructured
 from snows.masks.sparsegpt import choose_mask, damped_inverse
 from snows.network.derivatives import explained
 from snows.network.inputs import MAX_INPUTS, can_factor, layer_columns, no_moment, second_moment, shows_inputs
@@ -33,6 +34,8 @@ from snows.network.trace import value_of
 from snows.options import Options
 from snows.solve.objective import reconstruction
 from snows.solve.preconditioner import output_metric
+
+AnyPattern = TypeVar("AnyPattern", bound=Unstructured | NM)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,13 @@ class Saliency:
     by_row: bool = False
     choose: Callable[[Tensor, Tensor, NM | int, Tensor | None], Tensor] | None = None
     looks_ahead: bool = False
+
+
+def comparing(pattern: AnyPattern, saliency: Saliency) -> AnyPattern:
+    """A pattern that says how scores compare across layers: as shares, where they are in units of each layer's own."""
+    if isinstance(pattern, Unstructured) and pattern.normalise is None:
+        return replace(pattern, normalise=saliency.layer_wise)
+    return pattern
 
 
 def scores(saliency: Saliency, layers: list[Layer], stream: Stream, options: Options) -> dict[str, Tensor]:

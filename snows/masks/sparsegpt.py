@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from snows.masks.allocation import proportional
+from snows.masks.allocation import proportional, with_least
 from snows.masks.patterns import NM, smallest_removed
 
 INVERSE_DAMPING = 1e-2  # of A, in units of its mean diagonal
@@ -43,8 +43,14 @@ def choose_mask(weight: Tensor, moment: Tensor, rule: NM | int, zero: Tensor | N
 
         _, mask = eliminate(weight, moment, choose, rule.m)
         return mask
-    starts = range(0, moment.shape[-1], BLOCK)
-    counts = dict(zip(starts, proportional(rule, [min(BLOCK, moment.shape[-1] - start) for start in starts])))
+    columns = moment.shape[-1]
+    blocks = {start: slice(start, start + BLOCK) for start in range(0, columns, BLOCK)}
+
+    def split(count: int, starts: list[int]) -> dict[int, int]:
+        return dict(zip(starts, proportional(count, [min(BLOCK, columns - start) for start in starts])))
+
+    least = {start: 0 if zeros is None else int(zeros[:, :, block].sum()) for start, block in blocks.items()}
+    counts = with_least(split, rule, least)
 
     def choose_evenly(worth: Tensor, start: int) -> Tensor:
         return smallest_removed(worth, counts[start], zero=zeros_at(start, worth))

@@ -81,15 +81,17 @@ def test_erk_keeps_weights_in_proportion_to_the_sum_of_the_dimensions():
     assert (~masks["large"]).sum() == 1224
 
 
-def test_layers_with_a_sparsity_of_their_own_and_the_others_reach_the_target():
+def test_layers_with_a_sparsity_of_their_own_and_the_others_reach_the_target(caplog):
     weights = {name: torch.randn(10, 10) for name in ("stem", "block.0", "block.1", "head")}
     pattern = Unstructured(0.4, layer_sparsity={"block.*": 0.7, "block.1": 0.25, "stem": "dense"})
     selection = pattern.select(weights, 400)
     removed = {name: (~mask).sum().item() for name, mask in selection.masks.items()}
     assert removed == {"block.0": 70, "block.1": 25, "head": 65}
     assert selection.left_dense == {"stem": "dense, as its rule asks"}
+    assert not caplog.text
     everywhere = Unstructured(0.99, layer_sparsity={"*": 0.5}).select(weights, 400)  # the target plays no part
     assert all((~mask).sum() == 50 for mask in everywhere.masks.values())
+    assert "50.0 % of all parameters become zero, not the target of 99.0 %" in caplog.text
     with pytest.raises(UsageError, match=r"layer sparsities alone remove 0\.3500"):
         Unstructured(0.3, layer_sparsity={"block.*": 0.7}).select(weights, 400)
     with pytest.raises(UsageError, match=r"layer sparsities: no prunable layer is named blok.*; those are stem, block"):

@@ -271,3 +271,13 @@ def test_a_target_sparsity_counts_what_runs_and_says_once_what_does_not(images, 
 def test_a_rule_by_name_beats_a_pattern_and_the_first_pattern_the_others():
     rules = {"layer*": 1, "layer1.*": 2, "layer1.conv": 3}
     assert [rule_of(name, rules) for name in ("layer1.conv", "layer1.fc", "fc")] == [3, 1, None]
+
+
+@pytest.mark.parametrize("mask_alg", SALIENCIES)
+def test_scores_of_layers_compare_as_shares_where_they_are_in_units_of_their_own(tiny, images, mask_alg):
+    def kept(normalise):
+        chosen = snows.choose_masks(tiny, images, snows.Unstructured(0.5, 1.0, normalise=normalise), mask_alg=mask_alg)
+        return {name: int(mask.sum()) for name, mask in chosen.masks.items()}
+
+    assert kept(None) == kept(SALIENCIES[mask_alg].layer_wise)
+    assert kept(True) != kept(False)

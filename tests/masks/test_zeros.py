@@ -11,6 +11,7 @@ from torch import nn
 
 import snows
 from snows.masks.allocation import ALLOCATIONS
+from snows.masks.sparsegpt import choose_mask
 from snows.network.layers import Masks
 
 SHAPES = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=4)
@@ -80,7 +81,21 @@ def test_zeros_count_towards_the_target_to_the_weight(shapes, seed, share, targe
     removed = sum(int((~mask).sum()) for mask in masks.values())
     assert not any((masks[name] & zero).any() for name, zero in zeros.items())
     wanted = max(round(target * total), lost)
-    assert removed >= wanted if by_row else removed == wanted
+    assert removed == wanted
+    for name, mask in masks.items() if by_row else ():
+        lost = (~mask).flatten(1).sum(1)
+        more = lost[lost > zeros[name].flatten(1).sum(1)]  # rows that lose more than was zero already lose alike
+        assert not len(more) or (more.max() - more.min() <= 1 and lost[lost < more.min() - 1].numel() == 0)
+
+
+def test_zeros_in_some_of_the_blocks_count_in_sparsegpts_choice_too():
+    weight = torch.randn(4, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    zero = torch.zeros(4, 300, dtype=torch.bool)
+    zero[:, :120] = True  # nearly all of the first of three blocks
+    mask = choose_mask(weight, torch.eye(300, dtype=torch.float64)[None], 600, zero)
+    assert (~mask).sum() == 600
+    assert not (mask & zero).any()
+    assert 0 < (~mask[:, 256:]).sum() < mask[:, 256:].numel()
 
 
 def test_zeros_of_layers_with_rules_count_too():
