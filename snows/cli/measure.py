@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from torch import Tensor, nn
 
 from snows.cli import files, finished, run_folder
 from snows.cli.environment import environment_of
@@ -21,10 +22,10 @@ from snows.cli.report import write_report
 from snows.deploy.backends import BACKENDS, Backend
 from snows.deploy.measure import DENSE, PRUNED, Measured, as_rows, measure, refilled, sentence
 from snows.deploy.packages import HOW_TO_INSTALL
-from snows.errors import SnowsError, UsageError
+from snows.errors import SnowsError, UsageError, first_line
 
 
-def images_of(metrics: dict, shape: list[int] | None, count: int) -> torch.Tensor:
+def images_of(metrics: dict, shape: list[int] | None, count: int) -> Tensor:
     """Random images of the shape that a run's had.
 
     Raises:
@@ -66,6 +67,20 @@ def line(row: Measured) -> str:
     return f"  {row.backend:<16} {row.network:<8} {row.wall_ms:9.2f} {row.cpu_ms:9.2f}"
 
 
+@torch.no_grad()
+def check_images(network: nn.Module, images: Tensor) -> None:
+    """Refuse images that a network cannot take.
+
+    Raises:
+        UsageError: it says why.
+    """
+    try:
+        network.eval()(images[:1])
+    except Exception as error:  # whatever a forward pass raises
+        shape, why = "x".join(map(str, images.shape[1:])), first_line(error).rstrip(".")
+        raise UsageError(f"the network takes no images of {shape} (--image_shape): {why}.") from error
+
+
 def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m snows.measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -87,6 +102,7 @@ def main():
     images = images_of(metrics, args.image_shape, args.batch_size)
     pruned, masks = run_folder.load(args.run, finished.network_of(args.run, saved, None, args.factory).model)
     networks = {DENSE: refilled(pruned, masks), PRUNED: pruned}
+    check_images(pruned, images)
     print(f"milliseconds of {args.batch_size} image(s), {args.threads} thread(s), least of {args.runs} runs, in turn")
     print(f"  {'':<25} {'wall':>9} {'CPU':>9}")
     with run_folder.locked(args.run):

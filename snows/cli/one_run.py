@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ from snows.memory import is_out_of_memory
 from snows.methods import METHODS
 from snows.result import Pruned, Step
 from snows.verdicts import Lost
+
+WORSE = 1.0  # percent of the test images on which a network may agree less than its masks alone, by chance
 
 
 class OneRun:
@@ -48,6 +51,7 @@ class OneRun:
                 metrics |= {**vars(self.task.score(pruned.model)), "finished": True}
                 metrics = run_folder.save(self.folder, pruned, metrics, self.task.macs)
                 export_masks(self.settings.export_masks, self.folder)
+                warn_if_worse(metrics)
                 print(console.summary(metrics, self.folder), flush=True)
                 conclude(self.folder)
         return metrics
@@ -131,6 +135,18 @@ class OneRun:
             raise SnowsError(f"{first_line(error)} Run without --deterministic.") from error
         finally:
             progress.close()
+
+
+def warn_if_worse(metrics: dict) -> None:
+    """Warn where the network agrees less with the dense one than the masks alone leave it."""
+    solved, masked = metrics["agreement"], metrics["masked_agreement"]
+    if None not in (solved, masked) and solved < masked - WORSE:
+        print(
+            f"warning: the network agrees with the dense one on {solved:.1f} % of the test images, and with the masks "
+            f"alone on {masked:.1f} %: {metrics['calibration_images']} calibration images are too few for it, or "
+            f"unlike those that test (--ngrads, --min_samples).",
+            file=sys.stderr,
+        )
 
 
 @contextmanager

@@ -36,10 +36,13 @@ def check_free(path: Path) -> None:
     """Refuse a folder that holds anything but what a run had written that was ended before it had begun.
 
     Raises:
-        UsageError: it does, or is a file.
+        UsageError: it does, or is a file, or nothing can be written there.
     """
     if path.exists() and not is_free(path):
         raise UsageError(f"{path} exists and is not empty: choose another --out_dir.")
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise UsageError(f"{path}: nothing can be written into {there}. Choose another --out_dir.")
 
 
 def is_free(path: Path) -> bool:
@@ -204,8 +207,10 @@ def load(folder: str | Path, model: nn.Module) -> tuple[nn.Module, Masks]:
     folder: it, where without model.safetensors packed.safetensors is taken; or such a packed file alone.
 
     Raises:
-        SnowsError: a file is missing or damaged, or the weights do not fit the model.
+        UsageError: the model is none. SnowsError: a file is missing or damaged, or the weights do not fit the model.
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"a network is needed to load the weights into, not {model!r}.")
     folder = Path(folder)
     file = folder / "model.safetensors" if folder.is_dir() else folder
     if not file.exists() and (folder / packed.FILE).exists():

@@ -52,9 +52,9 @@ def halves(count: int, origin: Path) -> tuple[list[int], list[int]]:
 
 
 def npz(path: Path, transform: Callable) -> tuple[Arrays, Arrays]:
-    """The images and labels of an .npz file: x_train, y_train, x_test, y_test, or images alone.
+    """The images and labels of an .npz file: x_train, y_train, x_test, y_test, the labels of either part or of both.
 
-    Without labels there may be x_train and x_test, or a single array, of which half the images test.
+    Without any there may be a single array too, of which half the images test.
 
     Raises:
         UsageError: it is no such file.
@@ -66,7 +66,7 @@ def npz(path: Path, transform: Callable) -> tuple[Arrays, Arrays]:
         images = grey_or_coloured(path, name, images)
         train, test = halves(len(images), path)
         return Arrays(images[train], None, transform), Arrays(images[test], None, transform)
-    if missing and missing != ["y_train", "y_test"]:
+    if {"x_train", "x_test"} & set(missing):
         raise UsageError(f"{path} lacks {', '.join(missing)}; it must hold {', '.join(NAMES)}, or images alone.")
     parts = []
     for part in ("train", "test"):

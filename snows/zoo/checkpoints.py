@@ -56,8 +56,12 @@ def read_state(path: Path, key: str | None = None) -> State:
     """
     content = read_file(path)
     state = flattened(unwrapped(content if key is None else entry(content, key, path), path))
+    if isinstance(state, dict):
+        state = {name: as_tensor(value) for name, value in state.items()}
     if not isinstance(state, dict) or not state or not all(map(is_named_tensor, state.items())):
-        found = f", but {listed(map(str, content))}" if isinstance(content, dict) and content else ""
+        found = ""
+        if isinstance(content, dict) and content:
+            found = f", but {listed(map(str, content))}: `checkpoint_key` says which of these, if one does"
         raise UsageError(f"{path} holds no state dict (names and dense tensors){found}.")
     return {PREFIXES.sub("", name): tensor for name, tensor in state.items()}
 
@@ -135,7 +139,8 @@ def classes_in_the_way(path: Path, error: Exception) -> list[str]:
     """The classes and functions that a pickle names and that are not known to be harmless."""
     try:
         with torch.serialization.safe_globals(HARMLESS):
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        return sorted({*unsafe, *re.findall(r"but got <class '([\w.]+)'>", str(error))})
     except Exception:  # damaged, or in the format before torch 1.6
         return re.findall(r"GLOBAL (\S+)", str(error))
 
@@ -182,8 +187,17 @@ def flattened(content: Any) -> Any:
     return flat
 
 
+def as_tensor(value: Any) -> Any:
+    """A NumPy array of numbers, or a sparse tensor, as a dense tensor; anything else as it is."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), copy=True))
+    if isinstance(value, Tensor) and value.layout in (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc):
+        return value.to_dense()
+    return value
+
+
 def is_named_tensor(entry: tuple) -> bool:
-    """A name and a tensor with a number at every place: not sparse, nested, quantised, or without data."""
+    """A name and a tensor with a number at every place: not nested, quantised, or without data."""
     name, tensor = entry
     if not isinstance(name, str) or not isinstance(tensor, Tensor):
         return False

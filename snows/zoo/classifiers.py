@@ -41,9 +41,13 @@ def from_library(arch: str, pretrained: bool, num_classes: int | None = None, ot
     is one) with a progress bar; otherwise they are random. others: the names that would have been taken besides.
 
     Raises:
-        UsageError: neither library knows the name. SnowsError: the weights cannot be downloaded.
+        UsageError: neither library knows the name, or there is no such folder.
+        SnowsError: the weights cannot be downloaded.
     """
     library, _, name = arch.rpartition("/")
+    folder = arch.removeprefix("local-dir:")
+    if folder != arch and not Path(folder).is_dir():
+        raise UsageError(f"{arch}: there is no folder {folder}.")
     classes = {} if num_classes is None else {"num_classes": num_classes}
     try:
         if library in ("", "torchvision") and name in torchvision.models.list_models(torchvision.models):

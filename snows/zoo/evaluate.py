@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from snows.distributed import ALONE, Group
-from snows.errors import SnowsError
+from snows.errors import SnowsError, UsageError
 from snows.memory import is_gpu, is_out_of_memory
 
 log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
@@ -36,7 +36,7 @@ def accuracy(model: nn.Module, batches: Batches, device: torch.device | str = "c
     A batch passes in parts, where it is large or the memory does not hold its features.
 
     Raises:
-        SnowsError: no images, a label that the model has no class for, or too little memory for a single image.
+        UsageError: a label that the model has no class for. SnowsError: no images, or too little memory for one.
     """
     return score(model, batches, device)[0].accuracy
 
@@ -95,7 +95,7 @@ def outputs(model: nn.Module, batches: Batches, device: torch.device | str) -> I
                 continue
             if labels[part].max() >= logits.shape[1]:
                 highest = labels[part].max()
-                raise SnowsError(f"the data has a label {highest} but the model only {logits.shape[1]} classes.")
+                raise UsageError(f"the data has a label {highest} but the model only {logits.shape[1]} classes.")
             yield logits, labels[part]
             start += most
 

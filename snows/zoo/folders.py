@@ -20,6 +20,7 @@ from snows.zoo.pictures import read_picture
 
 log = logging.getLogger("snows")
 
+HIDDEN = (".", "__MACOSX")  # how folders begin that programs leave behind
 TRAIN = ("train", "training")  # what people call the part that calibrates, and
 TEST = ("val", "valid", "validation", "test", "testing")  # the one that tests, the first of these that is there
 
@@ -40,19 +41,23 @@ class Part:
 
 
 class Pictures(Dataset):
-    """Image files through a transform. Its `labels` are set by `number_classes`, its `shape` once one is known."""
+    """Image files through a transform. Its `labels` are set by `number_classes`, its `shape` once one is known.
+
+    grey: they have one channel, not three.
+    """
 
     def __init__(self, part: Part, transform: Callable):
         self.part, self.transform = part, transform
         self.labels = [NO_LABEL] * len(part.paths)
         self.shape: torch.Size | None = None
+        self.grey = False
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path = self.part.paths[index]
-        image = self.transform(read_picture(path))
+        image = self.transform(read_picture(path, self.grey))
         if self.shape not in (None, image.shape):
             raise UsageError(
                 f"{path} becomes {pixels(image.shape)} where others are {pixels(self.shape)}, since the network's "
@@ -100,8 +105,8 @@ def holds_images(folder: Path) -> bool:
 
 
 def visible(folder: Path) -> list[Path]:
-    """The directories in a folder, without those such as .ipynb_checkpoints."""
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    """The directories in a folder, without those that programs leave there."""
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(HIDDEN))
 
 
 def is_image(name: str) -> bool:
@@ -167,6 +172,8 @@ def number_classes(train: Pictures, test: Pictures, outputs: int, classes: Seque
             check_same(train.part, test.part)
             check_outputs(len(folders), outputs)
             classes = folders
+    else:
+        check_outputs(len(classes), outputs)
     unknown = [name for name in folders if name not in set(classes)]
     if unknown:
         raise UsageError(f"`classes` does not list the folders {listed(unknown)}.")
@@ -190,17 +197,17 @@ def check_same(train: Part, test: Part) -> None:
 
 
 def check_outputs(folders: int, outputs: int) -> None:
-    """Refuse more class folders than the network has outputs; warn of fewer.
+    """Refuse more classes than the network has outputs; warn of fewer.
 
     Raises:
         UsageError: there are more.
     """
     if folders > outputs:
-        raise UsageError(f"there are {folders} class folders, and the network has {outputs} outputs (`num_classes`).")
+        raise UsageError(f"there are {folders} classes, and the network has {outputs} outputs (`num_classes`).")
     if 0 < folders < outputs:
         log.warning(
-            "%d class folders are taken for the first of the network's %d outputs, in the order of their names: if "
-            "they are others, `classes` says which", folders, outputs,
+            "%d classes are taken for the first of the network's %d outputs: if they are others, `classes` must list a "
+            "line for each output", folders, outputs,
         )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from snows.errors import UsageError, first_line
 SIXTEEN_BITS = 2**16 - 1
 
 
-def read_picture(path: str) -> Image.Image:
-    """An image file in RGB, as its EXIF orientation says.
+def read_picture(path: str, grey: bool = False) -> Image.Image:
+    """An image file in RGB, or in grey, as its EXIF orientation says.
 
     Raises:
         UsageError: it is truncated, no image, or declared too large; the message names it.
@@ -22,7 +22,7 @@ def read_picture(path: str) -> Image.Image:
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata, and of large images
-            return eight_bits(upright(Image.open(file))).convert("RGB")
+            return eight_bits(upright(Image.open(file))).convert("L" if grey else "RGB")
     except MemoryError:
         raise
     except Exception as error:  # each format has its own
@@ -43,6 +43,8 @@ def upright(image: Image.Image) -> Image.Image:
 def eight_bits(image: Image.Image) -> Image.Image:
     """Grey values of 16 bits or in floating point (0 to 1, or to 255 or 65,535 where they are larger) from 0 to 255.
 
+    Nor do integers up to 255 become black, as programs write them that store eight bits in sixteen.
+
     Raises:
         ValueError: values are outside of that.
     """
@@ -51,5 +53,6 @@ def eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
     if not (values.min() >= 0 and values.max() <= SIXTEEN_BITS):  # NaN neither
         raise ValueError(f"grey values from {values.min():g} to {values.max():g}, outside of 0 to {SIXTEEN_BITS}")
-    largest = SIXTEEN_BITS if image.mode != "F" else next(top for top in (1, 255, SIXTEEN_BITS) if values.max() <= top)
+    tops = (1, 255, SIXTEEN_BITS) if image.mode == "F" else (255, SIXTEEN_BITS)
+    largest = next(top for top in tops if values.max() <= top)
     return Image.fromarray(np.round(values * (255 / largest)).astype(np.uint8))

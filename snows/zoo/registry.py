@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from snows.errors import SnowsError, UsageError, first_line
@@ -85,6 +86,9 @@ def load_classifier(
     pretrained = not (checkpoint or random_weights)
     torch.manual_seed(seed)
     classifier = known[arch](pretrained) if arch in known else from_library(arch, pretrained, num_classes, known)
+    if not isinstance(classifier, Classifier):
+        made = type(classifier).__name__
+        raise UsageError(f"the entry {arch} of KNOWN makes a {made}, not a Classifier: the network and its transform.")
     if checkpoint:
         load_checkpoint(classifier.model, checkpoint, checkpoint_key, classifier.in_order)
         classifier.stated_accuracy = None
@@ -171,18 +175,38 @@ def check_fits(classifier: Classifier, data: Data, complaint: str) -> int:
         index = next(data.sound(part, range(len(part))), None)
         if index is None:
             raise UsageError(f"{complaint}: none of them can be read.")
+        if isinstance(part, Pictures):
+            part.grey = wants_grey(classifier.model, part, index)
         image, _ = part[index]
         name = part.part.paths[index] if isinstance(part, Pictures) else "the first image"
         found = f"{name} becomes {pixels(image.shape)}"
         try:
             outputs = classifier.model.eval()(image[None])
-        except (RuntimeError, ValueError, AssertionError) as error:
+        except Exception as error:  # whatever a forward pass raises
             why = first_line(error).rstrip(".")
             found += f" of {len(image)} channels; `resize` scales images"
             raise UsageError(f"{complaint}: {why} ({found}).") from error
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+            made = f"a tensor {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+            raise UsageError(
+                f"the network must return its logits, one tensor (images, classes), and returns {made} of one image: "
+                f"wrap it in a module that does."
+            )
         if isinstance(part, Pictures):
             data.train.shape = data.test.shape = image.shape
     if classifier.pixels is not None and max(image.shape[1:]) > classifier.pixels:
         side = classifier.pixels
         log.warning("warning: %s, and the network was trained on %d x %d: `resize` %d scales it", found, *[side] * 3)
     return outputs.shape[-1]
+
+
+def wants_grey(model: nn.Module, part: Pictures, index: int) -> bool:
+    """Whether a network takes an image in grey and not in colour."""
+    try:
+        for part.grey in (False, True):
+            with suppress(Exception):  # whatever a transform or a forward pass raises
+                model.eval()(part[index][0][None])
+                return part.grey
+    finally:
+        part.grey = False
+    return False

@@ -313,6 +313,7 @@ def test_n_that_is_not_below_m_is_refused(script, n, m):
         ('{"fc": 1.5}', "layer sparsity of fc: 1.5 is neither a share"),
         ('{"fd": 0.5}', "no prunable layer is named fd"),
         ('\ufeff{"fd": 0.5}', "no prunable layer is named fd"),  # a byte order mark
+        ('{"fc": 0.5, "fc": 0.6}', "fc stands there twice"),
         ('{"fc": ' * 10**6, "one nested without end"),
         ('{"fc": ' + "9" * 5000 + "}", "is not json"),
     ],
@@ -339,8 +340,8 @@ def damaged(folder, kind):
         torch.save({"state_dict": nn.ReLU()}, path)
     elif kind == "numbers for names":
         torch.save(dict(enumerate(state.values())), path)
-    elif kind == "sparse":
-        torch.save({**state, "fc.weight": state["fc.weight"].to_sparse()}, path)
+    elif kind == "no tensor":
+        torch.save({**state, "fc.weight": "elsewhere"}, path)
     elif kind == "scrambled":  # a pickle of letters that are none
         path.write_bytes(b"\x80\x02X\x04\x00\x00\x00\xff\xfe\xfd\xfcq\x01.")
     else:
@@ -357,7 +358,7 @@ def damaged(folder, kind):
         ("code", "whole pickled network"),
         ("no names", "no state dict"),
         ("numbers for names", "no state dict"),
-        ("sparse", "no state dict"),
+        ("no tensor", "no state dict"),
         ("scrambled", "damaged or no checkpoint"),
     ],
 )
@@ -373,7 +374,7 @@ def test_a_checkpoint_that_does_not_fit_says_why(script, small, tmp_path, kind, 
 def test_an_npz_of_the_wrong_form_says_why(script, small, tmp_path, kind):
     arrays = dict(np.load(small / "images.npz"))
     if kind == "lacks":
-        del arrays["y_test"]
+        del arrays["x_test"]
     elif kind == "float":
         arrays["x_train"] = arrays["x_train"].astype(float)
     elif kind == "labels":
@@ -386,7 +387,7 @@ def test_an_npz_of_the_wrong_form_says_why(script, small, tmp_path, kind):
     if kind == "text":
         (tmp_path / "bad.npz").write_text("not an archive")
     _, err = script("CNN_pruning/unstr.py", *cifar_flags(small), "--dset", tmp_path / "bad.npz", code=2)
-    expected = {"lacks": "lacks y_test", "float": "must be uint8", "labels": "must be uint8", "text": "cannot be read"}
+    expected = {"lacks": "lacks x_test", "float": "must be uint8", "labels": "must be uint8", "text": "cannot be read"}
     expected |= {"two colours": "three colours", "no class": "class numbers"}
     assert expected[kind] in err
 
@@ -457,6 +458,24 @@ def test_a_dense_accuracy_far_from_the_stated_one_is_warned_about(capsys):
     warn_if_far(91.0, 91.4)
     warn_if_far(10.0, None)
     assert capsys.readouterr().err == ""
+
+
+def test_a_network_below_its_masks_alone_is_warned_about(capsys):
+    from snows.cli.one_run import warn_if_worse
+
+    metrics = {"agreement": 80.0, "masked_agreement": 82.0, "calibration_images": 16}
+    warn_if_worse(metrics)
+    assert "with the masks alone on 82.0 %: 16 calibration images are too few" in capsys.readouterr().err
+    for agreement in (81.5, None):
+        warn_if_worse({**metrics, "agreement": agreement})
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_network_is_loaded(script, small, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    flags = [*cifar_flags(small), "--checkpoint", tmp_path / "missing.pt", "--out_dir", tmp_path / "file" / "run"]
+    _, err = script("CNN_pruning/unstr.py", *flags, code=2)
+    assert f"nothing can be written into {tmp_path / 'file'}. Choose another --out_dir" in err
 
 
 def test_the_same_run_asked_for_twice_is_run_once_and_a_full_folder_is_refused_before_the_first(

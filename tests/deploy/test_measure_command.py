@@ -123,6 +123,8 @@ def test_a_run_of_an_earlier_version_needs_the_shape_of_an_image(changed, comman
     folder = changed(metrics={"image_shape": None})
     with pytest.raises(UsageError, match="give --image_shape CHANNELS HEIGHT WIDTH"):
         command(folder, *FEW)
+    with pytest.raises(UsageError, match=r"the network takes no images of 7x8x8 \(--image_shape\)"):
+        command(folder, *FEW, "--image_shape", 7, 8, 8)
     command(folder, *FEW, "--image_shape", 1, 8, 8, "--batch_size", 3)
     assert json.loads((folder / "latency.json").read_text())["image_shape"] == [1, 8, 8]
 

@@ -51,9 +51,14 @@ def test_labels_beyond_64_bits_and_two_kinds_of_images_are_refused(tmp_path):
         npz(saved(tmp_path, x_train=images(2, 1), y_train=labels, x_test=colour, y_test=labels), TRANSFORM)
 
 
-def test_labels_of_one_part_alone_are_missed(tmp_path):
-    with pytest.raises(UsageError, match="lacks y_test; it must hold x_train, y_train"):
-        npz(saved(tmp_path, x_train=images(2), y_train=np.array([0, 1]), x_test=images(2)), TRANSFORM)
+def test_labels_of_either_part_may_be_missing(tmp_path):
+    labels = np.array([0, 1])
+    train, test = npz(saved(tmp_path, x_train=images(2), x_test=images(2), y_test=labels), TRANSFORM)
+    assert [[label for _, label in part] for part in (train, test)] == [[-1, -1], [0, 1]]
+    train, test = npz(saved(tmp_path, x_train=images(2), y_train=labels, x_test=images(2)), TRANSFORM)
+    assert [[label for _, label in part] for part in (train, test)] == [[0, 1], [-1, -1]]
+    with pytest.raises(UsageError, match="lacks x_test, y_test; it must hold x_train, y_train"):
+        npz(saved(tmp_path, x_train=images(2), y_train=labels), TRANSFORM)
 
 
 def test_arrays_of_other_names_are_refused_not_taken_for_images_alone(tmp_path):

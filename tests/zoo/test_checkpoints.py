@@ -1,6 +1,7 @@
 """Checkpoints as training scripts and other tools leave them; what is no checkpoint is told in one plain line."""
 
 import argparse
+import collections
 import logging
 import pathlib
 import re
@@ -195,3 +196,23 @@ def test_weights_kept_apart_from_their_masks_are_put_together(tiny, tmp_path):
 def test_the_masks_of_asp_beside_weights_are_no_weights(state, tmp_path):
     beside = {"grouped.__weight_mma_mask": state["grouped.weight"] != 0, "grouped.__weight_mma_pruned_p": torch.ones(2)}
     assert loads({**state, **beside}, state, tmp_path / "x.pt")
+
+
+def test_arrays_of_numpy_and_sparse_tensors_are_taken(state, tmp_path):
+    arrays = {name: tensor.numpy() for name, tensor in state.items()}
+    assert loads(arrays, state, tmp_path / "x.pt")
+    sparse = {name: tensor.to_sparse() if tensor.ndim == 2 else tensor for name, tensor in state.items()}
+    assert any(tensor.is_sparse for tensor in sparse.values())
+    assert loads(sparse, state, tmp_path / "x.pt")
+
+
+def test_a_dict_of_another_kind_is_named(state, tmp_path):
+    torch.save({"state_dict": state, "history": collections.defaultdict(list, loss=[1.0, 0.5])}, tmp_path / "x.pt")
+    with pytest.raises(UsageError, match=r"x.pt holds objects of .*collections\.defaultdict.*save the network's"):
+        read_state(tmp_path / "x.pt")
+
+
+def test_entries_of_unknown_names_are_shown_with_the_flag_that_takes_one(state, tmp_path):
+    assert loads({"best_model": state, "epoch": 3}, state, tmp_path / "x.pt", key="best_model")
+    with pytest.raises(UsageError, match=r"but best_model, epoch: `checkpoint_key` says which of these"):
+        read_state(tmp_path / "x.pt")

@@ -16,7 +16,7 @@ from snows.zoo.classifiers import Classifier, with_resize
 from snows.zoo.folders import read_classes
 from snows.zoo.images import load, normalised
 from snows.zoo.pictures import read_picture
-from snows.zoo.registry import load_data
+from snows.zoo.registry import load_classifier, load_data
 
 TRANSFORM = normalised((0.0,) * 3, (1.0,) * 3)  # which leaves values from 0 to 1
 
@@ -113,7 +113,10 @@ def test_one_part_alone_is_split_the_same_way_each_time_and_that_is_said(tmp_pat
 
 
 def test_hidden_folders_and_files_are_no_classes(tmp_path):
-    folder_of(tmp_path, *(f"{part}/{name}" for part in ("train", "val") for name in (".ipynb_checkpoints", "a", "b")))
+    folder_of(
+        tmp_path,
+        *(f"{part}/{name}" for part in ("train", "val") for name in (".ipynb_checkpoints", "__MACOSX", "a", "b")),
+    )
     picture(tmp_path / "val" / "b" / "._1.png")
     assert labels(read(tmp_path)) == [0, 0, 1, 1]
 
@@ -159,12 +162,27 @@ def test_folders_of_imagenet_are_known_to_a_network_with_its_outputs(tmp_path, c
 def test_class_folders_are_compared_with_the_networks_outputs(tmp_path, caplog):
     for part in ("train", "val"):
         folder_of(tmp_path / part, "a", "b", "c")
-    with pytest.raises(UsageError, match=r"there are 3 class folders, and the network has 2 outputs"):
+    with pytest.raises(UsageError, match=r"there are 3 classes, and the network has 2 outputs"):
         read(tmp_path, outputs=2)
     read(tmp_path, outputs=3)
     assert not caplog.text
     read(tmp_path, outputs=9)
-    assert "3 class folders are taken for the first of the network's 9 outputs" in caplog.text
+    assert "3 classes are taken for the first of the network's 9 outputs" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("outputs", "told"), [(2, "there are 3 classes"), (3, ""), (4, "the first of the network's 4")]
+)
+def test_listed_classes_are_compared_with_the_networks_outputs(tmp_path, caplog, outputs, told):
+    folder_of(tmp_path, "train/a", "val/a")
+    (tmp_path / "classes.txt").write_text("b\na\nc\n")
+    if outputs == 2:
+        with pytest.raises(UsageError, match=told):
+            read(tmp_path, outputs=outputs, classes=tmp_path / "classes.txt")
+        return
+    assert labels(read(tmp_path, outputs=outputs, classes=tmp_path / "classes.txt")) == [1, 1]
+    assert bool(caplog.text) == bool(told)
+    assert told in caplog.text
 
 
 def test_classes_are_for_folders(tmp_path):
@@ -205,6 +223,57 @@ def test_grey_values_out_of_every_range_are_told(tmp_path):
     Image.fromarray(np.array([[0, np.nan]], np.float32)).save(tmp_path / "x.tif")
     with pytest.raises(UsageError, match=r"x\.tif cannot be read as an image: grey values from nan"):
         read_picture(str(tmp_path / "x.tif"))
+
+
+def test_eight_bits_that_are_stored_in_sixteen_are_not_black(tmp_path):
+    Image.fromarray(np.array([[0, 100, 255]], np.uint16)).save(tmp_path / "x.png")
+    assert np.asarray(read_picture(str(tmp_path / "x.png")))[0].tolist() == [[value] * 3 for value in (0, 100, 255)]
+
+
+def test_a_network_of_one_channel_gets_images_in_grey(tmp_path):
+    folder_of(tmp_path, "train/a", "val/a")
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), Pooled(2))
+    data = load_data("mine", Classifier(model, normalised((0.0,), (1.0,))), str(tmp_path), tmp_path)
+    assert {tuple(image.shape) for part in (data.train, data.test) for image, _ in part} == {(1, 4, 6)}
+    with pytest.raises(UsageError, match=r"0\.png becomes 6 x 4 pixels of 3 channels"):
+        read(tmp_path, model=nn.Sequential(nn.Conv2d(2, 3, 1), Pooled(2)))
+
+
+class Returning(nn.Module):
+    """A network that returns something of its logits."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.inner, self.function = Pooled(2), function
+
+    def forward(self, x):
+        return self.function(self.inner(x))
+
+
+class Named(Returning):
+    def forward(self, *, images):
+        return self.inner(images)
+
+
+RETURNED = {
+    "a tensor \\(1,\\)": Returning(lambda logits: logits[:, 0]),
+    "a tensor \\(1, 2, 1, 1\\)": Returning(lambda logits: logits[..., None, None]),
+    "a dict": Returning(lambda logits: {"logits": logits}),
+    "a tuple": Returning(lambda logits: (logits, logits)),
+    "positional argument": Named(None),
+}
+
+
+@pytest.mark.parametrize("told", RETURNED)
+def test_a_network_that_does_not_return_logits_is_told_in_one_line(tmp_path, told):
+    folder_of(tmp_path, "train/a", "val/a")
+    with pytest.raises(UsageError, match=told):
+        read(tmp_path, model=RETURNED[told])
+
+
+def test_an_entry_of_known_must_be_a_classifier():
+    with pytest.raises(UsageError, match="the entry mine of KNOWN makes a Pooled, not a Classifier"):
+        load_classifier("mine", {"mine": lambda pretrained: Pooled(2)})
 
 
 def test_an_image_is_turned_as_its_metadata_say(tmp_path):
