@@ -24,8 +24,8 @@ from vit_small import vit_digits
 import snows
 from snows.cli.shell import shell
 from snows.deploy.checks import Logits
+from snows.deploy.deployable import Deployable, ExportOptions
 from snows.deploy.exports import EXPORTS, export
-from snows.deploy.product import How, Product
 from snows.errors import SnowsError, UsageError
 from snows.zoo.classifiers import from_library, load_checkpoint
 from snows.zoo.evaluate import at_a_time
@@ -49,7 +49,11 @@ RUNS = {
 DIGITS = {"resnet20_digits": lambda: ResNet(20, 10, channels=1), "vit_digits": vit_digits}
 WAYS = [{"export": name, "flags": ""} for name in EXPORTS]
 WAYS += [{"export": "onnx", "flags": "--half"}, {"export": "int8", "flags": "--int8_float none"}]
-HOW = {"": How(), "--half": How(half=True), "--int8_float none": How(int8_float=("none",))}
+HOW = {
+    "": ExportOptions(),
+    "--half": ExportOptions(half=True),
+    "--int8_float none": ExportOptions(int8_float=("none",)),
+}
 
 
 def of_random_pixels(arch: str) -> tuple[nn.Module, Data]:
@@ -77,7 +81,7 @@ def network(name: str, args: argparse.Namespace) -> tuple[nn.Module, Data]:
     return of_random_pixels(name)
 
 
-def pruned(model: nn.Module, data: Data, pattern: str, algo: str, part: str) -> Product:
+def pruned(model: nn.Module, data: Data, pattern: str, algo: str, part: str) -> Deployable:
     """A network, pruned, with what its exports need."""
     images = data.calibration(min(CALIBRATION, len(data.train)), seed=0)[0]
     asked = pattern_of(pattern.split()[-1])
@@ -88,14 +92,14 @@ def pruned(model: nn.Module, data: Data, pattern: str, algo: str, part: str) -> 
     def test() -> Callable[[], Tensor]:
         return data.test_batches(min(128, size))
 
-    return Product(found.model.eval(), found.masks, test, lambda: images, rule)
+    return Deployable(found.model.eval(), found.masks, test, lambda: images, rule)
 
 
-def measure(product: Product, before: Logits, name: str, how: How) -> dict:
+def measure(deployable: Deployable, before: Logits, name: str, how: ExportOptions) -> dict:
     """The figures of one export, or why there is none."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            found = export(product, name, Path(folder, EXPORTS[name].file), how, before)
+            found = export(deployable, name, Path(folder, EXPORTS[name].file), how, before)
         except SnowsError as error:
             return {"refused": str(error).replace("`int8_tolerance`", "--int8_tolerance")}
     return dataclasses.asdict(found)
@@ -111,13 +115,13 @@ def main():
     for name in args.networks:
         for pattern, algo, part in RUNS[name]:
             shared = {"network": name, "pattern": pattern, "algo": algo}
-            product = before = None
+            deployable = before = None
             for _, run in results.claimed([{**shared, **way} for way in WAYS]):
-                if product is None:
-                    product = pruned(*network(name, args), pattern, algo, part)
-                    before = Logits(product.model, product)
-                bytes_before = sum(tensor.nbytes for tensor in product.model.state_dict().values())
-                found = measure(product, before, run["export"], HOW[run["flags"]])
+                if deployable is None:
+                    deployable = pruned(*network(name, args), pattern, algo, part)
+                    before = Logits(deployable.model, deployable)
+                bytes_before = sum(tensor.nbytes for tensor in deployable.model.state_dict().values())
+                found = measure(deployable, before, run["export"], HOW[run["flags"]])
                 results.add({**run, "bytes_of_tensors": bytes_before, **found})
                 print(*run.values(), found, flush=True)
 

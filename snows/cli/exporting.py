@@ -12,8 +12,8 @@ from pathlib import Path
 from snows.cli import console, files, finished, run_folder
 from snows.cli.flags import add_how_flags, how
 from snows.deploy.checks import Check, Logits
+from snows.deploy.deployable import Deployable, ExportOptions
 from snows.deploy.exports import EXPORTS, check_exports, check_place, export
-from snows.deploy.product import How, Product
 from snows.errors import UsageError
 from snows.masks.patterns import NM
 from snows.zoo.evaluate import Batches, at_a_time
@@ -51,7 +51,7 @@ def main() -> None:
 def export_run(
     folder: Path,
     names: tuple[str, ...],
-    choices: How,
+    choices: ExportOptions,
     known: Known | None,
     data_dir: Path,
     out: Path | None = None,
@@ -69,19 +69,23 @@ def export_run(
     places = {name: out or folder / EXPORTS[name].file for name in names}
     for name, file in places.items():
         check_place(name, file)
-    product, accuracy = product_of(folder, known, data_dir, factory)
-    before = Logits(product.model, product)
+    deployable, accuracy = deployable_of(folder, known, data_dir, factory)
+    before = Logits(deployable.model, deployable)
     warn_if_other(before.accuracy, accuracy)
     kept = files.read_json(folder / FILE) if (folder / FILE).exists() else {}
-    print(f"exports, each read back and beside the pruned network in PyTorch:\n{heading(product.pattern)}", flush=True)
+    print(
+        f"exports, each read back and beside the pruned network in PyTorch:\n{heading(deployable.pattern)}", flush=True
+    )
     for name, file in places.items():
-        found = export(product, name, file, choices, before)
+        found = export(deployable, name, file, choices, before)
         kept[name] = {"file": str(file), "half": choices.half, **asdict(found)}
         files.write_json(folder / FILE, kept)
         print(line(name, found), flush=True)
 
 
-def product_of(folder: Path, known: Known | None, data_dir: Path, factory: str | None) -> tuple[Product, float | None]:
+def deployable_of(
+    folder: Path, known: Known | None, data_dir: Path, factory: str | None
+) -> tuple[Deployable, float | None]:
     """(a finished run's network with its masks and images, the accuracy that the run measured).
 
     Raises:
@@ -106,7 +110,7 @@ def product_of(folder: Path, known: Known | None, data_dir: Path, factory: str |
     pattern = NM(saved.NM_N, saved.NM_M, saved.layer_sparsity) if hasattr(saved, "NM_N") else None
     images = partial(data.calibration, saved.ngrads, saved.seed, saved.mirror)
     card = card_of(metrics, files.read_json(folder / "environment.json", "command"))
-    return Product(model, masks, test, lambda: images()[0], pattern, card), metrics["accuracy"]
+    return Deployable(model, masks, test, lambda: images()[0], pattern, card), metrics["accuracy"]
 
 
 def card_of(metrics: dict, environment: dict) -> dict[str, str]:

@@ -16,8 +16,8 @@ import torch
 from snows.cli.option_flags import add_option_flags, boolean
 from snows.cli.resume import resumed
 from snows.cli.settings import PatternOf, RunSettings, check_flags, from_flags
+from snows.deploy.deployable import ExportOptions
 from snows.deploy.exports import EXPORTS
-from snows.deploy.product import How
 from snows.errors import UsageError
 from snows.masks.allocation import ALLOCATIONS
 from snows.masks.patterns import NM, Unstructured
@@ -186,9 +186,9 @@ def add_how_flags(group: argparse._ActionsContainer) -> None:
     )
 
 
-def how(args: argparse.Namespace) -> How:
+def how(args: argparse.Namespace) -> ExportOptions:
     """The choices that those flags make."""
-    return How(args.half, args.int8_tolerance, tuple(args.int8_float))
+    return ExportOptions(args.half, args.int8_tolerance, tuple(args.int8_float))
 
 
 def parse(flags: argparse.ArgumentParser, pattern_of: PatternOf) -> RunSettings:

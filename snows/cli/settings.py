@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from snows.cli.option_flags import options_of
-from snows.deploy.product import How
+from snows.deploy.deployable import ExportOptions
 from snows.errors import UsageError
 from snows.masks.patterns import Pattern
 from snows.options import Options
@@ -21,7 +21,7 @@ from snows.zoo.registry import default_dataset
 PatternOf = Callable[[argparse.Namespace], Pattern]  # builds the pattern that a script's flags ask for
 # Flags that have no bearing on a run's result, and are what each command says.
 NO_BEARING = {"resume", "out_dir", "data_dir", "verbose", "quiet", "evaluate_layers", "export_masks"}
-NO_BEARING |= {"default_sparsity", "export", *vars(How())}
+NO_BEARING |= {"default_sparsity", "export", *vars(ExportOptions())}
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ class RunSettings:
         return list(dict.fromkeys((algo, seed) for seed, algo in itertools.product(self.seed, self.algo)))
 
     @property
-    def how(self) -> How:
+    def how(self) -> ExportOptions:
         """The choices that exports leave."""
-        return How(**{each.name: getattr(self, each.name) for each in fields(How)})
+        return ExportOptions(**{each.name: getattr(self, each.name) for each in fields(ExportOptions)})
 
     @property
     def style(self) -> str:
@@ -129,7 +129,9 @@ def check_flags(args: argparse.Namespace) -> None:
         UsageError: it names them.
     """
     check_mask_flags(args)
-    of_exports = [f"--{each.name}" for each in fields(How) if getattr(args, each.name) not in (each.default, [])]
+    of_exports = [
+        f"--{each.name}" for each in fields(ExportOptions) if getattr(args, each.name) not in (each.default, [])
+    ]
     if of_exports and not args.export:
         raise UsageError(f"{' and '.join(of_exports)} without --export: name the files to make, or leave it out.")
 

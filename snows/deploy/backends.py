@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from snows.deploy import int8, onnx
+from snows.deploy.deployable import Deployable, ExportOptions
 from snows.deploy.opened import as_module, bias_of, mapped_layers
 from snows.deploy.packages import missing
-from snows.deploy.product import How, Product
 from snows.errors import SnowsError
 from snows.network.network import Network
 from snows.zoo.arrays import NO_LABEL
@@ -36,17 +36,17 @@ class Subject:
     images: Tensor
 
     @cached_property
-    def product(self) -> Product:
+    def deployable(self) -> Deployable:
         """The network as exports take it."""
         labels = torch.full((len(self.images),), NO_LABEL)
-        return Product(self.model, {}, lambda: [(self.images, labels)], lambda: self.images)
+        return Deployable(self.model, {}, lambda: [(self.images, labels)], lambda: self.images)
 
     @cached_property
     def onnx(self) -> bytes:
         """What the export onnx writes."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "model.onnx")
-            onnx.write(self.product, file, How())
+            onnx.write(self.deployable, file, ExportOptions())
             return file.read_bytes()
 
 
@@ -131,7 +131,7 @@ def openvino_int8(subject: Subject, threads: int) -> Run:
     core = import_module("openvino").Core()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "int8.xml")
-        int8.write(subject.product, file, How())
+        int8.write(subject.deployable, file, ExportOptions())
         model = core.read_model(str(file))
         return infers(core, model, subject.images.numpy(), threads, "f32")
 

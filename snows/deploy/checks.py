@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from snows.deploy.product import Product, reading_images
+from snows.deploy.deployable import Deployable, reading_images
 from snows.distributed import ALONE
 from snows.errors import SnowsError, listed
 from snows.zoo.evaluate import outputs, percent
@@ -48,11 +48,11 @@ class Check:
 
 
 class Logits:
-    """The logits and labels of a network on a product's test images, computed once."""
+    """The logits and labels of a network on the test images of what is deployed, computed once."""
 
-    def __init__(self, run: Callable[[Tensor], Tensor], product: Product):
+    def __init__(self, run: Callable[[Tensor], Tensor], deployable: Deployable):
         with reading_images():
-            parts = list(outputs(run, product.test(), "cpu"))
+            parts = list(outputs(run, deployable.test(), "cpu"))
         if not parts:
             raise SnowsError("there are no test images to check an export on.")
         self.values, self.labels = (torch.cat(each) for each in zip(*parts))  # (n, classes), (n,)
@@ -64,7 +64,9 @@ class Logits:
         return percent(self.values.argmax(1)[known] == self.labels[known], ALONE)
 
 
-def check(product: Product, before: Logits, read: ReadBack, weights: dict[str, Tensor], files: list[Path]) -> Check:
+def check(
+    deployable: Deployable, before: Logits, read: ReadBack, weights: dict[str, Tensor], files: list[Path]
+) -> Check:
     """What there is to say of an export.
 
     before: of the network in PyTorch. weights: of the pruned layers, as they were written.
@@ -72,7 +74,7 @@ def check(product: Product, before: Logits, read: ReadBack, weights: dict[str, T
     Raises:
         SnowsError: zeros or the pattern of a layer are lost, or the layer is not in the file.
     """
-    after = Logits(read.run, product)
+    after = Logits(read.run, deployable)
     found = matched(weights, read.weights)
     missing = [name for name in weights if name not in found]
     if missing:
@@ -81,11 +83,11 @@ def check(product: Product, before: Logits, read: ReadBack, weights: dict[str, T
     lost = [f"{name} ({int((~zeros).sum())} of {len(zeros)})" for name, zeros in kept.items() if not zeros.all()]
     if lost:
         raise SnowsError(f"zeros are lost in {listed(lost)}.")
-    masked = [name for name, mask in product.masks.items() if not mask.all()]
-    ruled = {name: product.pattern.of(name) for name in masked} if product.pattern else {}
+    masked = [name for name, mask in deployable.masks.items() if not mask.all()]
+    ruled = {name: deployable.pattern.of(name) for name in masked} if deployable.pattern else {}
     broken = [name for name, rule in ruled.items() if rule is None or not rule.holds(found[name] != 0)]
     if broken:
-        raise SnowsError(f"{product.pattern} is lost along the axis that is summed over in {listed(broken)}.")
+        raise SnowsError(f"{deployable.pattern} is lost along the axis that is summed over in {listed(broken)}.")
     return Check(
         largest_difference=(after.values - before.values).abs().max().item(),
         largest_logit=before.values.abs().max().item(),
@@ -96,7 +98,7 @@ def check(product: Product, before: Logits, read: ReadBack, weights: dict[str, T
         zeros_asked=sum(map(len, kept.values())),
         zeros_found=sum(int(zeros.sum()) for zeros in kept.values()),
         layers=len(weights),
-        nm_layers=len(ruled) if product.pattern else None,
+        nm_layers=len(ruled) if deployable.pattern else None,
         bytes=sum(file.stat().st_size for file in files),
         zstd_bytes=zstd_bytes(files),
     )

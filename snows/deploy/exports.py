@@ -12,27 +12,27 @@ from pathlib import Path
 
 from snows.deploy import int8, onnx, pt2, timm_folder
 from snows.deploy.checks import Check, Logits, ReadBack, check
+from snows.deploy.deployable import Deployable, ExportOptions
 from snows.deploy.packages import HOW_TO_INSTALL, missing
-from snows.deploy.product import How, Product
 from snows.errors import SnowsError, UsageError, WriteError
 from snows.network.network import copied
 from snows.zoo import packed
 
-AS_IT_IS = How()
+AS_IT_IS = ExportOptions()
 
 
-def write_packed(product: Product, file: Path, how: How) -> None:
+def write_packed(deployable: Deployable, file: Path, how: ExportOptions) -> None:
     """Write the packed checkpoint: all parameters and buffers by their names, bit for bit."""
-    state = product.model.state_dict()
+    state = deployable.model.state_dict()
     if how.half:
         state = {name: each.half() if each.is_floating_point() else each for name, each in state.items()}
-    file.write_bytes(packed.pack(state, product.masks))
+    file.write_bytes(packed.pack(state, deployable.masks))
 
 
-def read_packed(file: Path, product: Product) -> ReadBack:
+def read_packed(file: Path, deployable: Deployable) -> ReadBack:
     """The network with the tensors of the packed checkpoint."""
     state, _ = packed.unpack(file)
-    return pt2.run_with(copied(product.model), state)
+    return pt2.run_with(copied(deployable.model), state)
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Export:
     """
 
     file: str
-    write: Callable[[Product, Path, How], None]
-    read: Callable[[Path, Product], ReadBack]
+    write: Callable[[Deployable, Path, ExportOptions], None]
+    read: Callable[[Path, Deployable], ReadBack]
     needs: tuple[str, ...] = ()
     folded: bool = True
     beside: tuple[str, ...] = ()
@@ -60,7 +60,7 @@ EXPORTS = {
 }
 
 
-def check_exports(names: Iterable[str], how: How) -> None:
+def check_exports(names: Iterable[str], how: ExportOptions) -> None:
     """Refuse, before any work, exports that cannot be.
 
     Raises:
@@ -105,7 +105,9 @@ def beside(out: Path) -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent)
 
 
-def export(product: Product, name: str, out: Path, how: How = AS_IT_IS, before: Logits | None = None) -> Check:
+def export(
+    deployable: Deployable, name: str, out: Path, how: ExportOptions = AS_IT_IS, before: Logits | None = None
+) -> Check:
     """Export a network to `out`, unless the file does not hold what it must; returns what was found in it.
 
     before: the logits of the network in PyTorch, where they are known.
@@ -117,14 +119,14 @@ def export(product: Product, name: str, out: Path, how: How = AS_IT_IS, before: 
     check_exports([name], how)
     kind = EXPORTS[name]
     check_place(name, out)
-    before = before or Logits(product.model, product)
-    weights = product.weights(product.folded if kind.folded else product.model)
+    before = before or Logits(deployable.model, deployable)
+    weights = deployable.weights(deployable.folded if kind.folded else deployable.model)
     try:
         with writing(out), beside(out) as aside:
             file = Path(aside, out.name)
-            kind.write(product, file, how)
+            kind.write(deployable, file, how)
             written = sorted(each for each in Path(aside).rglob("*") if each.is_file())
-            found = check(product, before, kind.read(file, product), weights, written)
+            found = check(deployable, before, kind.read(file, deployable), weights, written)
             if name == "int8":
                 check_tolerance(found, how)
             for part in (file, *(file.with_suffix(ending) for ending in kind.beside)):
@@ -137,7 +139,7 @@ def export(product: Product, name: str, out: Path, how: How = AS_IT_IS, before: 
     return found
 
 
-def check_tolerance(found: Check, how: How) -> None:
+def check_tolerance(found: Check, how: ExportOptions) -> None:
     """Refuse int8 that loses too much.
 
     Raises:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from snows.deploy.checks import ReadBack, matches
+from snows.deploy.deployable import Deployable, ExportOptions, program, reading_images
 from snows.deploy.onnx import INPUT, OUTPUT
-from snows.deploy.product import How, Product, program, reading_images
 from snows.errors import UsageError
 from snows.network.known import weight_name
 
@@ -26,7 +26,7 @@ MAPS = {"Convolution", "GroupConvolution", "MatMul"}
 NONE = "none"  # of the layers stays in float, and NNCF is told nothing of attention: its own defaults
 
 
-def write(product: Product, file: Path, how: How) -> None:
+def write(deployable: Deployable, file: Path, how: ExportOptions) -> None:
     """Write the network in int8 as OpenVINO's pair of files, .xml and .bin.
 
     Raises:
@@ -37,14 +37,14 @@ def write(product: Product, file: Path, how: How) -> None:
     import openvino
 
     nncf.set_log_level(logging.ERROR)
-    model = openvino.convert_model(program(product, How()))
+    model = openvino.convert_model(program(deployable, ExportOptions()))
     model.inputs[0].set_names({INPUT})
     model.outputs[0].set_names({OUTPUT})
-    state = product.folded.state_dict()
-    layers = {name: state[weight_name(name, state)] for name in float_layers(product, how.int8_float)}
+    state = deployable.folded.state_dict()
+    layers = {name: state[weight_name(name, state)] for name in float_layers(deployable, how.int8_float)}
     operations = [where for where, _ in matches(layers, weights_of(model)).values()]
     with reading_images():
-        images = [image[None].numpy() for image in product.calibration()[:IMAGES]]
+        images = [image[None].numpy() for image in deployable.calibration()[:IMAGES]]
     attention = ATTENTION & {operation.get_type_name() for operation in model.get_ops()}
     careful = attention and tuple(how.int8_float) != (NONE,)
     with redirect_stdout(StringIO()):  # its progress bars
@@ -58,7 +58,7 @@ def write(product: Product, file: Path, how: How) -> None:
     openvino.save_model(quantised, str(file), compress_to_fp16=False)
 
 
-def read(file: Path, product: Product) -> ReadBack:
+def read(file: Path, deployable: Deployable) -> ReadBack:
     """The file, run by OpenVINO on the CPU, and its weights as the numbers that they stand for."""
     import openvino
 
@@ -72,7 +72,7 @@ def read(file: Path, product: Product) -> ReadBack:
     return ReadBack(run, weights_of(model))
 
 
-def float_layers(product: Product, patterns: Iterable[str]) -> list[str]:
+def float_layers(deployable: Deployable, patterns: Iterable[str]) -> list[str]:
     """The layers that stay in float: those of the patterns, or else the first convolutions.
 
     Raises:
@@ -82,7 +82,7 @@ def float_layers(product: Product, patterns: Iterable[str]) -> list[str]:
     if patterns == (NONE,):
         return []
     layers = {
-        name: module for name, module in product.model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))
+        name: module for name, module in deployable.model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))
     }
     if not patterns:
         return first_convolutions(layers)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from snows.deploy.checks import ReadBack
-from snows.deploy.product import How, Product, program
+from snows.deploy.deployable import Deployable, ExportOptions, program
 from snows.errors import SnowsError, first_line
 
 INPUT, OUTPUT = "images", "logits"
@@ -22,13 +22,13 @@ ALIKE = {"Cast", "Identity"}  # operations on a weight that leave it as it lies
 Constants = dict[str, np.ndarray]
 
 
-def write(product: Product, file: Path, how: How) -> None:
+def write(deployable: Deployable, file: Path, how: ExportOptions) -> None:
     """Write the folded network; its input is called images, its output logits.
 
     Raises:
         SnowsError: an operation of it has no counterpart in ONNX, or the file would pass the 2 GB that one may have.
     """
-    exported = program(product, how)
+    exported = program(deployable, how)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -40,7 +40,7 @@ def write(product: Product, file: Path, how: How) -> None:
         raise SnowsError(f"this network cannot be written as ONNX: {first_line(error)}") from error
 
 
-def read(file: Path, product: Product) -> ReadBack:
+def read(file: Path, deployable: Deployable) -> ReadBack:
     """The file, run by ONNX Runtime on the CPU, and the weights of its convolutions and products with matrices.
 
     Raises:

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from snows.deploy.checks import ReadBack
-from snows.deploy.product import How, Product, program
+from snows.deploy.deployable import Deployable, ExportOptions, program
 
 
-def write(product: Product, file: Path, how: How) -> None:
+def write(deployable: Deployable, file: Path, how: ExportOptions) -> None:
     """Write the folded network."""
-    torch.export.save(program(product, how), file)
+    torch.export.save(program(deployable, how), file)
 
 
-def read(file: Path, product: Product) -> ReadBack:
+def read(file: Path, deployable: Deployable) -> ReadBack:
     """The file, run by PyTorch, and all its weights."""
     loaded = torch.export.load(file)
     return ReadBack(loaded.module(), weights_of(loaded.state_dict))

@@ -9,7 +9,7 @@ import timm
 from torch import nn
 
 from snows.deploy.checks import ReadBack
-from snows.deploy.product import How, Product
+from snows.deploy.deployable import Deployable, ExportOptions
 from snows.deploy.pt2 import weights_of
 from snows.errors import SnowsError, UsageError, first_line
 from snows.network.network import copied
@@ -40,14 +40,14 @@ def check_network(model: nn.Module) -> None:
         )
 
 
-def write(product: Product, folder: Path, how: How) -> None:
+def write(deployable: Deployable, folder: Path, how: ExportOptions) -> None:
     """Write weights, config.json and the model card, README.md.
 
     Raises:
         UsageError: the network is not one of timm's. SnowsError: timm cannot describe it.
     """
-    check_network(product.model)
-    model = copied(product.model)
+    check_network(deployable.model)
+    model = copied(deployable.model)
     if how.half:
         model.half()
     try:
@@ -56,10 +56,10 @@ def write(product: Product, folder: Path, how: How) -> None:
         raise
     except Exception as error:
         raise SnowsError(f"timm cannot describe this network: {first_line(error)}") from error
-    (folder / "README.md").write_text(card(product.card))
+    (folder / "README.md").write_text(card(deployable.card))
 
 
-def read(folder: Path, product: Product) -> ReadBack:
+def read(folder: Path, deployable: Deployable) -> ReadBack:
     """The network that timm makes of the folder."""
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import snows
-from snows.deploy.product import Product
+from snows.deploy.deployable import Deployable
 
 
 class Small(nn.Module):
@@ -32,10 +32,10 @@ def small_network():
 
 
 @pytest.fixture
-def product(small_network):
+def deployable(small_network):
     """That network at 2:4, with five test images in two batches."""
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.randn(5, 4, 6, 6, generator=generator), torch.tensor([0, 1, 2, 0, 1])
     pruned = snows.prune(small_network, None, snows.NM(2, 4), algo="MP")
     batches = [(images[:2], labels[:2]), (images[2:], labels[2:])]
-    return Product(pruned.model, pruned.masks, lambda: batches, lambda: images, snows.NM(2, 4))
+    return Deployable(pruned.model, pruned.masks, lambda: batches, lambda: images, snows.NM(2, 4))

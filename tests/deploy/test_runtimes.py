@@ -7,8 +7,8 @@ from torch import nn
 
 import snows
 from snows.deploy import onnx
+from snows.deploy.deployable import Deployable, ExportOptions
 from snows.deploy.exports import export
-from snows.deploy.product import How, Product
 from snows.errors import SnowsError
 
 
@@ -36,15 +36,15 @@ def attentive():
     pruned = snows.prune(Attentive().eval(), None, pattern, algo="MP", layers=lambda name: "stem" not in name)
     images, labels = torch.randn(5, 3, 8, 8), torch.arange(5) % 4
     batches = [(images[:2], labels[:2]), (images[2:], labels[2:])]
-    return Product(pruned.model, pruned.masks, lambda: batches, lambda: images, pattern)
+    return Deployable(pruned.model, pruned.masks, lambda: batches, lambda: images, pattern)
 
 
-def test_onnx_is_one_file_for_any_batch_without_batchnorm(product, tmp_path):
+def test_onnx_is_one_file_for_any_batch_without_batchnorm(deployable, tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     file = tmp_path / "model.onnx"
-    found = export(product, "onnx", file)
+    found = export(deployable, "onnx", file)
     assert found.largest_difference < 1e-5
     assert (found.zeros_found, found.nm_layers) == (found.zeros_asked, 4)
     assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
@@ -59,26 +59,26 @@ def test_onnx_is_one_file_for_any_batch_without_batchnorm(product, tmp_path):
 def test_onnx_in_half_keeps_the_pattern_of_attention(attentive, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    found = export(attentive, "onnx", tmp_path / "model.onnx", How(half=True))
+    found = export(attentive, "onnx", tmp_path / "model.onnx", ExportOptions(half=True))
     assert 0 < found.largest_difference < 0.01
     assert found.zeros_found == found.zeros_asked > 0
     assert found.nm_layers == found.layers == 5
 
 
-def test_what_onnx_cannot_write_is_told_in_a_line(product, tmp_path, monkeypatch):
+def test_what_onnx_cannot_write_is_told_in_a_line(deployable, tmp_path, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("No ONNX function for aten.odd\nand more")
 
     monkeypatch.setattr("snows.deploy.packages.find_spec", lambda name: name)
     monkeypatch.setattr("torch.onnx.export", fails)
     with pytest.raises(SnowsError, match=r"^onnx: this network cannot be written as ONNX: No ONNX function"):
-        export(product, "onnx", tmp_path / "model.onnx")
+        export(deployable, "onnx", tmp_path / "model.onnx")
 
 
 def test_int8_keeps_zeros_and_pattern_and_the_stem_in_float(attentive, tmp_path):
     pytest.importorskip("nncf")
     openvino = pytest.importorskip("openvino")
-    found = export(attentive, "int8", tmp_path / "int8.xml", How(int8_tolerance=100))
+    found = export(attentive, "int8", tmp_path / "int8.xml", ExportOptions(int8_tolerance=100))
     assert found.zeros_found == found.zeros_asked > 0
     assert found.nm_layers == found.layers == 5
     assert 0 < found.largest_difference < 0.1

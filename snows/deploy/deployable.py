@@ -22,7 +22,7 @@ from snows.zoo.evaluate import Batches
 
 
 @dataclass(frozen=True)
-class How:
+class ExportOptions:
     """The choices that an export leaves.
 
     half: weights and arithmetic in fp16; images go in and logits come out as float32.
@@ -51,7 +51,7 @@ def reading_images() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Product:
+class Deployable:
     """A pruned network on the CPU in evaluation mode, with all that its exports need.
 
     pattern: what each layer is checked against; None: unstructured.
@@ -89,13 +89,13 @@ class Product:
         return {name: state[weight_name(name, state)] for name in self.masks}
 
 
-def folded(product: Product) -> nn.Module:
-    """A copy of a product's network in which each BatchNorm after a convolution is a part of that."""
-    model = copied(product.model)
+def folded(deployable: Deployable) -> nn.Module:
+    """A copy of the network in which each BatchNorm after a convolution is a part of that."""
+    model = copied(deployable.model)
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return model
     try:
-        network = product.network
+        network = deployable.network
     except TraceError:  # a network that was pruned elsewhere: the runtime may fold what this cannot follow
         return model
     for before, after in network.batch_norm_of.items():
@@ -130,17 +130,17 @@ class Half(nn.Module):
         return self.network(images.half()).float()
 
 
-def program(product: Product, how: How) -> torch.export.ExportedProgram:
+def program(deployable: Deployable, how: ExportOptions) -> torch.export.ExportedProgram:
     """The folded network as torch.export sees it, for batches of any size.
 
     Raises:
         SnowsError: torch.export cannot follow it, or only for one size of batch.
     """
-    model = Half(product.folded) if how.half else product.folded
+    model = Half(deployable.folded) if how.half else deployable.folded
     batch = torch.export.Dim("batch")
     try:
         with torch.no_grad(), attention_by_parts():
-            return torch.export.export(model.eval(), (product.example,), dynamic_shapes=({0: batch},))
+            return torch.export.export(model.eval(), (deployable.example,), dynamic_shapes=({0: batch},))
     except Exception as error:  # of torch.export's many kinds none is common to all
         raise SnowsError(
             f"torch.export cannot follow this network for batches of any size: {first_line(error)}"
