@@ -12,7 +12,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from snows.calibration.streams import Streams, retry_on_out_of_memory
+from snows.calibration.retry import retry_on_out_of_memory
+from snows.calibration.streams import Streams
 from snows.distributed import Group
 from snows.errors import Interrupted, SnowsError, Unfinished, Unsolvable, UsageError, first_line
 from snows.masks.choose import mask_rule, select
@@ -122,19 +123,20 @@ class Job:
     def solve_jointly(self, sweep: int) -> list[Step]:
         """All the layers that could be solved, at once, from their weights as they stand; as they stand if that fails.
 
-        What was finished of them is taken over; where that is only some of the layers, all are solved, as they were.
+        What was finished of them is taken over; where that is only some of the layers, all are solved anew: those would
+        not fit the others of a solution in other micro-batches.
         """
         layers = self.layers_of(self.masks.keys() - self.failed())
         streams, update_jointly = self.streams, self.method.update_jointly
         if not layers or streams is None or update_jointly is None:
             return []
-        steps = [replace(step, replayed=True) for step in islice(self.finished, len(layers))]
-        for layer, step in zip(layers, steps):
+        finished = list(islice(self.finished, len(layers)))
+        for layer, step in zip(layers, finished):
             check_finished(step, layer, sweep, self.masks[layer.name])
-        if len(steps) == len(layers):
-            fitted = steps[0].record.batch_size if steps[0].fitted else None
+        if len(finished) == len(layers):
+            fitted = finished[0].record.batch_size if finished[0].fitted else None
             streams.recall(layers, self.options, fitted, joint=True)
-            return steps
+            return [replace(step, replayed=True) for step in finished]
         started = time.perf_counter()
         forget_peak(streams.device)
         streams.fit_jointly(layers, self.options)
@@ -150,11 +152,10 @@ class Job:
         seconds = (time.perf_counter() - started) / len(layers)
         for update in updates:  # a share of the effort is booked to each
             update.stats = replace(update.stats, products=update.stats.products / len(layers))
-        solved = [
+        return [
             self._step(layer, sweep, self.masks[layer.name], update, seconds, joint=True)
             for layer, update in zip(layers, updates)
         ]
-        return [*steps, *solved[len(steps) :]]
 
     @torch.no_grad()
     def write_back(self, step: Step) -> None:
@@ -230,7 +231,7 @@ class Job:
             with attempt:
                 weight, moment = layer_problem(layer, streams)
                 zero = kept_zeros(self.network, [layer], self.choice).get(layer.name)
-                if not streams.solvable(layer, mask, self.options).any():
+                if not streams.samples.solvable(layer, mask, self.options).any():
                     zero = weight == 0  # of an earlier sweep's too: nothing would bring them back
                 chosen = self.choose(weight, moment, rule, zero)
         return self.group.agree(chosen)

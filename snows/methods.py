@@ -48,7 +48,7 @@ def snows_with(solver: Solver = solve) -> Method:
 
 def update_by_sparsegpt(layer: Layer, mask: Tensor, streams: Streams, options: Options) -> Update:
     """SparseGPT's own update of the surviving weights, on any mask; none from too few samples."""
-    if not streams.solvable(layer, mask, options).any():
+    if not streams.samples.solvable(layer, mask, options).any():
         return Update(streams.network.masked(layer, mask))
     return Update(sparsegpt.update(*layer_problem(layer, streams), mask))
 

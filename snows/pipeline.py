@@ -176,8 +176,9 @@ def prepared(
     if method.inverts_inputs:
         check_inverses(method, network, selection.masks)
     if solving and streams is not None:
-        log.info(streams.outlook(selection.masks, options))
-        streams.tell_of_few(selection.masks, options)
+        inverts = saliency.choose is not None or method.inverts_inputs
+        log.info(streams.outlook(selection.masks, options, inverts))
+        streams.samples.tell_of_few(selection.masks, options)
     masks = {name: mask.to(network.device) for name, mask in selection.masks.items()}
     streams = streams if solving or options.schedule else None
     job = Job(network, choice, replace(selection, masks=masks), method, options, scoring, streams, current())

@@ -30,7 +30,7 @@ def works(plan: Plan, budget: Budget, layers: list[Layer], options: Options, lar
         groups.append(("all layers together, in the joint steps,", layers, len(plan.network.nodes)))
     result = []
     for name, chosen, k_step in groups:
-        need = plan.need(chosen, k_step)
+        need = plan.need(chosen, k_step, options.curvature)
         images = halved_to_fit(largest, need, budget.shared_micro_batch)
         result.append(Work(name, need, plan.vectors(chosen), images))
     return result
@@ -52,15 +52,23 @@ def check_fits(budget: Budget, works: list[Work]) -> None:
             )
 
 
-def outlook(plan: Plan, budget: Budget, masks: Masks, options: Options, largest: int) -> str:
+def outlook(plan: Plan, budget: Budget, masks: Masks, options: Options, largest: int, inverts: bool) -> str:
     """A line that says what solving the layers of `masks` will hold.
 
+    inverts: the second moments of their inputs are decomposed too, as SparseGPT and ALPS do.
+
     Raises:
-        SnowsError: not even one image fits.
+        SnowsError: not even one image fits, or the second moments do not.
     """
     network, layers = plan.network, [layer for layer in plan.network.layers if layer.name in masks]
     chosen = works(plan, budget, layers, options, largest)
     check_fits(budget, chosen)
+    moments = plan.moments(layers) if inverts else 0
+    if moments > budget.device:
+        raise SnowsError(
+            f"out of memory before anything was computed: the second moments of the widest layer's inputs take "
+            f"{gib(moments)}, and {gib(budget.device)} are left: raise `memory_budget`, or choose masks otherwise."
+        )
     streams = (2 if options.targets == "dense" else 1) * plan.images * max(map(plan.cut, layers))
     targets = plan.images * max(plan.targets(layer, options.k_step) for layer in layers)
     size = next(network.model.parameters()).element_size()
@@ -80,6 +88,7 @@ def outlook(plan: Plan, budget: Budget, masks: Masks, options: Options, largest:
         f"way{in_files} and {gib(targets)} of targets{again}; a micro-batch of {images} images "
         f"{gib(max(work.need * work.images for work in chosen))}; the solver's vectors "
         f"{gib(VECTORS * theta)}, inverses {gib(inverse)}, products of earlier steps {gib(recycled)}"
+        f"{f', second moments of inputs {gib(moments)}' if moments else ''}"
     )
 
 

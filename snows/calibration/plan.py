@@ -24,6 +24,8 @@ from snows.network.trace import Values
 from snows.network.window import Window
 
 LINEAR = (operator.add, torch.add, F.linear, F.conv2d)  # functions that keep no slope
+HESSIAN = 3  # times what a linearisation takes: the graph of the gradient, which is differentiated again (2.6 measured)
+MATRICES = 5  # float64, of a layer's inputs by its inputs, while its second moment is decomposed
 VECTORS = 14  # of theta's size that the solver holds at a time, its products' included
 
 
@@ -36,7 +38,7 @@ class Plan:
     kept: dict[fx.Node, int] = field(default_factory=dict)
     images: int = 0
     passing: int = 0  # bytes per image that are alive on the way through the network, at the most
-    needs: dict[tuple[str, int, int], int] = field(default_factory=dict)
+    needs: dict[tuple[str, int, int, str], int] = field(default_factory=dict)
 
     @classmethod
     @torch.no_grad()
@@ -51,13 +53,14 @@ class Plan:
             plan.passing = max(plan.passing, sum(plan.output[each] for each in values))
         return plan
 
-    def need(self, layers: Sequence[Layer], k_step: int) -> int:
+    def need(self, layers: Sequence[Layer], k_step: int, curvature: str = "ggn") -> int:
         """Bytes per image that work on a layer, or on several at once, takes: the most of what it does."""
-        key = (layers[0].name, len(layers), k_step)
+        key = (layers[0].name, len(layers), k_step, curvature)
         if key not in self.needs:
             window = Window(self.network, layers, k_step)
             columns = max(map(self.columns, window.layers))
-            self.needs[key] = max(self.linearisation(window), columns, self.passing)
+            linearised = self.linearisation(window) * (HESSIAN if curvature == "hessian" else 1)
+            self.needs[key] = max(linearised, columns, self.passing)
         return self.needs[key]
 
     def linearisation(self, window: Window) -> int:
@@ -88,6 +91,10 @@ class Plan:
     def targets(self, layer: Layer, k_step: int) -> int:
         """Bytes per image of the features of a layer's window."""
         return sum(self.output[node] for node in Window(self.network, [layer], k_step).features)
+
+    def moments(self, layers: Sequence[Layer]) -> int:
+        """Bytes of the matrices that hold the second moment of a layer's inputs, and what it decomposes into."""
+        return MATRICES * 8 * max(layer.groups * layer.shape[1:].numel() ** 2 for layer in layers)
 
     def vectors(self, layers: Sequence[Layer]) -> int:
         """Bytes of the vectors that the solver holds while it solves these layers at once."""

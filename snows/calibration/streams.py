@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -15,14 +14,13 @@ from snows.budget import Budget, halved_to_fit
 from snows.calibration.images import PARTS
 from snows.calibration.outlook import check_fits, outlook, works
 from snows.calibration.plan import Plan
+from snows.calibration.samples import Samples
 from snows.calibration.store import Store
 from snows.calibration.stream import Cut, Stream
 from snows.distributed import ALONE, Group
-from snows.errors import Unsolvable, UsageError, listed
-from snows.memory import is_out_of_memory
+from snows.errors import UsageError
 from snows.network.layers import Layer, Masks
 from snows.network.network import Network
-from snows.network.window import Window
 from snows.options import Options
 
 HELD_OUT = 4  # images at least, if any are held out
@@ -69,7 +67,7 @@ class Streams:
         self.store = Store(device, self.budget.features("device"), self.budget.features("host"), options.cache_dir)
         self.ceiling = self.budget.shared_micro_batch  # bytes that a micro-batch may need
         self.need = self.plan.passing  # bytes per image of the work at hand
-        self.depths: dict[tuple[str, int], list[int]] = {}  # of windows, by layer and K, that have been asked for
+        self.samples = Samples(self.plan, self.images)
         self.cut(halved_to_fit(max(self.lengths), self.need, self.ceiling))
 
     def _own(self, batches: list[Tensor]) -> list[Tensor]:
@@ -136,43 +134,12 @@ class Streams:
 
     def fit_layer(self, layer: Layer, options: Options) -> None:
         """Cut the micro-batches for the solution of a layer."""
-        self.fit(self.plan.need([layer], options.k_step))
+        self.fit(self.plan.need([layer], options.k_step, options.curvature))
 
     def fit_jointly(self, layers: list[Layer], options: Options) -> None:
         """Cut the micro-batches for the joint steps of these layers: so many that some can be held out."""
-        self.fit(self.plan.need(layers, len(self.network.nodes)), parted=self.suffice(options.held_out))
-
-    def counted(self, layer: Layer, mask: Tensor, options: Options) -> list[bool]:
-        """Which depths of a layer's window the images give enough samples of, for the weights that survive.
-
-        One of few samples, such as the logits, is fitted by heart: a classifier learns from it that classes which the
-        images do not show are never the answer. Images that are held out do not tell: the logits' errors shrink. Nor do
-        mixtures count, which show no classes of their own.
-        """
-        needed = options.min_samples * int(mask.sum()) * (1 + options.mixtures)
-        return [numbers * self.images >= needed for numbers in self._numbers(layer, options.k_step)]
-
-    def _numbers(self, layer: Layer, k_step: int) -> list[int]:
-        """How many numbers an image has at each depth of a layer's window."""
-        place = layer.name, k_step
-        if place not in self.depths:
-            features = Window(self.network, [layer], k_step).features
-            self.depths[place] = [self.plan.numbers(node) for node in features]
-        return self.depths[place]
-
-    def solvable(self, layer: Layer, mask: Tensor, options: Options) -> Tensor:
-        """What is solved of a weight: its support; nothing where the layer's own outputs are few, as a classifier's."""
-        return mask if self.counted(layer, mask, options)[0] else torch.zeros_like(mask)
-
-    def tell_of_few(self, masks: Masks, options: Options) -> None:
-        """Name the layers that the images give too few samples of."""
-        layers = [layer for layer in self.network.layers if layer.name in masks]
-        few = [layer.name for layer in layers if not self.counted(layer, masks[layer.name], options)[0]]
-        if few:
-            log.info(
-                "of %d layer%s the images give fewer than %g numbers per surviving weight (`min_samples`): no weights "
-                "are solved there, biases at most: %s", len(few), "s"[: len(few) > 1], options.min_samples, listed(few),
-            )  # fmt: skip
+        need = self.plan.need(layers, len(self.network.nodes), options.curvature)
+        self.fit(need, parted=self.suffice(options.held_out))
 
     def suffice(self, share: float) -> bool:
         """Whether there are images enough to hold out that share of them."""
@@ -195,13 +162,13 @@ class Streams:
         """
         check_fits(self.budget, works(self.plan, self.budget, layers, options, 1))
 
-    def outlook(self, masks: Masks, options: Options) -> str:
-        """What solving the layers of `masks` will hold.
+    def outlook(self, masks: Masks, options: Options, inverts: bool) -> str:
+        """What solving the layers of `masks` will hold; inverts: the second moments of their inputs too.
 
         Raises:
-            SnowsError: not even one image fits.
+            SnowsError: not even one image fits, or they do not.
         """
-        return outlook(self.plan, self.budget, masks, options, max(self.lengths))
+        return outlook(self.plan, self.budget, masks, options, max(self.lengths), inverts)
 
     def recall(self, layers: list[Layer], options: Options, batch_size: int | None, joint: bool = False) -> None:
         """Pass over finished layers, in micro-batches of the size that had fitted then, if that is to be kept to."""
@@ -217,52 +184,3 @@ def evenly(length: int, size: int) -> list[int]:
     """The lengths of the fewest parts of `size` at most, no two of which differ by more than one."""
     count = -(-length // size)
     return [length // count + (i < length % count) for i in range(count)]
-
-
-def retry_on_out_of_memory(
-    streams: Streams, place: str, advice: str = "lower `k_step` or raise `memory_budget`"
-) -> Iterator[Attempt]:
-    """Attempts at a piece of work, each with micro-batches of half the size, as long as they need too much memory.
-
-        for attempt in retry_on_out_of_memory(streams, place):
-            with attempt:
-                work()
-
-    Raises:
-        Unsolvable: single images do not fit either; the message ends in the advice.
-    """
-    ceiling, size = streams.ceiling, streams.batch_size
-    while True:
-        attempt = Attempt(streams.group)
-        yield attempt
-        if attempt.error is None:
-            return
-        if streams.batch_size == 1:
-            streams.ceiling = ceiling  # it is not the others' fault
-            streams.cut(size)
-            problem = f"out of memory with one image at a time: {advice}"
-            error, attempt.error = attempt.error, None  # else its frames, which hold the attempt, hold themselves
-            raise Unsolvable(f"out of memory at {place} with one image at a time: {advice}.", problem) from error
-        streams.halve()
-        log.warning("out of memory at %s: going on with micro-batches of %d images", place, streams.batch_size)
-
-
-class Attempt:
-    """A piece of work that may run out of memory: that error ends it, and is kept; others are raised.
-
-    Processes that share the work end it alike: what one of them meets, all do.
-    """
-
-    def __init__(self, group: Group):
-        self.group = group
-        self.error: BaseException | None = None
-
-    def __enter__(self) -> Attempt:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
-        found = self.group.settle(error)
-        self.error = found if found is not None and is_out_of_memory(found) else None
-        if self.error is None and found is not None and found is not error:
-            raise found from error
-        return self.error is not None

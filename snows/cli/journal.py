@@ -27,6 +27,7 @@ class Journal:
 
     def __init__(self, folder: Path):
         self.folder = folder / "steps"
+        self.place = 0  # of the next step among all of the run's
 
     def __len__(self) -> int:
         return len(list(self.folder.glob("*.safetensors")))
@@ -35,7 +36,7 @@ class Journal:
         return (read(self.folder / f"{number:04}.safetensors") for number in range(len(self)))
 
     def append(self, step: Step) -> None:
-        """Keep a finished layer.
+        """Keep a finished layer, in place of the one that stands there, if joint steps had been written in part.
 
         Raises:
             WriteError: the disk is full, or the folder cannot be written.
@@ -50,7 +51,12 @@ class Journal:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise WriteError(f"cannot write {self.folder}: {error.strerror}.") from error
-        write(self.folder / f"{len(self):04}.safetensors", safetensors.torch.save(tensors, metadata))
+        write(self.folder / f"{self.place:04}.safetensors", safetensors.torch.save(tensors, metadata))
+        self.place += 1
+
+    def pass_over(self) -> None:
+        """Leave a step as it stands there: an earlier call's."""
+        self.place += 1
 
     def clear(self) -> None:
         """Forget the steps of a run that has ended: its other files hold all there is to know."""

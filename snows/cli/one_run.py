@@ -120,7 +120,9 @@ class OneRun:
 
         def keep(step: Step, job: Job) -> None:
             self.judge(step, job)
-            if not step.replayed:
+            if step.replayed:
+                self.journal.pass_over()
+            else:
                 self.journal.append(step)
             progress(step.record, job.turns)
 

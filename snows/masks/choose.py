@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from snows.calibration.streams import Streams, retry_on_out_of_memory
+from snows.calibration.retry import retry_on_out_of_memory
+from snows.calibration.streams import Streams
 from snows.errors import UsageError, by_reason, listed
 from snows.masks.patterns import NM, Choice, Pattern, Selection, Unstructured, are_masks
 from snows.masks.rules import names_any

@@ -194,7 +194,7 @@ def smallest_removed(score: Tensor, count: int, by_row: bool = False, zero: Tens
     rows = worth.flatten(1) if by_row else worth.reshape(1, -1)
     least = (rows < 0).sum(1).tolist()
     counts = with_least(even, count, dict(enumerate(least)))
-    removed = torch.tensor([counts[row] for row in range(len(rows))], device=score.device)
+    removed = torch.tensor([counts[row] for row in range(len(rows))], device="cpu").to(score.device)
     rank = rows.argsort(dim=1, stable=True).argsort(dim=1)
     mask = (rank >= removed[:, None]).view(score.shape)
     return mask if zero is None else mask & ~zero

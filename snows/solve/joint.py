@@ -41,7 +41,7 @@ def update_jointly(
         objective = objective.holding_out(options.held_out)
     variables, window = objective.variables, objective.window
     theta = variables.pack([streams.network.masked(layer, masks[layer.name]) for layer in layers])
-    support = variables.pack([streams.solvable(layer, masks[layer.name], options) for layer in layers], True)
+    support = variables.pack([streams.samples.solvable(layer, masks[layer.name], options) for layer in layers], True)
     options = options.but(
         newton_steps=options.joint_steps, max_CG_iterations=options.joint_CG_iterations, batching=False,
         recycle=streams.budget.recycled(options.recycle, theta.nbytes),

@@ -60,10 +60,10 @@ def update_layer(layer: Layer, mask: Tensor, streams: Streams, options: Options,
     if options.w_warm:
         warm = update_layer(layer, mask, streams, options.but(**LEAST_SQUARES))
         start, spent = warm.weight, warm.stats
-    kept_bytes, counted = streams.kept_bytes([layer]), streams.counted(layer, mask, options)
+    kept_bytes, counted = streams.kept_bytes([layer]), streams.samples.counted(layer, mask, options)
     objective = reconstruction([layer], streams.sparse, streams.dense, options, kept_bytes, streams.groups, counted)
     variables, precondition = objective.variables, None
-    theta, support = variables.pack([start]), variables.pack([streams.solvable(layer, mask, options)], True)
+    theta, support = variables.pack([start]), variables.pack([streams.samples.solvable(layer, mask, options)], True)
     options = options.but(recycle=streams.budget.recycled(options.recycle, theta.nbytes))
     with explained(objective.window):
         if options.preconditioner == "rows":

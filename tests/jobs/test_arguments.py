@@ -38,7 +38,7 @@ MODELS = {
     "data parallel": (nn.DataParallel, r"pass model\.module"),
     "distributed within": (distributed_within, r"cannot trace 1 \(DistributedDataParallel\): put .* its \.module"),
     "compiled": (torch.compile, r"pass model\._orig_mod"),
-    "scripted": (torch.jit.script, "pass the module that it was made from"),
+    "scripted": (torch.jit.script, "pass the one it was made from"),
     "lazy": (lambda model: nn.Sequential(model, nn.LazyLinear(2)), "without numbers"),
     "on the meta device": (lambda model: model.to("meta"), "without numbers"),
     "coarse numbers": (half, r"torch\.bfloat16, too coarse to solve in: pass model\.float\(\)"),

@@ -24,3 +24,23 @@ def test_masks_that_images_chose_are_taken_over(mask_alg, finished):
         assert torch.equal(before.mask, after.mask)
     assert len(other.layers) == len(whole.layers)
     assert other.sparsity == whole.sparsity
+
+
+@pytest.mark.parametrize("ended", ["within the joint steps", "behind them"])
+def test_joint_steps_that_ended_in_part_are_one_solution_all_the_same(ended):
+    """In other micro-batches the solution is another one, of which no part may stand beside a part of the first."""
+    images = torch.randn(16, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    job, steps, after = (randomise(TinyCNN()).float(), images, snows.NM(1, 2)), [], []
+    options = snows.Options(batch_size=16, **{**SETTINGS, "schedule": 0})
+    whole = snows.prune(*job, options, listener=lambda step, job: steps.append(step))
+    layers = len(whole.masks)
+    assert [step.record.joint for step in steps] == [False] * layers + [True] * layers
+    count = layers + (2 if ended == "within the joint steps" else layers)
+    hooks = {"finished": steps[:count], "listener": lambda step, job: after.append(step)}
+    gone_on = snows.prune(*job, options.but(batch_size=4), **hooks)
+    assert [step.replayed for step in after] == [True] * layers + [ended == "behind them"] * layers
+    expected = steps[layers:] if ended == "behind them" else after[layers:]
+    for step in expected:
+        assert torch.equal(gone_on.model.get_parameter(f"{step.record.name}.weight"), step.weight)
+    if ended == "within the joint steps":
+        assert not any(torch.equal(new.weight, old.weight) for new, old in zip(after[layers:], steps[layers:]))

@@ -549,6 +549,6 @@ def test_matrices_that_are_no_layers_are_named_where_they_are_many(caplog):
     snows.prune(Own(), torch.randn(4, 2, 2, 2), snows.NM(2, 4), algo="MP")
     (said,) = [record.getMessage() for record in caplog.records if "stay dense" in record.getMessage()]
     assert (
-        said == "47 % of the parameters stay dense, for they are the weights of neither convolutions nor linear "
-        "layers: matrix"
+        said == "47 % of the parameters stay dense, for no Conv2d, Linear, F.conv2d or F.linear multiplies by them as "
+        "they are: matrix"
     )

@@ -118,7 +118,7 @@ def test_depths_of_few_samples_do_not_count(count):
     mask = torch.ones(layer.shape, dtype=torch.bool)
     features = [8 * 36, 8 * 36, CLASSES]  # of the convolution, the ReLU, the classifier
     wanted = [numbers * count >= 10 * mask.numel() for numbers in features]
-    assert streams.counted(layer, mask, options) == wanted
+    assert streams.samples.counted(layer, mask, options) == wanted
     assert any(wanted)
     assert not all(wanted)
     objective = reconstruction([layer], streams.sparse, streams.dense, options, counted=wanted)
