@@ -43,6 +43,7 @@ WAYS = [
     dict(mask="ALPS", algo="SNOWS", permuted=True, first_dense=True),
     dict(mask="ALPS", algo="SNOWS", permuted=True, first_dense=True, schedule=1),
     dict(mask="ALPS", algo="SNOWS", permuted=True, first_dense=True, schedule=1, mixtures=1),
+    dict(mask="ALPS", algo="SNOWS", permuted=True, first_dense=True, schedule=1, mixtures=3),
 ]
 FIRST = "blocks.[0-2].*"  # 0.8 % of the weights
 SPARSER = {"0.5": 0.65, "0.7": 0.85}  # the classifier's sparsity, where it is to be more than magnitudes make it

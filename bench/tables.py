@@ -148,7 +148,8 @@ def real() -> str:
     for row in sorted(rows, key=lambda row: PATTERNS.index(row["pattern"])):
         way = f"{row['algo']}{', channels permuted' * row['permuted']}{', classifier sparser' * row['classifier']}"
         way += ", first blocks dense" * row["first_dense"]
-        way += ", two passes" * (row["schedule"] == 1) + ", mixtures" * (row["mixtures"] > 0)
+        way += ", two passes" * (row["schedule"] == 1)
+        way += {0: "", 1: ", mixtures"}.get(row["mixtures"], f", {row['mixtures']} mixtures an image")
         errors = [row["accuracy"], row["agreement"], f"{row['logit_error']:.3f}"]
         lines.append([row["pattern"], row["mask"], way, *errors, f"{row['sparsity']:.1%}", round(row["seconds"])])
     figures = ["top-1 %", "agrees with dense %", "logit error", "zeros", "seconds"]
