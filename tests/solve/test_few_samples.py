@@ -61,7 +61,16 @@ def test_layers_of_few_samples_are_named(caplog):
     said = [record.getMessage() for record in caplog.records if "min_samples" in record.getMessage()]
     assert len(said) == 1
     assert said[0].startswith("of 1 layer the images give fewer than 2.5 numbers")
-    assert said[0].endswith("biases at most: 1")
+
+
+@pytest.mark.parametrize("algo", ["SNOWS", "MP+", "SparseGPT"])
+def test_where_most_layers_are_of_few_samples_it_is_a_warning(algo, caplog):
+    convolutions = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3)
+    mixed = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (1, 8, 8)), *convolutions, nn.Flatten(), nn.Linear(144, 3))
+    for model, few in ((classifier(), True), (randomise(mixed), False)):
+        caplog.clear()
+        pruned(model, FEW, algo=algo)
+        assert any("min_samples" in each.getMessage() for each in caplog.records if each.levelname == "WARNING") == few
 
 
 @pytest.mark.parametrize("min_samples", [0.0, 2.5])
