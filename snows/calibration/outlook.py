@@ -69,7 +69,7 @@ def outlook(plan: Plan, budget: Budget, masks: Masks, options: Options, largest:
             f"out of memory before anything was computed: the second moments of the widest layer's inputs take "
             f"{gib(moments)}, and {gib(budget.device)} are left: raise `memory_budget`, or choose masks otherwise."
         )
-    streams = (2 if options.targets == "dense" else 1) * plan.images * max(map(plan.cut, layers))
+    streams = (2 if options.targets == "dense" else 1) * plan.images * max(map(plan.held_at, layers))
     targets = plan.images * max(plan.targets(layer, options.k_step) for layer in layers)
     size = next(network.model.parameters()).element_size()
     rows = [inverse_bytes(masks[layer.name], size) for layer in layers if can_factor(network, layer)]

@@ -82,7 +82,7 @@ class Plan:
         """How many numbers an operation puts out for an image."""
         return self.output[node] // next(self.network.model.parameters()).element_size()
 
-    def cut(self, layer: Layer) -> int:
+    def held_at(self, layer: Layer) -> int:
         """Bytes per image that a stream holds when it stands at a layer."""
         at, last_use = self.network.position[layer.node], self.network.last_use
         live = [n for n in self.network.nodes[:at] if last_use[n] >= at]

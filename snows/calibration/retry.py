@@ -33,7 +33,7 @@ def retry_on_out_of_memory(
             return
         if streams.batch_size == 1:
             streams.ceiling = ceiling  # it is not the others' fault
-            streams.cut(size)
+            streams.split(size)
             problem = f"out of memory with one image at a time: {advice}"
             error, attempt.error = attempt.error, None  # else its frames, which hold the attempt, hold themselves
             raise Unsolvable(f"out of memory at {place} with one image at a time: {advice}.", problem) from error

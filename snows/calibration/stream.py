@@ -16,8 +16,8 @@ from snows.network.trace import Values
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How the images are cut into micro-batches, and which of them are this process's."""
+class Shares:
+    """The images of each micro-batch, and which of them are this process's."""
 
     group: Group
     sizes: list[int]  # images in each micro-batch, those of all the processes
@@ -41,11 +41,11 @@ class Stream:
         batches: list[Tensor],
         device: torch.device | str,
         store: Store | None = None,
-        shared: Cut | None = None,
+        shared: Shares | None = None,
     ):
         self.network, self.model, self.batches, self.device = network, model, batches, device
         self.store = Store(device) if store is None else store
-        self.shared = shared or Cut(ALONE, [len(batch) for batch in batches], [slice(None)] * len(batches))
+        self.shared = shared or Shares(ALONE, [len(batch) for batch in batches], [slice(None)] * len(batches))
         self.group, self.sizes = self.shared.group, self.shared.sizes
         self.own = [i for i, batch in enumerate(batches) if len(batch)]
         self.held: list[Held | None] = [None] * len(batches)  # None: the images themselves

@@ -16,7 +16,7 @@ from snows.calibration.outlook import check_fits, outlook, works
 from snows.calibration.plan import Plan
 from snows.calibration.samples import Samples
 from snows.calibration.store import Store
-from snows.calibration.stream import Cut, Stream
+from snows.calibration.stream import Shares, Stream
 from snows.distributed import ALONE, Group
 from snows.errors import UsageError
 from snows.network.layers import Layer, Masks
@@ -31,10 +31,10 @@ log = logging.getLogger("snows")  # without a handler of the caller's own, a war
 class Streams:
     """The calibration images on their way through the pruned and the dense network.
 
-    They are cut into micro-batches that fit the memory, anew for each layer that needs other ones: `fit`. Where one
+    They are split into micro-batches that fit the memory, anew for each layer that needs other ones: `fit`. Where one
     does not fit all the same, `halve` lowers what they may need, for this layer and for those that need as much.
 
-    batches: mini-batches, each of which is cut into micro-batches of its own.
+    batches: mini-batches, each of which is split into micro-batches of its own.
     dense_model: the dense network's weights; None: those of `network` as they are now.
     group: the processes that share the images, all of which are given all of them: each holds its own of every
         micro-batch, whose size counts those of all.
@@ -62,13 +62,16 @@ class Streams:
         self.plan = Plan.of(network, batches[0][:2].to(device), sum(map(len, self.mini_batches)))
         chosen = network.layers if options.joint_steps else network.layers[:1]
         budget = Budget.of(options, device, self.plan.vectors(chosen), group.neighbours)
-        device_bytes, host_bytes = group.least(budget.device), group.least(budget.host)  # else they would cut otherwise
+        device_bytes, host_bytes = (
+            group.least(budget.device),
+            group.least(budget.host),
+        )  # else they would split otherwise
         self.budget = replace(budget, device=device_bytes, host=host_bytes, processes=group.size)
         self.store = Store(device, self.budget.features("device"), self.budget.features("host"), options.cache_dir)
         self.ceiling = self.budget.shared_micro_batch  # bytes that a micro-batch may need
         self.need = self.plan.passing  # bytes per image of the work at hand
         self.samples = Samples(self.plan, self.images)
-        self.cut(halved_to_fit(max(self.lengths), self.need, self.ceiling))
+        self.split(halved_to_fit(max(self.lengths), self.need, self.ceiling))
 
     def _own(self, batches: list[Tensor]) -> list[Tensor]:
         """This process's images of each mini-batch; copies, for views would keep the others' images."""
@@ -77,15 +80,15 @@ class Streams:
         starts = itertools.accumulate(self.lengths, initial=0)
         return [batch[self.group.share(start, len(batch))].clone() for start, batch in zip(starts, batches)]
 
-    def cut(self, size: int) -> None:
+    def split(self, size: int) -> None:
         """Micro-batches of `size` images at most, those of a mini-batch of even sizes, at the start of the network."""
         parts = [evenly(length, size) for length in self.lengths]
         sizes, numbers = list(itertools.chain(*parts)), itertools.count()
         self.groups = [[next(numbers) for _ in each] for each in parts]  # the micro-batches of each mini-batch
         own = list(map(self.group.share, itertools.accumulate(sizes, initial=0), sizes))
         counts = [len(range(count)[part]) for count, part in zip(sizes, own)]
-        split = (batch.split([counts[i] for i in each]) for batch, each in zip(self.mini_batches, self.groups))
-        self.batches, self.shared = list(itertools.chain(*split)), Cut(self.group, sizes, own)
+        parted = (batch.split([counts[i] for i in each]) for batch, each in zip(self.mini_batches, self.groups))
+        self.batches, self.shared = list(itertools.chain(*parted)), Shares(self.group, sizes, own)
         self.restart()
 
     def restart(self) -> None:
@@ -119,9 +122,9 @@ class Streams:
         return max(self.shared.sizes)
 
     def fit(self, need: int, parted: bool = False) -> None:
-        """Cut the micro-batches for work that needs so many bytes per image.
+        """Split the images for work that needs so many bytes per image.
 
-        Both streams start anew where that is done: smaller ones are cut when they must be, larger ones when it pays.
+        Both streams start anew where that is done: into smaller parts when it must be, larger ones when it pays.
 
         parted: into so many that some can be held out, if there are as many images.
         """
@@ -130,14 +133,14 @@ class Streams:
         while parted and wanted > 1 and sum(len(evenly(length, wanted)) for length in self.lengths) < PARTS:
             wanted = (wanted + 1) // 2
         if wanted < self.batch_size or wanted >= 4 * self.batch_size:
-            self.cut(wanted)
+            self.split(wanted)
 
     def fit_layer(self, layer: Layer, options: Options) -> None:
-        """Cut the micro-batches for the solution of a layer."""
+        """Split the images for the solution of a layer."""
         self.fit(self.plan.need([layer], options.k_step, options.curvature))
 
     def fit_jointly(self, layers: list[Layer], options: Options) -> None:
-        """Cut the micro-batches for the joint steps of these layers: so many that some can be held out."""
+        """Split the images for the joint steps of these layers: so many that some can be held out."""
         need = self.plan.need(layers, len(self.network.nodes), options.curvature)
         self.fit(need, parted=self.suffice(options.held_out))
 
@@ -152,7 +155,7 @@ class Streams:
     def allow(self, batch_size: int) -> None:
         """Let the work at hand, and what needs as much, have micro-batches of so many images at most."""
         self.ceiling = self.need * batch_size
-        self.cut(batch_size)
+        self.split(batch_size)
 
     def check_fits(self, layers: list[Layer], options: Options) -> None:
         """Refuse a job of which not even one image fits.

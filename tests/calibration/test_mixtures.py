@@ -46,7 +46,7 @@ def test_no_image_that_is_held_out_is_in_a_mixture_that_is_fitted(count, mixture
     network = Network(model)
     streams = Streams(network, mini_batches(network, distinct(count), options), "cpu", options)
     streams.fit_jointly(network.layers, options)
-    streams.cut(min(size, streams.batch_size))
+    streams.split(min(size, streams.batch_size))
     objective = joint_objective(network.layers, streams, options).holding_out(options.held_out)
     if objective.held_out is None:
         assert count < 4
