@@ -46,12 +46,12 @@ class Samples:
         return mask if self.counted(layer, mask, options)[0] else torch.zeros_like(mask)
 
     def tell_of_few(self, masks: Masks, options: Options) -> None:
-        """Name the layers that the images give too few samples of; warn where these are most of them."""
+        """Name the layers that the images give too few samples of; warn where these are all."""
         layers = [layer for layer in self.plan.network.layers if layer.name in masks]
         few = [layer.name for layer in layers if not self.counted(layer, masks[layer.name], options)[0]]
         if few:
             log.log(
-                logging.WARNING if 2 * len(few) > len(layers) else logging.INFO,
+                logging.WARNING if len(few) == len(layers) else logging.INFO,
                 "of %d layer%s the images give fewer than %g numbers per surviving weight (`min_samples`): no weights "
                 "are solved there, biases at most: %s", len(few), "s"[: len(few) > 1], options.min_samples, listed(few),
             )  # fmt: skip

@@ -64,7 +64,7 @@ def test_layers_of_few_samples_are_named(caplog):
 
 
 @pytest.mark.parametrize("algo", ["SNOWS", "MP+", "SparseGPT"])
-def test_where_most_layers_are_of_few_samples_it_is_a_warning(algo, caplog):
+def test_where_all_layers_are_of_few_samples_it_is_a_warning(algo, caplog):
     convolutions = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3)
     mixed = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (1, 8, 8)), *convolutions, nn.Flatten(), nn.Linear(144, 3))
     for model, few in ((classifier(), True), (randomise(mixed), False)):
