@@ -20,7 +20,7 @@ def mapped_layers(network: Network) -> Iterator[tuple[Layer, LinearMap]]:
 
 
 def bias_of(network: Network, mapped: LinearMap) -> Tensor | None:
-    """What a layer adds to its deployable."""
+    """What a layer adds to its product."""
     return dict(network.model.named_parameters()).get(mapped.bias or "")
 
 

@@ -73,7 +73,8 @@ ALLOCATIONS = {"global": smallest_first, "uniform": uniform, "erk": erdos_renyi_
 def with_least(split: Callable[[int, list[Key]], dict[Key, int]], total: int, least: dict[Key, int]) -> dict[Key, int]:
     """What `split` makes of a total among some keys, but no key gets less than `least`: the others make up for it.
 
-    Of the total, at least the sum of `least`; split: (total, keys) -> each key's part, adding up to it.
+    Where `least` adds up to more than the total, each gets that. split: (total, keys) -> each key's part, adding up to
+    the total.
     """
     fixed: dict[Key, int] = {}
     while True:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -202,11 +201,13 @@ def check_fits(classifier: Classifier, data: Data, complaint: str) -> int:
 
 def wants_grey(model: nn.Module, part: Pictures, index: int) -> bool:
     """Whether a network takes an image in grey and not in colour."""
-    try:
-        for part.grey in (False, True):
-            with suppress(Exception):  # whatever a transform or a forward pass raises
-                model.eval()(part[index][0][None])
-                return part.grey
-    finally:
-        part.grey = False
-    return False
+
+    def takes(grey: bool) -> bool:
+        part.grey = grey
+        try:
+            model.eval()(part[index][0][None])
+        except Exception:  # whatever a transform or a forward pass raises
+            return False
+        return True
+
+    return not takes(False) and takes(True)

@@ -172,3 +172,8 @@ def test_layers_of_two_patterns_share_an_order():
     permuted = permute(model, snows.NM(1, 4, {"second": "1:2"}))
     torch.testing.assert_close(permuted.model(images), model(images))
     assert set(permuted.kept) == {"second", "third"}
+
+
+def test_another_pattern_than_n_m_is_refused():
+    with pytest.raises(snows.UsageError, match="channels are put in order for an N:M pattern, not for Unstructured"):
+        permute(Plain(), snows.Unstructured(0.5))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from snows import SnowsError
+from snows import UsageError
 from snows.zoo import evaluate
 from snows.zoo.evaluate import Score, score
 
@@ -58,7 +58,7 @@ def test_logits_that_are_no_numbers_have_no_error(images):
 
 
 def test_a_label_that_the_network_has_no_class_for_is_refused(images):
-    with pytest.raises(SnowsError, match="the data has a label 2 but the model only 2 classes"):
+    with pytest.raises(UsageError, match="the data has a label 2 but the model only 2 classes"):
         score(Shown(), [(images, torch.tensor([0, 1, 2, 0]))])
 
 

@@ -142,3 +142,9 @@ def test_a_damaged_file_is_refused_in_a_line(file, change, told):
         read_state(file)
     with pytest.raises(SnowsError, match=f"cannot load .*{told}"):
         snows.load_run(file, TinyCNN())
+
+
+@pytest.mark.parametrize("model", [TinyCNN, "TinyCNN"])
+def test_a_run_is_loaded_into_a_network_alone(tmp_path, model):
+    with pytest.raises(snows.UsageError, match=r"a network is needed to load the weights into, not .*TinyCNN"):
+        snows.load_run(tmp_path, model)
