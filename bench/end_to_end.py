@@ -26,6 +26,7 @@ import torch
 from baselines import RATES, TRAININGS, clock, reestimated, train, within
 from cells import chosen_rates, of_chosen_rates, seconds_of, training_of
 from common import Parser, Results, panels, save_figure
+from matplotlib import colormaps
 from networks import DRAWN, NETWORKS, PATTERNS, SEEDS, Bench, held_out, weights
 from torch import Tensor, nn
 
@@ -100,6 +101,7 @@ METHODS = {  # name -> arguments of snows.prune, and whether channels are permut
 REESTIMATED = "MP, BatchNorm re-estimated"
 BASELINES = [REESTIMATED, "ALPS", *TRAININGS]
 EVERY = [*dict.fromkeys([*METHODS, *BASELINES])]
+COLOURS = colormaps["tab20"].colors  # 20: with the three marks of the trainings, none looks like another
 GROUPS = {"snows": [name for name in METHODS if name not in BASELINES], "baselines": BASELINES}
 
 
@@ -199,8 +201,9 @@ def plot(rows: list[dict]):
         for i, name in enumerate(EVERY):
             points = [row for row in rows if row["pattern"] == pattern and row["method"] == name]
             points = sorted((seconds_of(row), row["accuracy"]) for row in points)
-            style = "o" if name in METHODS else f"{'xvs^'[i % 4]}:"
-            panel.semilogx(*zip(*points), style, markersize=4, label=name) if points else None
+            style = "o" if name in METHODS else f"{'xvs'[i % 3]}:"
+            look = {"color": COLOURS[i % len(COLOURS)], "markersize": 4, "label": name}
+            panel.semilogx(*zip(*points), style, **look) if points else None
         panel.set_title(pattern)
         panel.set_xlabel("seconds")
         panel.set_ylabel("accuracy %")

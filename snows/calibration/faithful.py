@@ -7,7 +7,8 @@ right at the weights that they were made at sooner than at others; so the weight
     the trace's values       with                those of each layer's window,    the layer's weight and bias moved;
     their tangents           with                those of the window's tangent pass.
 
-A window that fails calls its BatchNorms as they are; a layer for which that does not help is left dense.
+A window that fails is asked again in float64, where rounding turns no activation on or off. One that fails there too
+calls its BatchNorms as they are; a layer for which that does not help is left dense.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def check_trace(network: Network, images: Tensor, k_step: int) -> None:
     Layers that cannot be followed are refused by `network`, with a warning. What has been compared is not again.
 
     Raises:
-        UsageError: the images do not run through the model. TraceError: the trace computes something else as it is.
+        UsageError: the images do not run through the model. TraceError: the trace does not run, or computes something
+            else as it is.
     """
     if network.checked == (k_step, images.shape, images.dtype):
         return
@@ -56,8 +58,14 @@ def check_trace(network: Network, images: Tensor, k_step: int) -> None:
     except Exception as error:  # whatever the model raises of images that are not its own
         shape = "x".join(map(str, images.shape[1:]))
         raise UsageError(f"calibration images of {shape} do not run through the model: {first_line(error)}") from error
+    try:
+        traced = run_trace(network, images, {})
+    except Exception as error:  # whatever torch raises of an operation that needs what was not recorded
+        if is_out_of_memory(error):
+            raise
+        raise TraceError(f"the traced model does not run as the model does: {first_line(error)}") from error
     tolerance = 1e-3 * own.nan_to_num(0, 0, 0).abs().max().item()
-    if not torch.allclose(run_trace(network, images, {}), own, rtol=1e-3, atol=tolerance, equal_nan=True):
+    if not torch.allclose(traced, own, rtol=1e-3, atol=tolerance, equal_nan=True):
         if random := drawn_at_random(network, images):
             raise TraceError(
                 f"the model gives the same images other logits each time, in evaluation mode too: {listed(random)}. "
@@ -136,7 +144,7 @@ def check_windows(network: Network, images: Tensor, k_step: int) -> None:
     """Let windows that fail call their BatchNorms as they are; refuse the layers for which that does not help."""
     stream = Stream(network, network.model, [images], images.device)
     for name in [layer.name for layer in network.layers]:
-        if not window_holds(network, name, k_step, stream):
+        if not (window_holds(network, name, k_step, stream) or holds_in_float64(network, name, k_step, images)):
             window = Window(network, [find(network, name)], k_step)
             replaced = network.affine.intersection([*window.nodes, *window.folded.values()])
             network.call_as_it_is(replaced)
@@ -184,6 +192,16 @@ def window_holds(network: Network, name: str, k_step: int, stream: Stream) -> bo
         return True  # the solver says which operation has no derivative, if it needs one
     told = ((tangent, node) for tangent, node in zip(tangents, window.features) if is_told(window, node))
     return all(same(zeros(tangent, found[node]), zeros(wanted[node], found[node])) for tangent, node in told)
+
+
+def holds_in_float64(network: Network, name: str, k_step: int, images: Tensor) -> bool:
+    """Whether a window that failed holds but for rounding: one activation that it turns on or off is felt behind."""
+    exact = network.copy()
+    exact.model.double()
+    try:
+        return window_holds(exact, name, k_step, Stream(exact, exact.model, [images.double()], images.device))
+    except Exception:  # whatever the model, or its device, raises of float64: nothing speaks for the window
+        return False
 
 
 def through(window: Window, values: Values, parameters: dict[str, Tensor]) -> Values:

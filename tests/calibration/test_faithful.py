@@ -246,6 +246,20 @@ def test_a_window_that_computes_something_else_calls_its_batch_norms_as_they_are
     assert [layer.name for layer in network.layers] == ["conv", "conv2", "head"]
 
 
+def test_activations_that_rounding_turns_speak_against_no_window(images, caplog):
+    """The second convolution adds what its BatchNorm takes away again, and float32 cannot hold both."""
+    model = settled(Block(act=nn.ReLU)).float()
+    with torch.no_grad():
+        for constant in (model.conv2.bias, model.norm2.running_mean):
+            constant.fill_(3e6)
+        model.head.bias.fill_(1e3)  # the logits feel little of it
+    network = Network(model)
+    check_trace(network, images.float(), 4)
+    assert len(network.affine) == len(network.batch_norm_of) == 2
+    assert not caplog.records
+    assert {parameter.dtype for parameter in network.model.parameters()} == {torch.float32}
+
+
 def test_a_layer_whose_tangents_are_wrong_is_left_dense(images, monkeypatch, caplog):
     monkeypatch.setattr("snows.network.tangent.ELEMENTWISE_MODULES", {nn.Softmax})
     model = settled(Block(act=lambda: nn.Softmax(1)))
@@ -304,6 +318,26 @@ def test_dropout_that_is_always_on_is_named(images):
     model = randomise(nn.Sequential(nn.Conv2d(2, 4, 1), nn.Dropout(), Careless(), nn.Flatten(), nn.Linear(36, 3)))
     with pytest.raises(snows.errors.TraceError, match=r"other logits each time.*: dropout in 2\. Dropout must be told"):
         snows.prune(model, images, snows.NM(1, 2))
+
+
+class Differentiated(nn.Module):
+    """A score of the gradient of its own output, as energy models have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 4, 1), nn.Linear(4, 3)
+
+    @torch.enable_grad()
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        y = self.head(torch.tanh(self.conv(x)).mean((2, 3)))
+        (gradient,) = torch.autograd.grad(y.square().sum(), x)
+        return y + gradient.mean((1, 2, 3)).unsqueeze(1)
+
+
+def test_a_forward_pass_that_differentiates_itself_is_refused_in_a_line(images):
+    with pytest.raises(snows.errors.TraceError, match="does not run as the model does: element 0 of tensors does not"):
+        snows.prune(Differentiated().double(), images, snows.NM(1, 2))
 
 
 def test_a_model_that_ran_with_gradients_and_keeps_some_of_it_is_copied():
