@@ -1,5 +1,7 @@
 """Objectives of one layer and of all of them on tiny networks, and their dense float64 references."""
 
+from functools import cached_property
+
 import timm
 import torch
 from helpers import randomise
@@ -26,27 +28,44 @@ def build(model, images, index, k_step, curvature, batch=2, **options):
     return objective, weight, weight + 0.3 * noise
 
 
-def dense_reference(objective, weight):
-    """(loss, gradient, Hessian, Gauss-Newton matrix) by differentiating the whole loss, all micro-batches at once."""
+class DenseReference:
+    """The whole loss differentiated, all micro-batches at once; its matrices (n, n) only when they are asked for."""
 
-    def features(w):
-        return [
-            (f, y, c)
-            for i in objective.indices
-            for f, y, c in zip(objective.features(objective.inputs(i), w), objective.targets(i), objective.coefficients)
-        ]
+    def __init__(self, objective, weight):
+        self.objective, self.weight = objective, weight
 
-    def loss(w):
-        return sum(c * (f - y).square().sum() for f, y, c in features(w))
+    def features(self, w):
+        """(feature, target, coefficient) of each depth and micro-batch."""
+        o = self.objective
+        return [each for i in o.indices for each in zip(o.features(o.inputs(i), w), o.targets(i), o.coefficients)]
 
-    def scaled(w):
-        return torch.cat([c**0.5 * f.flatten() for f, _, c in features(w)])
+    def loss_at(self, w):
+        return sum(c * (f - y).square().sum() for f, y, c in self.features(w))
 
-    n = weight.numel()
-    jacobian = torch.autograd.functional.jacobian(scaled, weight, vectorize=True).reshape(-1, n)
-    hessian = torch.autograd.functional.hessian(loss, weight, vectorize=True).reshape(n, n)
-    gradient = torch.autograd.functional.jacobian(loss, weight)
-    return loss(weight), gradient, hessian, 2 * jacobian.T @ jacobian
+    @property
+    def loss(self):
+        return self.loss_at(self.weight)
+
+    @property
+    def gradient(self):
+        return torch.autograd.functional.jacobian(self.loss_at, self.weight)
+
+    @cached_property
+    def hessian(self):
+        n = self.weight.numel()
+        return torch.autograd.functional.hessian(self.loss_at, self.weight, vectorize=True).reshape(n, n)
+
+    @cached_property
+    def gauss_newton(self):
+        def scaled(w):
+            return torch.cat([c**0.5 * f.flatten() for f, _, c in self.features(w)])
+
+        jacobian = torch.autograd.functional.jacobian(scaled, self.weight, vectorize=True)
+        jacobian = jacobian.reshape(-1, self.weight.numel())
+        return 2 * jacobian.T @ jacobian
+
+    def matrix(self, curvature):
+        return self.hessian if curvature == "hessian" else self.gauss_newton
 
 
 def tiny_vit():

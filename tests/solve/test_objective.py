@@ -9,7 +9,7 @@ import torch
 from helpers import randomise
 from hypothesis import given
 from hypothesis import strategies as st
-from references import build, dense_reference
+from references import DenseReference, build
 from torch import nn
 from torch.func import functional_call
 
@@ -31,12 +31,11 @@ from snows.solve.preconditioner import output_metric
 @pytest.mark.parametrize("k_step", [0, 2, 9])
 def test_products_equal_the_dense_matrix_at_every_support_size(tiny, images, curvature, index, k_step):
     objective, _, weight = build(tiny, images, index, k_step, curvature)
-    loss, gradient, hessian, gauss_newton = dense_reference(objective, weight)
-    here = Curvature(objective, weight)
-    torch.testing.assert_close(here.loss, loss)
-    torch.testing.assert_close(objective.loss(weight), loss)
-    torch.testing.assert_close(here.gradient, gradient)
-    matrix = hessian if curvature == "hessian" else gauss_newton
+    expected, here = DenseReference(objective, weight), Curvature(objective, weight)
+    torch.testing.assert_close(here.loss, expected.loss)
+    torch.testing.assert_close(objective.loss(weight), expected.loss)
+    torch.testing.assert_close(here.gradient, expected.gradient)
+    matrix = expected.matrix(curvature)
     generator = torch.Generator().manual_seed(0)
     for size in (1, weight.numel() // 2, weight.numel()):  # exact however large the support is: no block is dropped
         vector = torch.zeros(weight.numel(), dtype=torch.float64)
@@ -56,23 +55,20 @@ def test_products_through_attention(layer, curvature):
     model = randomise(model)
     index = [each.name for each in Network(model).layers].index(layer)
     objective, _, weight = build(model, images, index, 6, curvature)
-    _, gradient, hessian, gauss_newton = dense_reference(objective, weight)
-    here = Curvature(objective, weight)
+    expected, here = DenseReference(objective, weight), Curvature(objective, weight)
     vector = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    matrix = hessian if curvature == "hessian" else gauss_newton
-    torch.testing.assert_close(here.gradient, gradient)
-    torch.testing.assert_close(here.matvec(vector).flatten(), matrix @ vector.flatten())
+    torch.testing.assert_close(here.gradient, expected.gradient)
+    torch.testing.assert_close(here.matvec(vector).flatten(), expected.matrix(curvature) @ vector.flatten())
 
 
 @pytest.mark.parametrize("index", [0, 1, 2, 3])  # a BatchNorm's bias, the same with a bias before it, two own biases
 def test_products_with_biases(tiny, images, index):
     objective, dense, theta = build(tiny, images, index, 5, "hessian", biases=True)
-    loss, gradient, hessian, _ = dense_reference(objective, theta)
-    here = Curvature(objective, theta)
+    expected, here = DenseReference(objective, theta), Curvature(objective, theta)
     vector = torch.randn(theta.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(here.loss, loss)
-    torch.testing.assert_close(here.gradient, gradient)
-    torch.testing.assert_close(here.matvec(vector).flatten(), hessian @ vector.flatten())
+    torch.testing.assert_close(here.loss, expected.loss)
+    torch.testing.assert_close(here.gradient, expected.gradient)
+    torch.testing.assert_close(here.matvec(vector).flatten(), expected.hessian @ vector.flatten())
     assert objective.loss(dense) < 1e-20
     (weight,), (update,) = objective.variables.unpack(theta)
     assert torch.equal(torch.cat([weight.flatten(1), update[:, None]], dim=1).flatten(), theta)
@@ -95,12 +91,12 @@ def test_sampled_curvature_is_that_of_the_sample_and_the_gradient_that_of_all_im
     chosen = sampled.sample(2)
     assert chosen == [0, 2]  # of five
     here = Curvature(sampled, weight)
-    loss, gradient, *_ = dense_reference(whole, weight)
-    torch.testing.assert_close((here.loss, here.gradient), (loss, gradient))
+    expected = DenseReference(whole, weight)
+    torch.testing.assert_close((here.loss, here.gradient), (expected.loss, expected.gradient))
     parts = [whole.on([i]) for i in chosen]
     for part in parts:
         part.coefficients = whole.coefficients
-    matrix = sum(dense_reference(part, weight)[2 if curvature == "hessian" else 3] for part in parts)
+    matrix = sum(DenseReference(part, weight).matrix(curvature) for part in parts)
     vector = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=weight.dtype)
     torch.testing.assert_close(here.matvec(vector).flatten(), 5 / 2 * matrix @ vector.flatten())
     assert here.share == 2 / 5
@@ -183,11 +179,10 @@ def test_products_through_every_activation(activation, images):
     expected = model[2](model[1](nn.functional.conv2d(images, weight.view_as(model[0].weight), model[0].bias)))
     got = torch.cat([objective.features(objective.inputs(i), weight)[-1] for i in objective.indices])
     torch.testing.assert_close(got, expected)
-    _, gradient, _, gauss_newton = dense_reference(objective, weight)
-    here = Curvature(objective, weight)
-    torch.testing.assert_close(here.gradient, gradient)
+    reference, here = DenseReference(objective, weight), Curvature(objective, weight)
+    torch.testing.assert_close(here.gradient, reference.gradient)
     vector = torch.ones_like(weight)
-    torch.testing.assert_close(here.matvec(vector).flatten(), gauss_newton @ vector.flatten())
+    torch.testing.assert_close(here.matvec(vector).flatten(), reference.gauss_newton @ vector.flatten())
 
 
 class HardSigmoid(nn.Module):
@@ -248,9 +243,8 @@ def test_a_feature_that_takes_only_the_shape_has_no_derivative_and_does_no_harm(
     for curvature in ("ggn", "hessian"):
         objective, _, weight = build(model, images, 0, 5, curvature)
         assert len(objective.targets(0)) == 3
-        _, gradient, hessian, gauss_newton = dense_reference(objective, weight)
-        here, vector = Curvature(objective, weight), torch.ones_like(weight)
-        torch.testing.assert_close(here.gradient, gradient)
-        matrix = hessian if curvature == "hessian" else gauss_newton
-        torch.testing.assert_close(here.matvec(vector).flatten(), matrix @ vector.flatten())
+        expected, here = DenseReference(objective, weight), Curvature(objective, weight)
+        vector = torch.ones_like(weight)
+        torch.testing.assert_close(here.gradient, expected.gradient)
+        torch.testing.assert_close(here.matvec(vector).flatten(), expected.matrix(curvature) @ vector.flatten())
         assert (output_metric(objective, *objective.variables.unpack(weight)[0], seed=0) > 0).all()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import build, dense_reference, matrix
+from references import DenseReference, build, matrix
 
 from snows.options import Options
 from snows.solve.cg import conjugate_gradients
@@ -94,9 +94,9 @@ def test_with_k_0_one_newton_step_is_the_least_squares_solution_on_the_support(t
     objective, dense, _ = build(tiny, images, 0, 0, curvature)
     mask = torch.rand(dense.shape, generator=torch.Generator().manual_seed(5)) < 0.4
     theta, stats = solve(objective, dense * mask, mask, None, NEWTON)
-    _, gradient, hessian, _ = dense_reference(objective, dense * mask)
+    reference = DenseReference(objective, dense * mask)
     support = mask.flatten()
-    step = torch.linalg.solve(hessian[support][:, support], -gradient.flatten()[support])
+    step = torch.linalg.solve(reference.hessian[support][:, support], -reference.gradient.flatten()[support])
     expected = (dense * mask).flatten()
     expected[support] += step
     torch.testing.assert_close(theta, expected, rtol=1e-5, atol=1e-6)
