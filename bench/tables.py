@@ -144,10 +144,11 @@ def networks() -> str:
 def real() -> str:
     """One row per pattern and way of a network with its real weights."""
     lines = []
-    rows = [row for row in load("imagenet_real_efficientnet_lite0") if row["layers"] == "all"]
+    rows = [row for row in load("imagenet_real_efficientnet_lite0") if row["layers"] == "all" and not row["held_out"]]
     for row in sorted(rows, key=lambda row: PATTERNS.index(row["pattern"])):
         way = f"{row['algo']}{', channels permuted' * row['permuted']}{', classifier sparser' * row['classifier']}"
         way += ", first blocks dense" * row["first_dense"]
+        way += f", K = {row['k_step']}" * (row["k_step"] != 4)
         way += ", two passes" * (row["schedule"] == 1)
         way += {0: "", 1: ", mixtures"}.get(row["mixtures"], f", {row['mixtures']} mixtures an image")
         errors = [row["accuracy"], row["agreement"], f"{row['logit_error']:.3f}"]

@@ -33,7 +33,9 @@ def run(tmp_path, monkeypatch):
 
 
 def test_every_way_has_its_row_and_none_is_measured_twice(run, monkeypatch, capsys):
-    monkeypatch.setattr(imagenet_real, "WAYS", [way for way in imagenet_real.WAYS if "schedule" not in way])
+    monkeypatch.setattr(
+        imagenet_real, "WAYS", [way for way in imagenet_real.WAYS if not {"schedule", "k_step"} & {*way}]
+    )
     rows = run()
     ways = [(row["mask"], row["algo"], row["permuted"]) for row in rows]
     all_ways = [way for way in imagenet_real.WAYS if "classifier" not in way]
@@ -51,6 +53,17 @@ def test_a_sparser_classifier_leaves_more_to_the_others(run, monkeypatch):
     rows = run("--patterns", "0.7")
     assert [row["classifier"] for row in rows] == [True, False]
     assert rows[0]["sparsity"] == pytest.approx(rows[1]["sparsity"], rel=0.02)
+
+
+def test_depths_are_judged_by_images_that_are_held_out(run, monkeypatch):
+    monkeypatch.setattr(imagenet_real, "DEPTHS", [dict(imagenet_real.PERMUTED, k_step=k) for k in (1, 3)])
+    rows = run("--depths")
+    assert [(row["k_step"], row["images"], row["held_out"], row["test_images"]) for row in rows] == [
+        (1, 10, 2, 2),
+        (3, 10, 2, 2),
+    ]
+    assert rows[0]["logit_error"] != rows[1]["logit_error"]
+    assert {row["accuracy"] for row in rows} == {None}
 
 
 def test_the_classifier_alone_has_its_rows(run, monkeypatch):
