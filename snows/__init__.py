@@ -4,8 +4,9 @@ import snows.cli.loading  # noqa: F401, for what follows takes seconds
 from snows import semi_structured
 from snows.cli.run_folder import load as load_run
 from snows.errors import SnowsError, TraceError, UsageError
-from snows.masks.patterns import NM, Selection, Unstructured
+from snows.masks.patterns import NM, Unstructured
 from snows.masks.permute import permute
+from snows.masks.selection import Selection
 from snows.network.network import Network
 from snows.options import Options
 from snows.pipeline import choose_masks, prune

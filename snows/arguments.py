@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from snows.errors import UsageError
-from snows.masks.patterns import NM, Choice, Selection, Unstructured, every_layer
+from snows.masks.patterns import NM, Unstructured
 from snows.masks.saliency import SALIENCIES
+from snows.masks.selection import Choice, Selection, every_layer
 from snows.methods import METHODS, Method
 from snows.network.checks import check_device, check_model
 from snows.network.network import Network

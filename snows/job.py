@@ -17,8 +17,9 @@ from snows.calibration.streams import Streams
 from snows.distributed import Group
 from snows.errors import Interrupted, SnowsError, Unfinished, Unsolvable, UsageError, first_line
 from snows.masks.choose import mask_rule, select
-from snows.masks.patterns import NM, Choice, Selection
+from snows.masks.patterns import NM
 from snows.masks.saliency import SALIENCIES
+from snows.masks.selection import Choice, Selection
 from snows.masks.zeros import kept_zeros
 from snows.memory import forget_peak, peak_memory
 from snows.methods import Method, layer_problem

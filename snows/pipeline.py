@@ -19,8 +19,9 @@ from snows.distributed import current
 from snows.errors import UsageError
 from snows.job import Job, Listener
 from snows.masks.choose import check_selection, chosen_layers, select, without
-from snows.masks.patterns import Choice, Pattern, Selection, every_layer
+from snows.masks.patterns import Pattern
 from snows.masks.saliency import SALIENCIES, check_inputs
+from snows.masks.selection import Choice, Selection, every_layer
 from snows.masks.zeros import tell_of_zeros
 from snows.methods import METHODS, Method
 from snows.modes import own_modes, precision

@@ -21,9 +21,10 @@ from snows.deploy import macs
 from snows.distributed import current
 from snows.errors import SnowsError
 from snows.masks.files import check_pattern, read_masks
-from snows.masks.patterns import NM, Pattern, Selection
+from snows.masks.patterns import NM, Pattern
 from snows.masks.permute import permute
 from snows.masks.rules import check_patterns
+from snows.masks.selection import Selection
 from snows.memory import is_gpu
 from snows.network.layers import Masks
 from snows.network.network import Network

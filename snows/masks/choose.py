@@ -11,9 +11,10 @@ from torch import Tensor
 from snows.calibration.retry import retry_on_out_of_memory
 from snows.calibration.streams import Streams
 from snows.errors import UsageError, by_reason, listed
-from snows.masks.patterns import NM, Choice, Pattern, Selection, Unstructured, are_masks
+from snows.masks.patterns import NM, Pattern, Unstructured
 from snows.masks.rules import names_any
 from snows.masks.saliency import SALIENCIES, Saliency, check_inputs, comparing, scores
+from snows.masks.selection import Choice, Selection, are_masks
 from snows.masks.zeros import kept_zeros, leave_all_zero
 from snows.network.layers import Layer, Masks
 from snows.network.network import Network

@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from snows.errors import UsageError, listed
-from snows.masks.patterns import NM, are_masks
+from snows.masks.patterns import NM
+from snows.masks.selection import are_masks
 from snows.network.layers import Masks
 from snows.network.network import Network
 from snows.zoo.checkpoints import ASP_MASK, ASP_REST, DENSE_OF, MASK_OF, State, common_prefix, read_state

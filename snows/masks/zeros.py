@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from snows.masks.patterns import Choice, Selection
+from snows.masks.selection import Choice, Selection
 from snows.network.layers import Layer, Masks
 from snows.network.network import Network
 
