@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from common import Parser, Results
+from torch import Tensor
 from utils import KNOWN
 
 import snows
@@ -32,7 +33,7 @@ NETWORK = "efficientnet_lite0"
 PATTERNS = {"2:4": snows.NM(2, 4), "0.5": snows.Unstructured(0.5), "0.7": snows.Unstructured(0.7)}
 ONE_PASS = snows.Options(schedule=0, joint_steps=0, min_samples=10.0)
 CHANGES = ("min_samples", "k_step", "schedule", "mixtures")  # of ONE_PASS, by a row
-PERMUTED = dict(mask="ALPS", algo="SNOWS", permuted=True, first_dense=True)
+PERMUTED = dict(mask="ALPS", algo="SNOWS", permuted=True, first_dense=True)  # what the last ways share
 WAYS = [
     dict(mask="MP", algo="MP"),
     dict(mask="MP", algo="SNOWS", classifier=True),
@@ -72,6 +73,11 @@ class Bench:
         self.test = list(self.data.test_batches(50))
         self.dense, self.logits = score(self.model, self.test, device)
 
+    def unlabelled(self, images: Tensor) -> tuple[list[tuple[Tensor, Tensor]], None, Tensor]:
+        """(batches, no accuracy, the dense network's logits) of calibration images, which come without labels."""
+        batches = [(part, torch.full((len(part),), -1)) for part in images.split(50)]
+        return batches, None, score(self.model, batches, self.device)[1]
+
     def measure(self, run: dict) -> dict:
         """The figures of one row."""
         alone, model = run["layers"] == "classifier", self.model
@@ -91,11 +97,7 @@ class Bench:
         pruned = snows.prune(model, drawn[: run["images"]], pattern, options, **how)
         test, dense, logits = self.test, self.dense.accuracy, self.logits
         if run["held_out"]:
-            test, dense = (
-                [(images, torch.full((len(images),), -1)) for images in drawn[run["images"] :].split(50)],
-                None,
-            )
-            _, logits = score(self.model, test, self.device)
+            test, dense, logits = self.unlabelled(drawn[run["images"] :])
         found, _ = score(pruned.model, test, self.device, logits)
         return {
             "dense_accuracy": dense,

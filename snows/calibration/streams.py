@@ -62,10 +62,8 @@ class Streams:
         self.plan = Plan.of(network, batches[0][:2].to(device), sum(map(len, self.mini_batches)))
         chosen = network.layers if options.joint_steps else network.layers[:1]
         budget = Budget.of(options, device, self.plan.vectors(chosen), group.neighbours)
-        device_bytes, host_bytes = (
-            group.least(budget.device),
-            group.least(budget.host),
-        )  # else they would split otherwise
+        # All the processes take the least: with room of their own each would split the images in its own way.
+        device_bytes, host_bytes = group.least(budget.device), group.least(budget.host)
         self.budget = replace(budget, device=device_bytes, host=host_bytes, processes=group.size)
         self.store = Store(device, self.budget.features("device"), self.budget.features("host"), options.cache_dir)
         self.ceiling = self.budget.shared_micro_batch  # bytes that a micro-batch may need
