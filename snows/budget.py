@@ -14,7 +14,7 @@ from snows.options import Options
 MICRO_BATCH = 2**30  # that a micro-batch may need on the host, if there is four times as much
 GPU_MICRO_BATCH = 2**33  # and on a device of its own
 LAYER_INVERSES = 2**29  # of all the inverses of a layer; beyond it each row's support is cut into smaller blocks
-ALL_INVERSES = 2**30  # of the inverses of all layers together, in the joint steps
+ALL_INVERSES = 2**30  # of the inverses of all layers together, in the joint steps; and of the moments they come from
 RECYCLED = 2**31  # of the products that the next Newton step is preconditioned with
 
 
@@ -122,6 +122,16 @@ def common_cap(needs: list[int], total: int) -> int:
             return left // (len(needs) - i)
         left -= need
     return max(needs, default=0)
+
+
+def parts_within(sizes: list[int], total: int) -> list[slice]:
+    """The fewest runs of neighbours that take `total` at the most, or are one that takes more."""
+    parts, start = [], 0
+    for end in range(1, len(sizes) + 1):
+        if end == len(sizes) or sum(sizes[start : end + 1]) > total:
+            parts.append(slice(start, end))
+            start = end
+    return parts
 
 
 class Allowance:

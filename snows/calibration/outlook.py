@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from snows.budget import ALL_INVERSES, LAYER_INVERSES, Budget, halved_to_fit, inverse_bytes
+from torch import Tensor
+
+from snows.budget import LAYER_INVERSES, Budget, halved_to_fit, inverse_bytes, parts_within
 from snows.calibration.plan import VECTORS, Plan
 from snows.errors import SnowsError
 from snows.memory import GIB
-from snows.network.inputs import can_factor
+from snows.network.inputs import can_factor, moment_size
 from snows.network.layers import Layer, Masks
 from snows.options import Options
 
@@ -60,7 +62,7 @@ def outlook(plan: Plan, budget: Budget, masks: Masks, options: Options, largest:
     Raises:
         SnowsError: not even one image fits, or the second moments do not.
     """
-    network, layers = plan.network, [layer for layer in plan.network.layers if layer.name in masks]
+    layers = [layer for layer in plan.network.layers if layer.name in masks]
     chosen = works(plan, budget, layers, options, largest)
     check_fits(budget, chosen)
     moments = plan.moments(layers) if inverts else 0
@@ -71,10 +73,8 @@ def outlook(plan: Plan, budget: Budget, masks: Masks, options: Options, largest:
         )
     streams = (2 if options.targets == "dense" else 1) * plan.images * max(map(plan.held_at, layers))
     targets = plan.images * max(plan.targets(layer, options.k_step) for layer in layers)
-    size = next(network.model.parameters()).element_size()
-    rows = [inverse_bytes(masks[layer.name], size) for layer in layers if can_factor(network, layer)]
-    inverses = [min(LAYER_INVERSES, each) for each in rows]
-    inverse = min(sum(inverses), ALL_INVERSES) if options.joint_steps else max(inverses, default=0)
+    inverses, factors = preconditioners(plan, budget, {layer: masks[layer.name] for layer in layers}, options)
+    moments = max(moments, factors)
     theta = max(work.vectors for work in chosen) // VECTORS
     steps = max(options.joint_steps, options.newton_steps)
     recycled = 4 * theta * budget.recycled(options.recycle, theta) if steps > 1 else 0
@@ -87,9 +87,23 @@ def outlook(plan: Plan, budget: Budget, masks: Masks, options: Options, largest:
         f"memory: {gib(budget.device)} to use; {plan.images} images{mixed} take up to {gib(streams)} on their "
         f"way{in_files} and {gib(targets)} of targets{again}; a micro-batch of {images} images "
         f"{gib(max(work.need * work.images for work in chosen))}; the solver's vectors "
-        f"{gib(VECTORS * theta)}, inverses {gib(inverse)}, products of earlier steps {gib(recycled)}"
+        f"{gib(VECTORS * theta)}, inverses {gib(inverses)}, products of earlier steps {gib(recycled)}"
         f"{f', second moments of inputs {gib(moments)}' if moments else ''}"
     )
+
+
+def preconditioners(plan: Plan, budget: Budget, masks: dict[Layer, Tensor], options: Options) -> tuple[int, int]:
+    """Bytes of the inverses that are held at once, and of the second moments that they are made of."""
+    layers = [layer for layer in masks if can_factor(plan.network, layer)]
+    if options.preconditioner == "none" or not layers:
+        return 0, 0
+    size = next(plan.network.model.parameters()).element_size()
+    inverses = [min(LAYER_INVERSES, inverse_bytes(masks[layer], size)) for layer in layers]
+    moments = [moment_size(layer, ones=True) * size for layer in layers]
+    if not options.joint_steps:
+        return min(max(inverses), budget.layer_inverses), max(moments)
+    parts = parts_within(moments, budget.all_inverses)
+    return min(sum(inverses), budget.all_inverses), max(sum(moments[part]) for part in parts)
 
 
 def gib(count: int) -> str:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from snows.calibration.staging import nbytes
+from snows.network.inputs import moment_size
 from snows.network.layers import Layer
 from snows.network.network import Network
 from snows.network.trace import Values
@@ -94,7 +95,7 @@ class Plan:
 
     def moments(self, layers: Sequence[Layer]) -> int:
         """Bytes of the matrices that hold the second moment of a layer's inputs, and what it decomposes into."""
-        return MATRICES * 8 * max(layer.groups * layer.shape[1:].numel() ** 2 for layer in layers)
+        return MATRICES * 8 * max(map(moment_size, layers))
 
     def vectors(self, layers: Sequence[Layer]) -> int:
         """Bytes of the vectors that the solver holds while it solves these layers at once."""

@@ -44,6 +44,11 @@ def input_columns(module: nn.Module | None, x: Tensor) -> Tensor:
     return patches.view(n, module.groups, -1, positions).permute(1, 2, 0, 3).flatten(2)
 
 
+def moment_size(layer: Layer, ones: bool = False) -> int:
+    """How many numbers the second moment of a layer's input columns has."""
+    return layer.groups * (layer.shape[1:].numel() + ones) ** 2
+
+
 def no_moment(layer: Layer, like: Tensor, ones: bool = False) -> Tensor:
     """The second moment of no input columns of a layer, of a tensor's type and where it is."""
     columns = layer.shape[1:].numel() + ones

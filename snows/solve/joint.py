@@ -14,7 +14,7 @@ from snows.network.layers import Layer, Masks
 from snows.options import Options
 from snows.solve.layer import Solver, Update, after_batch_norm, minimise
 from snows.solve.objective import Objective, reconstruction
-from snows.solve.preconditioner import layer_inverses
+from snows.solve.preconditioner import joint_inverses
 from snows.solve.solver import solve
 
 
@@ -48,7 +48,7 @@ def update_jointly(
     )  # fmt: skip
     with explained(window):
         if options.preconditioner == "rows":
-            precondition = layer_inverses(objective, theta, support, options.seed, streams.budget.all_inverses)
+            precondition = joint_inverses(objective, theta, support, options.seed, streams.budget.all_inverses)
         theta, stats = minimise(objective, theta, support, precondition, options, solver)
     return [
         Update(weight, after_batch_norm(update, window.output_scale(layer)), stats)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from snows.budget import ALL_INVERSES, LAYER_INVERSES, common_cap, inverse_bytes
+from snows.budget import ALL_INVERSES, LAYER_INVERSES, common_cap, inverse_bytes, parts_within
 from snows.memory import is_gpu
-from snows.network.inputs import can_factor, layer_columns, no_moment, second_moment
+from snows.network.inputs import can_factor, layer_columns, moment_size, no_moment, second_moment
 from snows.network.layers import Layer
 from snows.solve.objective import Objective, Variables
 
@@ -99,7 +99,7 @@ def inverse_of(factor: Tensor) -> Tensor:
     return inverse.mT @ inverse
 
 
-class LayerInverses:
+class JointInverses:
     """The preconditioner of many layers: each one's own, in the proportion of their curvatures.
 
     A layer whose inputs cannot be had is scaled by the others' mean curvature.
@@ -134,47 +134,56 @@ def row_inverses(
     return RowInverses(input_moment(objective), metric, mask, max_bytes=max_bytes)
 
 
-def layer_inverses(
+def joint_inverses(
     objective: Objective, theta: Tensor, support: Tensor, seed: int, max_bytes: int = ALL_INVERSES
-) -> LayerInverses | None:
+) -> JointInverses | None:
     """The preconditioner of an objective of many layers, at theta; None if no layer's inputs can be had.
 
-    max_bytes: of all the layers' inverses together.
+    max_bytes: of all the layers' inverses together, and of the second moments that are held at a time.
 
-    Costs one forward and one backward pass of a sample of the images, for all the layers, and what inverses cost.
+    Costs what the inverses cost, and one forward and one backward pass of a sample of the images for each part of the
+    layers whose second moments are held at a time.
     """
     window, variables, network = objective.window, objective.variables, objective.window.network
-    signs, group = Signs(objective, seed), objective.group
     factored = [layer for layer in window.layers if can_factor(network, layer)]
     if not factored:
         return None
-    with_bias, positions = dict(zip(window.layers, variables.with_bias)), dict.fromkeys(factored, 0)
-    metrics = {layer: theta.new_zeros(layer.shape[0]) for layer in factored}
-    moments = {layer: no_moment(layer, theta, with_bias[layer]) for layer in factored}
+    masks = {layer: mask.bool() for layer, mask in zip(window.layers, variables.rows(support))}
+    needs = [min(LAYER_INVERSES, inverse_bytes(masks[layer], theta.element_size())) for layer in factored]
+    cap, inverses = common_cap(needs, max_bytes), {}
+    for part in parts_within([moment_size(layer, ones=True) * theta.element_size() for layer in factored], max_bytes):
+        moments, metrics = curvature_factors(objective, theta, factored[part], seed)
+        for layer in factored[part]:
+            inverses[layer] = RowInverses(moments.pop(layer), metrics[layer], masks[layer], max_bytes=cap)
+    return JointInverses(variables, [inverses.get(layer) for layer in window.layers])
+
+
+def curvature_factors(
+    objective: Objective, theta: Tensor, layers: list[Layer], seed: int
+) -> tuple[dict[Layer, Tensor], dict[Layer, Tensor]]:
+    """A (groups, in, in), a mean over the sample's positions, and g (out,) of layers of a window of many, at theta."""
+    window, variables, network = objective.window, objective.variables, objective.window.network
+    signs, group = Signs(objective, seed), objective.group
+    with_bias, positions = dict(zip(window.layers, variables.with_bias)), dict.fromkeys(layers, 0)
+    metrics = {layer: theta.new_zeros(layer.shape[0]) for layer in layers}
+    moments = {layer: no_moment(layer, theta, with_bias[layer]) for layer in layers}
     for i in objective.own(objective.sample(SAMPLE)):
         with torch.enable_grad():
             parameters = window.parameters(*variables.unpack(theta.detach().requires_grad_()))
             values = window.run(window.nodes, objective.inputs(i), parameters)
         features = [values[node] for node in window.features]
-        outputs = [values[layer.node] for layer in factored]
-        for layer, pulled in zip(factored, pull_back(features, outputs, objective.coefficients, signs.of(i, features))):
+        outputs = [values[layer.node] for layer in layers]
+        for layer, pulled in zip(layers, pull_back(features, outputs, objective.coefficients, signs.of(i, features))):
             scale = window.output_scale(layer)
             pulled = by_channel(pulled, layer) * (1 if scale is None else scale)  # (positions, out)
             x = values[layer.node.args[0]].detach()
             metrics[layer] += pulled.square().sum(0)
             moments[layer] += second_moment(layer_columns(network, layer, x), with_bias[layer])
             positions[layer] += len(pulled)
-    for layer in factored:
+    for layer in layers:
         metrics[layer], moments[layer] = group.sum(metrics[layer]), group.sum(moments[layer])
-        positions[layer] = group.count(positions[layer])
-    masks = {layer: mask.bool() for layer, mask in zip(window.layers, variables.rows(support))}
-    needs = [min(LAYER_INVERSES, inverse_bytes(masks[layer], theta.element_size())) for layer in factored]
-    cap = common_cap(needs, max_bytes)
-    inverses = {
-        layer: RowInverses(moments.pop(layer) / positions[layer], metrics[layer], masks[layer], max_bytes=cap)
-        for layer in factored
-    }
-    return LayerInverses(variables, [inverses.get(layer) for layer in window.layers])
+        moments[layer] /= group.count(positions[layer])
+    return moments, metrics
 
 
 def input_moment(objective: Objective) -> Tensor:

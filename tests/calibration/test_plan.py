@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import itertools
+import weakref
 
 import pytest
 import timm
@@ -15,13 +17,15 @@ from torch import nn
 import snows
 from snows import budget as budgets
 from snows import memory
-from snows.budget import Budget, common_cap, halved_to_fit
+from snows.budget import Budget, common_cap, halved_to_fit, parts_within
 from snows.calibration.store import Store
 from snows.calibration.streams import Streams
 from snows.methods import snows_with
+from snows.network import inputs
 from snows.network.network import Network
+from snows.solve import preconditioner
 from snows.solve.curvature import Curvature
-from snows.solve.joint import layer_inverses
+from snows.solve.joint import joint_inverses
 from snows.solve.objective import reconstruction
 from snows.solve.solver import solve
 
@@ -82,12 +86,43 @@ def test_one_budget_is_shared_by_all_the_layers(needs, total):
 def test_the_inverses_of_the_joint_steps_keep_to_one_budget(tiny, images, most):
     objective, dense, _ = build_jointly(tiny, images)
     mask = torch.ones_like(dense, dtype=torch.bool)
-    inverses = layer_inverses(objective, dense, mask, 0, most)
+    inverses = joint_inverses(objective, dense, mask, 0, most)
     sizes = [sum(block.nbytes for _, block in inverse.blocks) for inverse, _ in inverses.blocks]
     columns = sum(len(block) * block[0, 0].nbytes for inverse, _ in inverses.blocks for _, block in inverse.blocks)
     assert sum(sizes) <= max(most, columns)  # at least the diagonal
     vector = torch.randn(dense.shape, dtype=dense.dtype, generator=torch.Generator().manual_seed(0))
     assert vector @ inverses(vector) > 0
+
+
+@given(st.lists(st.integers(0, 1000), max_size=9), st.integers(0, 3000))
+def test_parts_hold_what_is_allowed_and_are_no_more_than_needed(sizes, total):
+    parts = parts_within(sizes, total)
+    assert [each for part in parts for each in range(part.start, part.stop)] == list(range(len(sizes)))
+    assert all(sum(sizes[part]) <= total or part.stop - part.start == 1 for part in parts)
+    for one, following in itertools.pairwise(parts):
+        assert sum(sizes[one]) + sizes[following.start] > total
+
+
+@pytest.mark.parametrize("most", [2**30, 4000, 1])
+def test_the_second_moments_of_the_joint_steps_keep_to_the_budget_of_the_inverses(tiny, images, most, monkeypatch):
+    """Layers whose moments are not held together are looked at one after the other, to the same bits."""
+    objective, dense, _ = build_jointly(tiny, images)
+    mask, made, held = torch.ones_like(dense, dtype=torch.bool), [], []
+
+    def no_moment(*how):
+        moment = inputs.no_moment(*how)
+        made.append(weakref.ref(moment))
+        held.append(sum(each().nbytes for each in made if each() is not None))
+        return moment
+
+    monkeypatch.setattr(preconditioner, "no_moment", no_moment)
+    monkeypatch.setattr(preconditioner, "LAYER_INVERSES", 1)  # their diagonals alone, for any budget
+    found = joint_inverses(objective, dense, mask, 0, most)
+    largest = max(inputs.moment_size(layer, ones=True) * dense.element_size() for layer in objective.window.layers)
+    assert len(held) == 4
+    assert max(held) <= max(most, largest)
+    vector = torch.randn(dense.shape, dtype=dense.dtype, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found(vector), joint_inverses(objective, dense, mask, 0)(vector))
 
 
 @pytest.mark.parametrize("room", [0, 2**13, 2**40])
@@ -187,7 +222,8 @@ def test_second_moments_are_said_and_refused_where_they_do_not_fit(how, caplog):
     options = snows.Options(schedule=0, joint_steps=0, max_CG_iterations=1)
     snows.prune(*job, options, **how)
     inverts = how != {"algo": "MP+"}
-    assert ("second moments of inputs 40.0 MiB" in caplog.text) == inverts  # five of 1024 x 1024 in float64
+    size = "40.0 MiB" if inverts else "4.0 MiB"  # five of 1024 x 1024 in float64; one in float32, and of the bias
+    assert f"second moments of inputs {size}" in caplog.text
     small = options.but(memory_budget=(memory.used_memory("cpu") + 20 * 2**20) / 2**30)
     if inverts:
         with pytest.raises(snows.SnowsError, match=r"widest layer's inputs take 40\.0 MiB"):

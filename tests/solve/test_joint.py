@@ -13,7 +13,7 @@ from snows.network.network import Network
 from snows.solve.cg import conjugate_gradients
 from snows.solve.curvature import Curvature
 from snows.solve.joint import joint_objective
-from snows.solve.preconditioner import layer_inverses
+from snows.solve.preconditioner import joint_inverses
 from snows.solve.solver import solve
 
 ONE_STEP = dict(newton_steps=1, max_CG_iterations=1, cg_tolerance=0.0, damping=1e-3, batching=False)
@@ -83,7 +83,7 @@ def test_its_preconditioner_knows_the_layers_scales_and_saves_products(tiny, ima
     objective, dense, _ = build_jointly(tiny, images)
     mask = torch.rand(dense.shape, generator=torch.Generator().manual_seed(5)) < 0.7
     start = dense * mask
-    inverse = layer_inverses(objective, start, mask, seed=0)
+    inverse = joint_inverses(objective, start, mask, seed=0)
     matrix = torch.stack([inverse(row) for row in torch.eye(len(dense), dtype=torch.float64) * mask])
     torch.testing.assert_close(matrix, matrix.T)
     assert torch.linalg.eigvalsh(matrix[mask][:, mask]).min() > 0
