@@ -1,6 +1,6 @@
 """Which CNNs the scripts know by name: their weights, normalisation and stated accuracy.
 
-A line of KNOWN per network; --arch takes any torchvision or timm name besides.
+A line of KNOWN per network; --arch takes any name of torchvision's, timm's or transformers' besides.
 """
 
 from __future__ import annotations

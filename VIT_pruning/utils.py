@@ -1,6 +1,6 @@
 """Which vision transformers the scripts know by name, and what --layers_to_prune means.
 
-A line of KNOWN per network; --arch takes any torchvision or timm name besides.
+A line of KNOWN per network; --arch takes any name of torchvision's, timm's or transformers' besides.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ KNOWN = {
     "vit_cifar10": shipped(vit_cifar10, normalised((0.5,) * 3, (0.5,) * 3), "vit_cifar10.safetensors", accuracy=83.42),
 }
 
-# What torchvision and timm call the parts of a block: the last named component of a layer's dotted path.
+# What torchvision, timm and transformers call the parts of a block: the last named component of a layer's dotted path.
 IN_PROJ = {"in_proj", "qkv", "q", "k", "v", "kv", "q_proj", "k_proj", "v_proj"}
-OUT_PROJ = {"out_proj", "attn_out_proj", "proj"}
+OUT_PROJ = {"out_proj", "attn_out_proj", "proj", "o_proj"}
 MLP = {"mlp", "mlp_out_proj"}
 
 

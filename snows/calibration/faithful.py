@@ -27,6 +27,7 @@ from snows.errors import TraceError, UsageError, first_line, listed
 from snows.memory import is_out_of_memory
 from snows.network.known import has_activation
 from snows.network.layers import Layer
+from snows.network.logits import logits_of
 from snows.network.network import Network
 from snows.network.tangent import Tangents, dual, tangent_of
 from snows.network.trace import Values, run_node
@@ -92,7 +93,7 @@ def as_it_came(network: Network, images: Tensor, weights: dict[str, Tensor]) -> 
     for module in modules:
         module.inplace = True
     try:
-        return functional_call(network.model, weights, (images.clone(),))
+        return logits_of(functional_call(network.model, weights, (images.clone(),)))
     finally:
         for module in modules:
             module.inplace = False

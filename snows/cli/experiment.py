@@ -13,8 +13,7 @@ from snows.cli.one_run import OneRun, conclude, export_masks
 from snows.cli.resume import resume_command, script
 from snows.cli.settings import RunSettings
 from snows.cli.task import Layers, Task
-from snows.deploy.exports import check_exports
-from snows.deploy.timm_folder import check_network
+from snows.deploy.exports import EXPORTS, check_exports
 from snows.distributed import Group
 from snows.errors import UsageError
 from snows.modes import make_deterministic
@@ -27,7 +26,7 @@ def run(
 ) -> list[dict]:
     """Carry out every run of a command, or the one that goes on; returns the metrics of each.
 
-    known: networks by name, besides torchvision's and timm's. layers: which layers to prune, by name.
+    known: networks by name, besides those of libraries. layers: which layers to prune, by name.
     named: a flag -> its names and patterns, each of which must name a layer.
 
     Of several processes that torchrun or SLURM has started, the first writes, says and returns all there is.
@@ -60,8 +59,8 @@ def carry_out(
     if not runs:
         return done if group.rank == 0 else {}
     task = Task(settings, known, layers, named)
-    if "timm" in settings.export:
-        check_network(task.model)
+    for name in settings.export:
+        EXPORTS[name].check_network(task.model)
     if settings.resume is not None:
         folders = [settings.resume]
     else:

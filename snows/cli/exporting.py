@@ -59,7 +59,7 @@ def export_run(
 ) -> None:
     """Export a finished run's network, into its folder or to `out`; says what each file holds, and keeps it in a file.
 
-    known: networks by name, besides torchvision's and timm's; None: those of the run's script. factory: see
+    known: networks by name, besides those of libraries; None: those of the run's script. factory: see
         `finished.built`.
 
     Raises:
@@ -136,7 +136,7 @@ def warn_if_other(measured: float | None, run: float | None) -> None:
         )
 
 
-ROW: Callable[..., str] = "  {:<8} {:>14} {:>16} {:>12} {:>23} {:>12} {:>14} {:>14}".format
+ROW: Callable[..., str] = "  {:<12} {:>14} {:>16} {:>12} {:>23} {:>12} {:>14} {:>14}".format
 
 
 def heading(pattern: NM | None) -> str:

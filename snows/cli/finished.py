@@ -43,7 +43,7 @@ def read(folder: Path, metrics: Iterable[str] = (), arguments: Iterable[str] = (
 def network_of(folder: Path, saved: Namespace, known: Known | None, factory: str | None) -> Classifier:
     """The network that a run pruned, without its weights.
 
-    known: networks by name, besides torchvision's and timm's; None: those of the run's script. factory: see `built`.
+    known: networks by name, besides those of libraries; None: those of the run's script. factory: see `built`.
 
     Raises:
         UsageError: it is not known by name.

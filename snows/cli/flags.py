@@ -67,7 +67,8 @@ def add_network_flags(flags: argparse.ArgumentParser, arch: str) -> None:
     group.add_argument(
         "--arch",
         default=arch,
-        help=f"the network; also hf-hub:OWNER/NAME, local-dir:FOLDER (default: {arch}, which ships with SNOWS)",
+        help="the network; also hf-hub:OWNER/NAME, local-dir:FOLDER, transformers:OWNER/NAME, transformers:FOLDER "
+        f"(default: {arch}, which ships with SNOWS)",
     )
     group.add_argument("--checkpoint", type=Path, help="local weights for --arch (.safetensors, .pt, .pth, .bin)")
     group.add_argument(
@@ -76,9 +77,7 @@ def add_network_flags(flags: argparse.ArgumentParser, arch: str) -> None:
         help="the entry of --checkpoint to take, where it has several",
     )
     group.add_argument("--random_weights", action="store_true", help="no trained weights: to try speed and memory")
-    group.add_argument(
-        "--num_classes", type=whole(1), help="classes of a torchvision or timm network, if not its usual"
-    )
+    group.add_argument("--num_classes", type=whole(1), help="classes of a library's network, if not its usual")
     group.add_argument("--mean", type=float, nargs="+", help="normalisation the network was trained with, per channel")
     group.add_argument("--std", type=float, nargs="+", help="normalisation the network was trained with, per channel")
     names = ", ".join(DATASETS)

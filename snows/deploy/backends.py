@@ -22,6 +22,7 @@ from snows.deploy.deployable import Deployable, ExportOptions
 from snows.deploy.opened import as_module, bias_of, mapped_layers
 from snows.deploy.packages import missing
 from snows.errors import SnowsError
+from snows.network.logits import logits_of
 from snows.network.network import Network
 from snows.zoo.arrays import NO_LABEL
 
@@ -66,7 +67,7 @@ class Backend:
 def eager(subject: Subject, threads: int) -> Run:
     def run() -> Tensor:
         with torch.inference_mode():
-            return subject.model(subject.images)
+            return logits_of(subject.model(subject.images))
 
     return run
 

@@ -17,6 +17,7 @@ from snows.masks.patterns import NM
 from snows.network.attention import attention_by_parts
 from snows.network.known import weight_name
 from snows.network.layers import Masks
+from snows.network.logits import logits_of
 from snows.network.network import Network, copied
 from snows.zoo.evaluate import Batches
 
@@ -127,7 +128,24 @@ class Half(nn.Module):
         self.network = copied(network).half()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(images.half()).float()
+        return logits_of(self.network(images.half())).float()
+
+
+class LogitsAlone(nn.Module):
+    """A network that returns more than its logits, without the rest."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return logits_of(self.network(images))
+
+
+@torch.no_grad()
+def with_logits_alone(network: nn.Module, images: Tensor) -> nn.Module:
+    """The network itself, if its logits are what it returns."""
+    return network if isinstance(network.eval()(images), Tensor) else LogitsAlone(network)
 
 
 def program(deployable: Deployable, how: ExportOptions) -> torch.export.ExportedProgram:
@@ -136,7 +154,7 @@ def program(deployable: Deployable, how: ExportOptions) -> torch.export.Exported
     Raises:
         SnowsError: torch.export cannot follow it, or only for one size of batch.
     """
-    model = Half(deployable.folded) if how.half else deployable.folded
+    model = Half(deployable.folded) if how.half else with_logits_alone(deployable.folded, deployable.example)
     batch = torch.export.Dim("batch")
     try:
         with torch.no_grad(), attention_by_parts():

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from snows.deploy import int8, onnx, pt2, timm_folder
+from torch import nn
+
+from snows.deploy import int8, onnx, pt2, timm_folder, transformers_folder
 from snows.deploy.checks import Check, Logits, ReadBack, check
 from snows.deploy.deployable import Deployable, ExportOptions
 from snows.deploy.packages import HOW_TO_INSTALL, missing
@@ -40,7 +42,7 @@ class Export:
     """A kind of file: its name in a run folder, how it is written and read back, and the packages that it needs.
 
     folded: whether BatchNorms are folded in it; else its tensors are the network's own. beside: the endings of files
-    that belong to it.
+    that belong to it. check_network: refuses, with a UsageError, networks that it cannot be made of.
     """
 
     file: str
@@ -49,12 +51,20 @@ class Export:
     needs: tuple[str, ...] = ()
     folded: bool = True
     beside: tuple[str, ...] = ()
+    check_network: Callable[[nn.Module], None] = lambda model: None
 
 
 EXPORTS = {
     "onnx": Export("model.onnx", onnx.write, onnx.read, ("onnx", "onnxscript", "onnxruntime")),
     "pt2": Export("model.pt2", pt2.write, pt2.read),
-    "timm": Export("timm", timm_folder.write, timm_folder.read, folded=False),
+    "timm": Export("timm", timm_folder.write, timm_folder.read, folded=False, check_network=timm_folder.check_network),
+    "transformers": Export(
+        "transformers",
+        transformers_folder.write,
+        transformers_folder.read,
+        folded=False,
+        check_network=transformers_folder.check_network,
+    ),
     "packed": Export(packed.FILE, write_packed, read_packed, folded=False),
     "int8": Export("int8.xml", int8.write, int8.read, ("openvino", "nncf"), beside=(".bin",)),
 }

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import timm
 from torch import nn
 
+from snows.deploy.card import card
 from snows.deploy.checks import ReadBack
 from snows.deploy.deployable import Deployable, ExportOptions
 from snows.deploy.pt2 import weights_of
 from snows.errors import SnowsError, UsageError, first_line
 from snows.network.network import copied
 
-CITATION = """\
-```bibtex
-@inproceedings{lucas2025preserving,
-  title     = {Preserving Deep Representations in One-Shot Pruning: A Hessian-Free Second-Order Optimization Framework},
-  author    = {Lucas, Ryan and Mazumder, Rahul},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2025}
-}
-```
-"""
+LOAD = 'timm.create_model("local-dir:THIS_FOLDER", pretrained=True)'
 
 
 def check_network(model: nn.Module) -> None:
@@ -56,7 +47,7 @@ def write(deployable: Deployable, folder: Path, how: ExportOptions) -> None:
         raise
     except Exception as error:
         raise SnowsError(f"timm cannot describe this network: {first_line(error)}") from error
-    (folder / "README.md").write_text(card(deployable.card))
+    (folder / "README.md").write_text(card(deployable.card, "timm", LOAD))
 
 
 def read(folder: Path, deployable: Deployable) -> ReadBack:
@@ -66,14 +57,3 @@ def read(folder: Path, deployable: Deployable) -> ReadBack:
     except Exception as error:
         raise SnowsError(f"timm cannot make this network by its name again: {first_line(error)}") from error
     return ReadBack(model.eval(), weights_of(model.state_dict()))
-
-
-def card(lines: Mapping[str, str]) -> str:
-    """The model card, as the Hugging Face hub shows it."""
-    table = "\n".join(f"| {name} | {text} |" for name, text in lines.items())
-    head = "---\nlibrary_name: timm\ntags: [image-classification, timm, pruning, sparsity]\n---\n"
-    use = 'timm.create_model("local-dir:THIS_FOLDER", pretrained=True)'
-    return (
-        f"{head}# {lines.get('network', 'A network')}, pruned\n\nPruned in one shot by SNOWS. Load it with `{use}`.\n\n"
-        f"| | |\n| --- | --- |\n{table}\n\n## Citation\n\n{CITATION}"
-    )

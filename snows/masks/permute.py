@@ -21,6 +21,7 @@ from snows.masks.patterns import NM
 from snows.masks.slots import Slot
 from snows.modes import own_modes
 from snows.network.concrete import Example
+from snows.network.logits import logits_of
 from snows.network.network import Network, copied
 from snows.network.operations import attribute
 
@@ -94,7 +95,7 @@ def check_function(model: nn.Module, permuted: nn.Module, example: Example) -> N
     example = example() if callable(example) else example
     images = example[:2] if isinstance(example, Tensor) else torch.rand(2, *(example or ()), device="cpu")
     images = images.to("cpu", next(model.parameters()).dtype)
-    before, after = model(images), permuted(images)
+    before, after = (logits_of(each(images)) for each in (model, permuted))
     if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item(), equal_nan=True):
         raise SnowsError(
             "with its channels in another order the network computes something else: it treats some of them by their "

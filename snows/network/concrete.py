@@ -172,7 +172,7 @@ def trace_somehow(model: nn.Module, example: Example) -> list[fx.Node]:
         return trace(model)
     except TraceError as symbolic:
         if example is None:
-            raise
+            raise TraceError(f"{symbolic} Or give images: some such networks are traced with them.") from symbolic
         example = example() if callable(example) else example
         like = next(iter(model.parameters()), torch.zeros(()))
         image = example[:1] if isinstance(example, Tensor) else torch.zeros(1, *example)

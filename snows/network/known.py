@@ -115,9 +115,13 @@ def multiplies_by_weight(module: nn.Module) -> bool:
 
 
 def cached_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """What modules keep in containers of their own of what they have computed, with its graph: no parameter."""
-    kept = [value for module in model.modules() for name, value in vars(module).items() if not name.startswith("_")]
-    held = [leaf for value in kept if isinstance(value, (dict, list, tuple)) for leaf in tree_leaves(value)]
+    """What modules keep of what they have computed, with its graph: no parameter, nor what a hook computes of some."""
+    kept = []
+    for module in model.modules():
+        own = [value for name, value in vars(module).items() if not name.startswith("_")]
+        plain = not module._forward_pre_hooks  # as weight_norm and torch.nn.utils.prune have, of whose weights one is
+        kept += [value for value in own if plain or isinstance(value, (dict, list, tuple))]
+    held = [leaf for value in kept for leaf in tree_leaves(value)]
     return [leaf for leaf in held if isinstance(leaf, torch.Tensor) and not leaf.is_leaf]
 
 

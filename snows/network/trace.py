@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch.func import functional_call
 from snows.errors import TraceError
 from snows.network.attention import encode, is_encoder_without_masks, open_attention
 from snows.network.known import NAMESPACES
+from snows.network.logits import logits_of
 
 Values = dict[fx.Node, Any]  # what each node computed, for one micro-batch: tensors, but also plain integers
 
@@ -55,7 +58,7 @@ class Tracer(fx.Tracer):
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         """The images alone: whatever else forward() takes (masks, say) keeps its defaults, as in model(images)."""
         (first, *_) = inspect.signature(self.root.forward).parameters
-        return lambda images: self.root.forward(images), [self.create_proxy("placeholder", first, (), {})]
+        return lambda images: logits_of(self.root.forward(images)), [self.create_proxy("placeholder", first, (), {})]
 
     def trace(self, root, concrete_args=None) -> fx.Graph:
         """The graph, in which a function that torch.jit compiled is one operation: called with proxies, it crashes."""
@@ -70,7 +73,8 @@ class Tracer(fx.Tracer):
 
         compiled.__call__ = recorded
         try:
-            return super().trace(root, concrete_args)
+            with forgetting(root):
+                return super().trace(root, concrete_args)
         finally:
             compiled.__call__ = call
 
@@ -98,6 +102,28 @@ class Tracer(fx.Tracer):
             # The innermost module sees the exception first and is the one to name.
             self.failed_in = self.failed_in or f"{self.path_of_module(module)} ({type(module).__name__})"
             raise
+
+
+@contextmanager
+def forgetting(model: nn.Module) -> Iterator[None]:
+    """What a forward pass keeps in its modules for the next one, as plain attributes, is afterwards what it was.
+
+    Else a value of the trace would be read by who runs the model, or traces it again.
+    """
+    own = [(module, {name for name in vars(module) if not name.startswith("_")}) for module in model.modules()]
+    before = [{name: kept(vars(module)[name]) for name in names} for module, names in own]
+    try:
+        yield
+    finally:
+        for (module, _), values in zip(own, before):
+            vars(module).update(values)
+            for name in [name for name, value in vars(module).items() if isinstance(value, fx.Proxy)]:
+                del vars(module)[name]
+
+
+def kept(value: Any) -> Any:
+    """What remains of an attribute's value where a forward pass writes into it."""
+    return copy.copy(value) if type(value) in (dict, list, set) else value
 
 
 def trace(model: nn.Module) -> list[fx.Node]:
@@ -135,7 +161,10 @@ def normal_form(graph: fx.Graph, model: nn.Module) -> list[fx.Node]:
     make_out_of_place(graph, model)
     nodes = list(graph.nodes)
     if not isinstance(nodes[-1].args[0], fx.Node):
-        raise TraceError(f"cannot prune {type(model).__name__}: its forward() must return one tensor, the logits.")
+        raise TraceError(
+            f"cannot prune {type(model).__name__}: its forward() must return one tensor, the logits, or "
+            f"something with an entry or attribute `logits`."
+        )
     return nodes
 
 

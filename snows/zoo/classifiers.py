@@ -1,4 +1,4 @@
-"""Trained classifiers by name: torchvision's and timm's with their own transforms, and local checkpoints."""
+"""Trained classifiers by name: those of libraries with their own transforms, and local checkpoints."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from snows.errors import SnowsError, UsageError, first_line, listed
+from snows.zoo import hugging_face
 from snows.zoo.checkpoints import State, fitted, read_state
 from snows.zoo.images import normalised
 
@@ -34,14 +35,15 @@ class Classifier:
 
 
 def from_library(arch: str, pretrained: bool, num_classes: int | None = None, others: Iterable[str] = ()) -> Classifier:
-    """Any torchvision or timm classifier; "timm/NAME" or "torchvision/NAME" where both know the name.
+    """Any classifier of torchvision, timm or transformers; "timm/NAME" or "torchvision/NAME" where both know the name.
 
-    "hf-hub:OWNER/NAME" is one of timm's on the Hugging Face hub, "local-dir:FOLDER" one in a folder. A bare name is
-    torchvision's if torchvision has it. pretrained: the weights are downloaded (torchvision: IMAGENET1K_V1 where there
-    is one) with a progress bar; otherwise they are random. others: the names that would have been taken besides.
+    "hf-hub:OWNER/NAME" is one of timm's on the Hugging Face hub, "local-dir:FOLDER" one in a folder; so are
+    "transformers:OWNER/NAME" and "transformers:FOLDER" of the package transformers. A bare name is torchvision's if
+    torchvision has it. pretrained: the weights are downloaded (torchvision: IMAGENET1K_V1 where there is one) with a
+    progress bar; otherwise they are random. others: the names that would have been taken besides.
 
     Raises:
-        UsageError: neither library knows the name, or there is no such folder.
+        UsageError: no library knows the name, there is no such folder, or its weights are those of no classifier.
         SnowsError: the weights cannot be downloaded.
     """
     library, _, name = arch.rpartition("/")
@@ -49,7 +51,13 @@ def from_library(arch: str, pretrained: bool, num_classes: int | None = None, ot
     if folder != arch and not Path(folder).is_dir():
         raise UsageError(f"{arch}: there is no folder {folder}.")
     classes = {} if num_classes is None else {"num_classes": num_classes}
+    place = arch.removeprefix(hugging_face.PREFIX)
+    if place != arch:
+        hugging_face.check_place(place)
     try:
+        if place != arch:
+            model = hugging_face.network_of(place, pretrained, num_classes)
+            return Classifier(model, hugging_face.transform_of(place))
         if library in ("", "torchvision") and name in torchvision.models.list_models(torchvision.models):
             kinds = torchvision.models.get_model_weights(name)
             weights = getattr(kinds, "IMAGENET1K_V1", kinds.DEFAULT)  # the largest networks have others alone
@@ -61,13 +69,16 @@ def from_library(arch: str, pretrained: bool, num_classes: int | None = None, ot
             model = timm.create_model(arch if elsewhere else name, pretrained=pretrained, **classes)
             config = timm.data.resolve_model_data_config(model)
             return Classifier(model, timm.data.create_transform(**config, is_training=False))
+    except UsageError:
+        raise
     except Exception as error:  # each library, hub and protocol raises its own
         advice = " Give a file of its weights as `checkpoint`." if pretrained else ""
         said = f"cannot get {arch}: {type(error).__name__}: {first_line(error)}"
         raise SnowsError(f"{said.rstrip('.')}.{advice}" if advice else said) from error
     known = f"; this script knows {listed(others)}" if others else ""
     raise UsageError(
-        f"unknown architecture '{arch}': neither torchvision nor timm has it (see timm.list_models()){known}."
+        f"unknown architecture '{arch}': neither torchvision nor timm has it (see timm.list_models()){known}. On the "
+        f"Hugging Face hub, timm's are hf-hub:OWNER/NAME, and those of transformers transformers:OWNER/NAME."
     )
 
 

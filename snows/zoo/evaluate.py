@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from snows.distributed import ALONE, Group
 from snows.errors import SnowsError, UsageError
 from snows.memory import is_gpu, is_out_of_memory
+from snows.network.logits import logits_of
 
 log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
 
@@ -87,7 +88,7 @@ def outputs(model: nn.Module, batches: Batches, device: torch.device | str) -> I
         while start < len(images):
             part = slice(start, start + most)
             try:
-                logits = model(images[part].to(device)).cpu()
+                logits = logits_of(model(images[part].to(device))).cpu()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

@@ -1,4 +1,4 @@
-"""Networks and images by name: a caller's own networks, torchvision's and timm's, and the datasets that fit them."""
+"""Networks and images by name: a caller's own networks, those of libraries, and the datasets that fit them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from snows.errors import SnowsError, UsageError, first_line
+from snows.network.logits import logits_of
 from snows.zoo.classifiers import Classifier, from_library, load_checkpoint
 from snows.zoo.folders import Pictures, number_classes, pixels, read_classes
 from snows.zoo.images import DATASETS, Data, load
@@ -81,7 +82,7 @@ def load_classifier(
     if checkpoint and random_weights:
         raise UsageError("`checkpoint` and `random_weights` exclude each other.")
     if num_classes is not None and arch in known:
-        raise UsageError(f"`num_classes` is for torchvision's and timm's networks: {arch} has its own.")
+        raise UsageError(f"`num_classes` is for the networks of libraries: {arch} has its own.")
     pretrained = not (checkpoint or random_weights)
     torch.manual_seed(seed)
     classifier = known[arch](pretrained) if arch in known else from_library(arch, pretrained, num_classes, known)
@@ -180,7 +181,7 @@ def check_fits(classifier: Classifier, data: Data, complaint: str) -> int:
         name = part.part.paths[index] if isinstance(part, Pictures) else "the first image"
         found = f"{name} becomes {pixels(image.shape)}"
         try:
-            outputs = classifier.model.eval()(image[None])
+            outputs = logits_of(classifier.model.eval()(image[None]))
         except Exception as error:  # whatever a forward pass raises
             why = first_line(error).rstrip(".")
             found += f" of {len(image)} channels; `resize` scales images"
