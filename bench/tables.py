@@ -169,6 +169,16 @@ def real_classifier() -> str:
     return table(header, [[images, *row] for images, row in sorted(cells.items())])
 
 
+def real_depths() -> str:
+    """K at 2:4, by the calibration images that were held out."""
+    lines = [
+        [row["k_step"], f"{row['logit_error']:.3f}", row["agreement"], round(row["seconds"])]
+        for row in load("imagenet_real_efficientnet_lite0")
+        if row["held_out"]
+    ]
+    return table(["K", "logit error", "agrees with dense %", "seconds"], lines)
+
+
 def products() -> str:
     """One row per network and curvature: what a product costs, in forward passes of its window."""
     kinds = {}
@@ -244,6 +254,7 @@ TABLES = {
     "paper": paper,
     "real": real,
     "real_classifier": real_classifier,
+    "real_depths": real_depths,
     "products": products,
     "checkpointing": checkpointing,
     "memory": memory,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from re import fullmatch
@@ -23,7 +22,7 @@ class Processed:
     mean, std: in place of the processor's own, one number per channel each.
     """
 
-    def __init__(self, processor: Callable[..., Any]):
+    def __init__(self, processor: Any):
         self.processor = processor
         self.mean: list[float] | None = None
         self.std: list[float] | None = None

@@ -258,7 +258,7 @@ class Named(Returning):
 RETURNED = {
     "a tensor \\(1,\\)": Returning(lambda logits: logits[:, 0]),
     "a tensor \\(1, 2, 1, 1\\)": Returning(lambda logits: logits[..., None, None]),
-    "a dict": Returning(lambda logits: {"logits": logits}),
+    "a dict": Returning(lambda logits: {"out": logits}),
     "a tuple": Returning(lambda logits: (logits, logits)),
     "positional argument": Named(None),
 }
