@@ -22,7 +22,7 @@ class Sweep:
 
 
 def sweeps(pattern: Pattern | Masks, options: Options) -> list[Sweep]:
-    """Those of the patterns on the way to the target, then of the target; the caller's own masks in all."""
+    """The passes over the layers: patterns on the way to the target, then the target; a caller's own masks in all."""
     on_the_way = [pattern] * options.schedule if isinstance(pattern, dict) else pattern.path(options.schedule)
     result, before = list[Sweep](), None
     for stage in [*on_the_way, *[pattern] * options.sweeps]:

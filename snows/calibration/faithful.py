@@ -192,7 +192,7 @@ def window_holds(network: Network, name: str, k_step: int, stream: Stream) -> bo
             raise
         return True  # the solver says which operation has no derivative, if it needs one
     told = ((tangent, node) for tangent, node in zip(tangents, window.features) if is_told(window, node))
-    return all(same(zeros(tangent, found[node]), zeros(wanted[node], found[node])) for tangent, node in told)
+    return all(same(or_zeros(tangent, found[node]), or_zeros(wanted[node], found[node])) for tangent, node in told)
 
 
 def holds_in_float64(network: Network, name: str, k_step: int, images: Tensor) -> bool:
@@ -248,7 +248,7 @@ def noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor) * (MOVE * size)
 
 
-def zeros(tangent: Tensor | None, feature: Tensor) -> Tensor:
+def or_zeros(tangent: Tensor | None, feature: Tensor) -> Tensor:
     """A tangent, None being that of what does not depend on the weight."""
     return torch.zeros_like(feature) if tangent is None else tangent
 

@@ -51,7 +51,7 @@ def chosen(names: list[str] | None) -> dict[str, Backend]:
 
 
 def versions(backends: Mapping[str, Backend]) -> dict[str, str]:
-    """Of the packages that backends ran on."""
+    """The versions of the packages that backends ran on."""
     found = {}
     for package in dict.fromkeys(package for backend in backends.values() for package in backend.needs):
         try:

@@ -220,7 +220,7 @@ def name_of(settings: RunSettings) -> str:
 
 
 def permuted(model: nn.Module, pattern: NM, layers: Layers, example: Callable[[], Tensor]) -> nn.Module:
-    """The same function with channels in a better order; says what that is worth."""
+    """A network that computes the same with its channels in a better order; says what that is worth."""
     result = permute(model, pattern, layers, example=example)
     if not result.kept:
         print("permuted nothing: no layer's input channels can be followed and have a better order")

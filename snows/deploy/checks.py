@@ -105,12 +105,12 @@ def check(
 
 
 def matched(weights: dict[str, Tensor], found: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Of the weights in a file the one that is each layer's, by its signs; without layers that are not there."""
+    """Each layer's weight as a file has it, found by its signs; layers that the file lacks are left out."""
     return {name: weight for name, (_, weight) in matches(weights, found).items()}
 
 
 def matches(weights: dict[str, Tensor], found: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[str, Tensor]]:
-    """The same, with what the file calls each."""
+    """Each layer's weight as a file has it, and what the file calls it; see `matched`."""
     left, result = list(found), {}
     for name, weight in weights.items():
         unlike = [difference(weight, each) for _, each in left]

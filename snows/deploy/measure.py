@@ -111,7 +111,7 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 
 def refilled(model: nn.Module, masks: Masks) -> nn.Module:
-    """The same network before it was pruned, as far as time goes: random numbers where its masks have zeros."""
+    """The network as it was before it was pruned, as far as time goes: random numbers where its masks have zeros."""
     model, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
     parameters = dict(model.named_parameters())
     for name, mask in masks.items():

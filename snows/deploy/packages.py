@@ -9,5 +9,5 @@ HOW_TO_INSTALL = 'pip install ".[deploy]" in a checkout'
 
 
 def missing(packages: Iterable[str]) -> list[str]:
-    """Those that are not installed, each once."""
+    """The packages that are not installed, each once."""
     return [package for package in dict.fromkeys(packages) if find_spec(package) is None]

@@ -55,7 +55,7 @@ def select(network: Network, choice: Choice, streams: Streams | None, options: O
         if saliency.score is not None or saliency.choose is not None:
             check_inputs(choice.mask_alg, chosen, network, inverse=saliency.choose is not None)
         if saliency.score is not None and (pattern.compares_layers or saliency.choose is None):
-            weights = measured(chosen, saliency, streams, options)
+            weights = scores_by_images(chosen, saliency, streams, options)
         zeros, total = kept_zeros(network, chosen, choice), counted_parameters(network, pattern)
         pattern = comparing(without_rules_of(network.refused, pattern, weights), saliency)
         selection = pattern.select(weights, total, by_row=saliency.by_row, zeros=zeros)
@@ -103,7 +103,9 @@ def counted_parameters(network: Network, pattern: Pattern) -> int:
     return sum(sizes.values()) - idle
 
 
-def measured(layers: list[Layer], saliency: Saliency, streams: Streams | None, options: Options) -> dict[str, Tensor]:
+def scores_by_images(
+    layers: list[Layer], saliency: Saliency, streams: Streams | None, options: Options
+) -> dict[str, Tensor]:
     """Layer name -> the scores of its weights, from one pass of the images."""
     if streams is None:
         raise UsageError("calibration images are needed to choose these masks.")

@@ -37,7 +37,7 @@ class Reading:
         return groups.topk(self.n, dim=1).values.sum(dtype=torch.float64).item()
 
     def of(self, channels: Tensor) -> Reading:
-        """The same of some channels alone."""
+        """What reads some of the channels alone."""
         return replace(self, columns=self.columns[channels])
 
     def gains(self, order: Tensor, groups: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def zeros_of(network: Network, layers: Iterable[Layer]) -> Masks:
 
 
 def kept_zeros(network: Network, layers: Iterable[Layer], choice: Choice) -> Masks:
-    """Those zeros, if they are to stay."""
+    """The zeros of these layers' weights, if they are to stay."""
     return zeros_of(network, layers) if choice.keep_zeros else {}
 
 

@@ -248,7 +248,7 @@ def without_writing(node: fx.Node, model: nn.Module) -> fx.Node | None:
 
 
 def on_a_copy(write: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same as a function that writes into its first argument, which stays as it is."""
+    """What a function computes that writes into its first argument, which here stays as it is."""
 
     def function(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return write(x.clone(), *args, **kwargs)

@@ -98,15 +98,15 @@ class Objective:
         return sum(self.examples.sizes[i] for i in self.indices)
 
     def mini_batches(self) -> list[Objective]:
-        """The same loss on each mini-batch alone (for one Newton step per mini-batch)."""
+        """The loss of each mini-batch alone (for one Newton step per mini-batch)."""
         return [self.on(group) for group in self.examples.groups]
 
     def on(self, indices: list[int]) -> Objective:
-        """The same loss on some of the micro-batches alone, with coefficients of their own."""
+        """The loss of some of the micro-batches alone, with coefficients of their own."""
         return Objective(self.examples, self.options, self.kept_bytes, indices, self.counted)
 
     def holding_out(self, share: float) -> Objective:
-        """The same loss without about that share of the images, on which it is checked; of whole groups, one at least.
+        """The loss without about that share of the images, on which it is checked; of whole groups, one at least.
 
         Itself, where there is no share or a single group: of micro-batches, or of those whose images are in mixtures.
         """
@@ -123,7 +123,7 @@ class Objective:
         return [self.indices[i * len(self) // count] for i in range(count)]
 
     def own(self, indices: list[int]) -> list[int]:
-        """Those micro-batches of which this process has images."""
+        """The micro-batches of which this process has images."""
         return [i for i in indices if i in self.examples.sparse.own]
 
     def inputs(self, index: int) -> Values:

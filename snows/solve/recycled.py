@@ -32,7 +32,7 @@ class Recycled:
         self.noted: deque[tuple[Tensor, Tensor]] = deque(maxlen=most)
 
     def noting(self, matvec: Operator) -> Operator:
-        """The same products; what they give is used from the next `learn` on, for H must not change meanwhile."""
+        """`matvec`, noting its products, which are used from the next `learn` on: H must not change meanwhile."""
 
         def product(p: Tensor) -> Tensor:
             bp = matvec(p)

@@ -24,7 +24,7 @@ STAGNATION = 1e-3  # relative decrease of the loss below which another Newton st
 
 
 class EarlyStop:
-    """Of the iterates of CG, the one at which the loss on images that are held out is least.
+    """Stops CG, and takes the iterate at which the loss on images that are held out is least.
 
     Truncated CG regularises as a ridge does (each iteration lets in directions of less curvature), so that the images
     say how much: once an iterate has lowered their loss, CG goes on until PATIENCE in a row have not. Where none does,
@@ -50,35 +50,35 @@ class EarlyStop:
         found, self.found = self.found, None
         return found or (cg.step, cg.product)
 
-    def shorten(self, search: Armijo, direction: Tensor, fitted: Objective, before: Tensor) -> Armijo:
+    def shorten(self, search: LineSearch, direction: Tensor, fitted: Objective, before: Tensor) -> LineSearch:
         """A line search's step, halved until it lowers the loss here too; none, if it never does."""
         for halvings in range(MAX_HALVINGS + 1 if search.length else 0):
             length = search.length / 2**halvings
             theta = self.theta + length * direction
             self.loss = self.held_out.loss(theta)
             if self.loss < self.start:
-                return Armijo(length, fitted.loss(theta)) if halvings else search
+                return LineSearch(length, fitted.loss(theta)) if halvings else search
         self.loss = self.start
-        return Armijo(0.0, before)
+        return LineSearch(0.0, before)
 
 
 @dataclass
-class Armijo:
+class LineSearch:
     """The outcome of a line search: the accepted share of the step (0: none) and the loss there."""
 
     length: float
     loss: Tensor
 
 
-def backtrack(loss: Operator, theta: Tensor, step: Tensor, start: Tensor, slope: Tensor) -> Armijo:
+def backtrack(loss: Operator, theta: Tensor, step: Tensor, start: Tensor, slope: Tensor) -> LineSearch:
     """Halve t until L(theta + t d) <= L(theta) + c t <grad L, d>; `start`, `slope` and `loss` are of the same data."""
     length = 1.0
     for _ in range(MAX_HALVINGS + 1):
         trial = loss(theta + length * step)
         if trial <= start + SUFFICIENT_DECREASE * length * slope:
-            return Armijo(length, trial)
+            return LineSearch(length, trial)
         length /= 2
-    return Armijo(0.0, start)
+    return LineSearch(0.0, start)
 
 
 @dataclass

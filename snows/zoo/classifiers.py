@@ -30,7 +30,7 @@ class Classifier:
     pixels: int | None = None  # a side of the images that it was trained on, where its transform does not resize
 
     def adapted(self, mean: Sequence[float] | None, std: Sequence[float] | None, resize: int | None) -> Classifier:
-        """The same for images of another normalisation, or of another size; see with_statistics and with_resize."""
+        """The classifier for images of another normalisation or size; see with_statistics and with_resize."""
         return replace(self, transform=with_resize(with_statistics(self.transform, mean, std), resize))
 
 
@@ -83,7 +83,7 @@ def from_library(arch: str, pretrained: bool, num_classes: int | None = None, ot
 
 
 def with_statistics(transform: Callable, mean: Sequence[float] | None, std: Sequence[float] | None) -> Callable:
-    """The same transform with another normalisation, one number per channel.
+    """A transform with another normalisation, one number per channel.
 
     Raises:
         UsageError: only one of the two, or a std that is not positive.
@@ -100,7 +100,7 @@ def with_statistics(transform: Callable, mean: Sequence[float] | None, std: Sequ
 
 
 def with_resize(transform: Callable, size: int | None) -> Callable:
-    """The same transform of images whose shorter side is scaled to `size` and whose middle is cut out before it."""
+    """A transform of images whose shorter side is scaled to `size` and whose middle is cut out before it."""
     return transform if size is None else v2.Compose([v2.Resize(size), v2.CenterCrop(size), transform])
 
 

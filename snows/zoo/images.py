@@ -83,7 +83,7 @@ class Data:
         return images, indices
 
     def sound(self, dataset: Dataset, indices: Iterable[int]) -> Iterator[int]:
-        """Those of the images that can be read, where broken ones are to be left out; says which are."""
+        """The images that can be read, where broken ones are to be left out; says which are."""
         for index in indices:
             try:
                 if self.skip_broken:

@@ -154,7 +154,7 @@ def load_data(
         raise UsageError("the digits are 8 x 8 grey images, which only the networks named ..._digits take.")
     order = None if classes is None else read_classes(classes)
     data = load(dset, classifier.transform, data_dir, num_workers, skip_broken)
-    outputs = check_fits(classifier, data, f"the images of {dset} do not fit {arch}")
+    outputs = outputs_for(classifier, data, f"the images of {dset} do not fit {arch}")
     if isinstance(data.train, Pictures) and isinstance(data.test, Pictures):
         number_classes(data.train, data.test, outputs, order)
     elif order is not None:
@@ -165,8 +165,8 @@ def load_data(
 
 
 @torch.no_grad()
-def check_fits(classifier: Classifier, data: Data, complaint: str) -> int:
-    """Run the first image of each part through the network; how many outputs it has. Warns of larger images.
+def outputs_for(classifier: Classifier, data: Data, complaint: str) -> int:
+    """How many outputs a network has of the first image of each part. Warns of images larger than it knows.
 
     Raises:
         UsageError: it cannot take them: another number of channels or pixels.

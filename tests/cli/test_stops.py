@@ -193,7 +193,7 @@ def test_out_of_memory_anywhere_is_told_as_that(capsys, error):
     assert "--test_batch_size" in err
 
 
-@pytest.mark.parametrize("place", ["registry.check_fits", "classifier.load_checkpoint", "arguments.check_model"])
+@pytest.mark.parametrize("place", ["registry.outputs_for", "classifier.load_checkpoint", "arguments.check_model"])
 def test_out_of_memory_is_not_told_as_another_fault(script, tmp_path, monkeypatch, place):
     """Where whatever a network or a file raises is told as that they are wrong."""
 
@@ -201,7 +201,7 @@ def test_out_of_memory_is_not_told_as_another_fault(script, tmp_path, monkeypatc
         raise RuntimeError("could not create a primitive")
 
     inside = {
-        "registry.check_fits": (nn.Conv2d, "forward"),
+        "registry.outputs_for": (nn.Conv2d, "forward"),
         "classifier.load_checkpoint": (safetensors.torch, "load_file"),
     }
     monkeypatch.setattr(*inside.get(place, (copy, "deepcopy")), fails)

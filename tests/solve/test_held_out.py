@@ -16,7 +16,7 @@ from snows.cli.run_folder import csv_text, layer_rows
 from snows.network.network import Network
 from snows.solve.cg import conjugate_gradients
 from snows.solve.joint import joint_objective
-from snows.solve.solver import Armijo, EarlyStop
+from snows.solve.solver import EarlyStop, LineSearch
 
 
 @given(parts=st.integers(1, 9), share=st.floats(0, 0.5))
@@ -92,7 +92,7 @@ def test_a_step_that_is_too_long_for_what_is_held_out_is_shortened_not_refused(s
     generator = torch.Generator().manual_seed(seed)
     start, step = torch.randn(2, 8, generator=generator, dtype=torch.float64)
     held, fitted = Quadratic(start + share * step), Quadratic(start + step)
-    stop, search = EarlyStop(held, start), Armijo(length, fitted.loss(start + length * step))
+    stop, search = EarlyStop(held, start), LineSearch(length, fitted.loss(start + length * step))
     found = stop.shorten(search, step, fitted, fitted.loss(start))
     longest = next((length / 2**n for n in range(9) if length / 2**n < 2 * share), 0.0) if length else 0.0
     assert found.length == longest
@@ -103,7 +103,7 @@ def test_a_step_that_is_too_long_for_what_is_held_out_is_shortened_not_refused(s
 def test_a_step_that_nothing_of_helps_what_is_held_out_is_refused():
     start, step = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     stop, fitted = EarlyStop(Quadratic(-step), start), Quadratic(step)
-    found = stop.shorten(Armijo(1.0, fitted.loss(step)), step, fitted, fitted.loss(start))
+    found = stop.shorten(LineSearch(1.0, fitted.loss(step)), step, fitted, fitted.loss(start))
     assert (found.length, found.loss) == (0.0, fitted.loss(start))
     assert stop.loss == stop.start
 
@@ -133,9 +133,9 @@ def test_a_joint_step_is_as_long_as_what_is_held_out_leaves_it(monkeypatch):
     shorten = EarlyStop.shorten
 
     def half(stop, search, *job):
-        return shorten(stop, Armijo(search.length / 2, search.loss), *job)
+        return shorten(stop, LineSearch(search.length / 2, search.loss), *job)
 
     monkeypatch.setattr(EarlyStop, "shorten", half)
     torch.testing.assert_close(pruned() - none, (whole - none) / 2)
-    monkeypatch.setattr(EarlyStop, "shorten", lambda stop, search, direction, fitted, before: Armijo(0.0, before))
+    monkeypatch.setattr(EarlyStop, "shorten", lambda stop, search, direction, fitted, before: LineSearch(0.0, before))
     assert pruned().equal(none)
