@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from snows.errors import TraceError, UsageError, first_line
+
+LAYERS = {torch.ops.aten.conv2d.default, torch.ops.aten.linear.default}  # as torch.export writes them
 
 
 def check_device(device: torch.device | str) -> None:
@@ -44,6 +46,10 @@ def check_model(model: Any) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             raise TraceError(
                 f"cannot trace {name or 'the model'}, a module that torch.jit compiled: pass the one it was made from."
+            )
+        if isinstance(module, fx.GraphModule) and any(node.target in LAYERS for node in module.graph.nodes):
+            raise TraceError(
+                f"cannot trace {name or 'the model'}, a program of torch.export: pass the network it was made from."
             )
     tensors = [*model.parameters(), *model.buffers()]
     if any(nn.parameter.is_lazy(tensor) or tensor.is_meta for tensor in tensors):

@@ -298,6 +298,14 @@ def test_a_function_that_torch_jit_compiled_is_an_operation_without_images_too(i
     torch.testing.assert_close(logits(network, images), model(images))
 
 
+def test_a_program_of_torch_export_is_named():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Flatten(), nn.Linear(192, 2))
+    program = torch.export.export(model, (torch.zeros(2, 3, 8, 8),)).module()
+    with pytest.raises(TraceError, match=r"cannot trace the model, a program of torch\.export: pass the network"):
+        Network(program)
+    assert [layer.name for layer in Network(torch.fx.symbolic_trace(model)).layers] == ["0", "2"]
+
+
 def test_a_module_that_torch_jit_compiled_is_named():
     inner = torch.jit.trace(nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 8, 8))
     with pytest.raises(
