@@ -31,6 +31,7 @@ ELEMENTWISE_FUNCTIONS = {getattr(space, name) for space in NAMESPACES for name i
 # With running statistics, and followed by its own `drop` and `act`.
 BATCH_NORMS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
 BATCH_NORMS_WITH_ACTIVATION = {BatchNormAct2d.forward, SyncBatchNormAct.forward}
+EVERY_MODULES = frozenset(vars(nn.Module()))  # attributes: parameters, buffers, modules, hooks
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -114,11 +115,16 @@ def multiplies_by_weight(module: nn.Module) -> bool:
     )
 
 
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes without those that every module has."""
+    return {name: value for name, value in vars(module).items() if name not in EVERY_MODULES}
+
+
 def cached_tensors(model: nn.Module) -> list[torch.Tensor]:
     """What modules keep of what they have computed, with its graph: no parameter, nor what a hook computes of some."""
     kept = []
     for module in model.modules():
-        own = [value for name, value in vars(module).items() if not name.startswith("_")]
+        own = attributes(module).values()
         plain = not module._forward_pre_hooks  # as weight_norm and torch.nn.utils.prune have, of whose weights one is
         kept += [value for value in own if plain or isinstance(value, (dict, list, tuple))]
     held = [leaf for value in kept for leaf in tree_leaves(value)]

@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from snows.errors import TraceError
 from snows.network.attention import encode, is_encoder_without_masks, open_attention
-from snows.network.known import NAMESPACES
+from snows.network.known import NAMESPACES, attributes
 from snows.network.logits import logits_of
 
 Values = dict[fx.Node, Any]  # what each node computed, for one micro-batch: tensors, but also plain integers
@@ -110,14 +110,13 @@ def forgetting(model: nn.Module) -> Iterator[None]:
 
     Else a value of the trace would be read by who runs the model, or traces it again.
     """
-    own = [(module, {name for name in vars(module) if not name.startswith("_")}) for module in model.modules()]
-    before = [{name: kept(vars(module)[name]) for name in names} for module, names in own]
+    before = [(module, {name: kept(value) for name, value in attributes(module).items()}) for module in model.modules()]
     try:
         yield
     finally:
-        for (module, _), values in zip(own, before):
+        for module, values in before:
             vars(module).update(values)
-            for name in [name for name, value in vars(module).items() if isinstance(value, fx.Proxy)]:
+            for name in [name for name, value in attributes(module).items() if isinstance(value, fx.Proxy)]:
                 del vars(module)[name]
 
 

@@ -77,13 +77,14 @@ class Remembers(nn.Module):
     def __init__(self, way):
         super().__init__()
         self.first, self.head, self.bias = nn.Linear(16, 8), nn.Linear(8, 3), nn.Parameter(torch.randn(8))
-        self.way, self.cache, self.value = way, {}, None
+        self.way, self.cache, self._cache, self.value = way, {}, {}, None
 
     def remembered(self):
-        if self.way == "dict":
-            if "bias" not in self.cache:
-                self.cache["bias"] = self.bias[[1, 0, 2, 3, 4, 5, 6, 7]]
-            return self.cache["bias"]
+        if self.way in ("dict", "private"):
+            cache = self.cache if self.way == "dict" else self._cache
+            if "bias" not in cache:
+                cache["bias"] = self.bias[[1, 0, 2, 3, 4, 5, 6, 7]]
+            return cache["bias"]
         if self.way == "attribute":
             if self.value is None:
                 self.value = 2 * self.bias
@@ -97,13 +98,13 @@ class Remembers(nn.Module):
         return self.head(torch.relu(self.first(x[:, 0].reshape(n, 16)) + self.remembered()))
 
 
-@pytest.mark.parametrize("way", ["dict", "attribute", "new"])
+@pytest.mark.parametrize("way", ["dict", "private", "attribute", "new"])
 def test_what_a_forward_pass_remembers_of_the_trace_is_forgotten(way, images):
     model = randomise(Remembers(way))
     pruned = snows.prune(model, images, snows.NM(1, 2), snows.Options(min_samples=0.0))
     assert not pruned.problems
     assert set(pruned.masks) == {"first", "head"}
-    assert (model.cache, model.value, hasattr(model, "late")) == ({}, None, False)
+    assert (model.cache, model._cache, model.value, hasattr(model, "late")) == ({}, {}, None, False)
     expected = randomise(Remembers(way))
     expected.load_state_dict(pruned.model.state_dict())
     torch.testing.assert_close(pruned.model(images), expected(images))
