@@ -1,14 +1,11 @@
 """Networks of the package transformers: taken from their folders, pruned, and written as folders again."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -140,30 +137,13 @@ def test_without_the_package_it_is_named(monkeypatch, folder):
         from_library(f"transformers:{folder}", pretrained=True)
 
 
-def test_the_scripts_prune_and_write_them(folder, small, tmp_path):
-    command = [
-        sys.executable,
-        ROOT / "VIT_pruning" / "prune_NM.py",
-        "--arch",
-        f"transformers:{folder}",
-        "--ngrads",
-        "8",
-    ]
-    command += ["--dset", small / "images.npz", "--schedule", "0", "--joint_steps", "0", "--min_samples", "0"]
-    command += ["--export", "transformers", "packed", "--out_dir", tmp_path / "run"]
-    said = subprocess.run(command, capture_output=True, text=True)
-    assert said.returncode == 0, said.stderr
-    layers = json.loads((tmp_path / "run" / "layers.json").read_text())
-    assert {layer["name"] for layer in layers} == {
-        f"vit.layers.0.{part}"
-        for part in (
-            "attention.q_proj",
-            "attention.k_proj",
-            "attention.v_proj",
-            "attention.o_proj",
-            "mlp.fc1",
-            "mlp.fc2",
-        )
-    }
-    exported = json.loads((tmp_path / "run" / "export.json").read_text())
+def test_the_scripts_prune_and_write_them(folder, small, tmp_path, script):
+    run = tmp_path / "run"
+    solved = ["--schedule", 0, "--joint_steps", 0, "--min_samples", 0, "--ngrads", 8]
+    images = ["--dset", small / "images.npz", "--arch", f"transformers:{folder}"]
+    script("VIT_pruning/prune_NM.py", *images, *solved, "--export", "transformers", "packed", "--out_dir", run)
+    parts = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"]
+    layers = json.loads((run / "layers.json").read_text())
+    assert {layer["name"] for layer in layers} == {f"vit.layers.0.{part}" for part in parts}
+    exported = json.loads((run / "export.json").read_text())
     assert exported["transformers"]["zeros_found"] == exported["transformers"]["zeros_asked"] > 0
