@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from torch import nn
@@ -13,6 +14,8 @@ from snows.deploy.pt2 import weights_of
 from snows.errors import SnowsError, UsageError, first_line
 from snows.network.network import copied
 from snows.zoo import hugging_face
+
+log = logging.getLogger("snows")
 
 LOAD = 'AutoModelForImageClassification.from_pretrained("THIS_FOLDER")'
 
@@ -31,7 +34,7 @@ def check_network(model: nn.Module) -> None:
 
 
 def write(deployable: Deployable, folder: Path, how: ExportOptions) -> None:
-    """Write weights, config.json, what becomes of images (if it is known where the network came from), and README.md.
+    """Write weights, config.json, README.md, and preprocessor_config.json as it is where the network came from.
 
     Raises:
         UsageError: the network is not one of transformers'. SnowsError: transformers cannot describe it.
@@ -42,12 +45,16 @@ def write(deployable: Deployable, folder: Path, how: ExportOptions) -> None:
         model.half()
     try:
         model.save_pretrained(folder)
-        if model.name_or_path:
-            hugging_face.transform_of(model.name_or_path).processor.save_pretrained(folder)
     except OSError:  # of the place, not of the network
         raise
     except Exception as error:
         raise SnowsError(f"transformers cannot describe this network: {first_line(error)}") from error
+    try:
+        processor = hugging_face.transform_of(model.name_or_path).processor
+    except Exception:  # each protocol raises its own
+        log.warning("%s says nothing of what becomes of images: nor does %r", folder.name, model.name_or_path)
+    else:
+        processor.save_pretrained(folder)
     (folder / "README.md").write_text(card(deployable.card, "transformers", LOAD))
 
 

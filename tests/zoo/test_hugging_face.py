@@ -83,7 +83,7 @@ def test_arch_takes_their_folders(folder):
     assert not torch.equal(random.vit.layers[0].mlp.fc1.weight, classifier.model.vit.layers[0].mlp.fc1.weight)
 
 
-def test_a_network_is_written_as_a_folder_of_theirs(folder, tmp_path):
+def test_a_network_is_written_as_a_folder_of_theirs(folder, tmp_path, caplog):
     classifier = from_library(f"transformers:{folder}", pretrained=True)
     images = torch.randn(3, 3, 32, 32)
     pruned = snows.prune(classifier.model, images, snows.NM(2, 4), algo="MP")
@@ -94,7 +94,10 @@ def test_a_network_is_written_as_a_folder_of_theirs(folder, tmp_path):
     assert all(map(torch.equal, again.model.parameters(), pruned.model.parameters()))
     assert again.transform.processor.image_mean == (0.1, 0.2, 0.3)
     assert "library_name: transformers" in (out / "README.md").read_text()
+    assert "says nothing" not in caplog.text
+    subject.model.name_or_path = "gone"
     export(subject, "transformers", out, ExportOptions(half=True))
+    assert "transformers says nothing of what becomes of images: nor does 'gone'" in caplog.text
     assert load_file(out / "model.safetensors")["classifier.weight"].dtype == torch.float16
 
 
