@@ -73,6 +73,7 @@ def from_library(arch: str, pretrained: bool, num_classes: int | None = None, ot
         raise
     except Exception as error:  # each library, hub and protocol raises its own
         advice = " Give a file of its weights as `checkpoint`." if pretrained else ""
+        advice = f" Give a folder that has its files ({hugging_face.PREFIX}FOLDER)." if place != arch else advice
         said = f"cannot get {arch}: {type(error).__name__}: {first_line(error)}"
         raise SnowsError(f"{said.rstrip('.')}.{advice}" if advice else said) from error
     known = f"; this script knows {listed(others)}" if others else ""

@@ -130,7 +130,7 @@ def test_what_is_no_place_is_refused(place):
 
 def test_a_folder_of_something_else_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(SnowsError, match=r"cannot get transformers:.*Bert"):
+    with pytest.raises(SnowsError, match=r"cannot get transformers:.*Bert.* Give a folder that has its files"):
         from_library(f"transformers:{tmp_path}", pretrained=False)
 
 
