@@ -17,6 +17,7 @@ from timm.layers import Conv2dSame, pad_same
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
 from snows.errors import TraceError
 from snows.network.attention import encode, is_encoder_without_masks, open_attention
@@ -106,7 +107,7 @@ class Tracer(fx.Tracer):
 
 @contextmanager
 def forgetting(model: nn.Module) -> Iterator[None]:
-    """What a forward pass keeps in its modules for the next one, as plain attributes, is afterwards what it was.
+    """What a forward pass keeps of the trace for the next one, in plain attributes of its modules, is afterwards gone.
 
     Else a value of the trace would be read by who runs the model, or traces it again.
     """
@@ -115,9 +116,10 @@ def forgetting(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, values in before:
-            vars(module).update(values)
-            for name in [name for name, value in attributes(module).items() if isinstance(value, fx.Proxy)]:
-                del vars(module)[name]
+            for name, value in attributes(module).items():
+                if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(value)):
+                    del vars(module)[name]
+                    vars(module).update({name: values[name]} if name in values else {})
 
 
 def kept(value: Any) -> Any:
@@ -162,7 +164,7 @@ def normal_form(graph: fx.Graph, model: nn.Module) -> list[fx.Node]:
     if not isinstance(nodes[-1].args[0], fx.Node):
         raise TraceError(
             f"cannot prune {type(model).__name__}: its forward() must return one tensor, the logits, or "
-            f"something with an entry or attribute `logits`."
+            f"something with an entry or attribute named logits."
         )
     return nodes
 

@@ -273,7 +273,7 @@ BAD = {
     "no file of classes": (["--classes", "nowhere.txt"], "cannot read nowhere.txt (--classes)"),
     "no pixels": (["--resize", "0"], "0 is not between 1"),
     "two sources of weights": (["--checkpoint", "w.pt", "--random_weights"], "exclude each other"),
-    "classes of a network that has its own": (["--num_classes", "5"], "--num_classes is for torchvision's"),
+    "classes of a network that has its own": (["--num_classes", "5"], "--num_classes is for the networks of libraries"),
     "masks of two runs": (["--export_masks", "m.safetensors", "--seed", "0", "1"], "--export_masks is for one run"),
     "no folder for masks": (["--export_masks", "nowhere/m.safetensors"], "there is no folder nowhere"),
     "masks of another kind": (["--export_masks", "m.pt"], "writes .safetensors"),

@@ -67,7 +67,9 @@ def test_it_is_permuted_and_exported_with_its_logits(tiny, images, tmp_path):
 @pytest.mark.parametrize("returned", [lambda logits: (logits, logits), lambda logits: {"out": logits}])
 def test_what_holds_no_logits_is_refused_in_a_line(tiny, images, returned, monkeypatch):
     monkeypatch.setitem(KINDS, "dict", returned)
-    with pytest.raises(snows.TraceError, match=r"must return one tensor, the logits, or something with .* `logits`"):
+    with pytest.raises(
+        snows.TraceError, match=r"must return one tensor, the logits, or something with .* named logits"
+    ):
         snows.prune(Returns().double(), images, snows.NM(1, 2))
 
 
