@@ -12,7 +12,6 @@ from helpers import TinyCNN, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 import snows
 from snows.calibration.store import Store
@@ -52,9 +51,19 @@ class Pretend(Tensor):
         return self.held.tolist()
 
 
+def mapped(change, values):
+    """Arguments or results of an operation, tensors changed; lists of them are all that an operation nests."""
+    if isinstance(values, Tensor):
+        return change(values)
+    if isinstance(values, (list, tuple)):
+        return type(values)([mapped(change, value) for value in values])
+    return values
+
+
 def on_device(operation, *args, **kwargs):
     """What an operation gives on the device, computed on the CPU."""
-    name, tensors = operation._schema.name, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    name, tensors = operation._schema.name, []
+    mapped(tensors.append, [*args, *kwargs.values()])
     ours = [tensor for tensor in tensors if isinstance(tensor, Pretend)]
     # As on a GPU, single numbers may come from the CPU, and so may indices into a tensor of the device.
     indices = name.startswith("aten::index") and isinstance(tensors[0], Pretend)
@@ -67,7 +76,8 @@ def on_device(operation, *args, **kwargs):
     to_host = "device" in kwargs and torch.device(kwargs["device"] or "cpu").type == "cpu"
     if kwargs.get("device") is not None:
         kwargs["device"] = "cpu"
-    held_args, held_kwargs = tree_map_only(Pretend, lambda tensor: tensor.held, (args, kwargs))
+    held_args = mapped(held, args)
+    held_kwargs = {key: mapped(held, value) for key, value in kwargs.items()}
     if name == "aten::_efficientzerotensor":  # has no storage to hold
         return Pretend(torch.zeros(*held_args, **held_kwargs))
     result = operation(*held_args, **held_kwargs)
@@ -76,9 +86,11 @@ def on_device(operation, *args, **kwargs):
     if name.removesuffix(".out").endswith("_"):
         return args[0]
     wrappers = {id(tensor.held): tensor for tensor in ours}
-    return tree_map_only(
-        Tensor, lambda tensor: wrappers[id(tensor)] if id(tensor) in wrappers else Pretend(tensor), result
-    )
+    return mapped(lambda tensor: wrappers[id(tensor)] if id(tensor) in wrappers else Pretend(tensor), result)
+
+
+def held(tensor):
+    return tensor.held if isinstance(tensor, Pretend) else tensor
 
 
 library = torch.library.Library("_", "IMPL")
