@@ -16,9 +16,11 @@ from pathlib import Path
 
 import safetensors.torch
 from common import ROOT, Parser, Results, read, write
+from transformers import AutoConfig, ViTImageProcessor
 
 from snows.cli.shell import shell
 from snows.errors import SnowsError
+from snows.zoo.hugging_face import PREFIX
 
 SHARED = "--ngrads 64 --batch_size 16 --NM_N 2 --NM_M 4 --sweeps 1 --schedule 0 --min_samples 0"
 CNN = f"CNN_pruning/prune_NM.py {SHARED} --k_step 1 --max_CG_iterations 2"
@@ -30,6 +32,15 @@ FEW = "--ngrads 16 --batch_size 16 --NM_N 2 --NM_M 4 --schedule 0 --k_step 2 --m
 KINDS = ["repvgg_a0", "mobilenetv4_conv_small", "levit_128s", "convnextv2_atto", "maxvit_rmlp_pico_rw_256"]
 JOINT = f"CNN_pruning/prune_NM.py {FEW} --joint_steps 1 --joint_CG_iterations 2"
 NETWORKS |= {f"timm/{name}": JOINT for name in KINDS}
+# Families of the package transformers, each of the size that it takes unless it is told another.
+NETWORKS |= {f"transformers:{family}": JOINT for family in ("segformer", "swin")}
+
+
+def described(arch: str, folder: Path) -> str:
+    """The --arch of a folder that describes a family of transformers', and its images as ImageNet's mostly are."""
+    AutoConfig.for_model(arch.removeprefix(PREFIX), num_labels=1000).save_pretrained(folder)
+    ViTImageProcessor().save_pretrained(folder)
+    return f"{PREFIX}{folder}"
 
 
 def measure(arch: str, dset: Path, device: str) -> tuple[dict, list[dict]]:
@@ -37,7 +48,8 @@ def measure(arch: str, dset: Path, device: str) -> tuple[dict, list[dict]]:
     script, *settings = NETWORKS[arch].split()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
-        command = [sys.executable, str(ROOT / script), *settings, "--arch", arch, "--random_weights"]
+        place = described(arch, Path(folder, "described")) if arch.startswith(PREFIX) else arch
+        command = [sys.executable, str(ROOT / script), *settings, "--arch", place, "--random_weights"]
         command += ["--dset", str(dset), "--device", device, "--out_dir", str(run), "--skip_evaluation"]
         if subprocess.run(command).returncode:
             raise SnowsError(f"{arch}: its run failed, for the reason above.")

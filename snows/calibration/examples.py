@@ -68,8 +68,14 @@ class Examples:
         return targets
 
     def energies(self) -> Tensor:
-        """(micro-batches, K + 1): || Y_k ||^2 in float64, on the host."""
-        return self._of_targets("energies", lambda y: y.square().sum(dtype=torch.float64))
+        """(micro-batches, K + 1): || Y_k ||^2 in float64, on the host; 0 where nothing can be divided by it."""
+
+        def energy(y: Tensor) -> Tensor:
+            total = y.square().sum(dtype=torch.float64)
+            smallest = torch.finfo(y.dtype).tiny ** 0.75  # of a square: products of derivatives stay numbers
+            return total.where(total > y.numel() * smallest, 0.0)
+
+        return self._of_targets("energies", energy)
 
     def numbers(self) -> Tensor:
         """(micro-batches, K + 1): how many numbers Y_k holds, on the host."""

@@ -65,7 +65,8 @@ def check_trace(network: Network, images: Tensor, k_step: int) -> None:
         if is_out_of_memory(error):
             raise
         raise TraceError(f"the traced model does not run as the model does: {first_line(error)}") from error
-    tolerance = 1e-3 * own.nan_to_num(0, 0, 0).abs().max().item()
+    smallest = torch.finfo(own.dtype).tiny  # numbers below have few digits, or none
+    tolerance = max(1e-3 * own.nan_to_num(0, 0, 0).abs().max().item(), smallest)
     if not torch.allclose(traced, own, rtol=1e-3, atol=tolerance, equal_nan=True):
         if random := drawn_at_random(network, images):
             raise TraceError(

@@ -15,8 +15,10 @@ from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_
 from torch.nn.utils import prune as torch_prune
 
 import snows
+from snows.calibration import faithful
 from snows.calibration.faithful import check_trace
 from snows.calibration.stream import Stream
+from snows.errors import SnowsError
 from snows.network.attention import attention_by_parts
 from snows.network.network import Network
 from snows.network.tangent import Tangents
@@ -312,6 +314,20 @@ class Careless(nn.Module):
 
     def forward(self, x):
         return F.dropout(x, 0.5)
+
+
+def test_logits_of_next_to_no_digits_speak_against_no_trace(monkeypatch):
+    """Random weights make such, of which other layouts in memory make other numbers."""
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(8, 3)), torch.randn(4, 2, 2, 2)
+    monkeypatch.setattr(faithful, "run_trace", lambda network, images, _: 1.5 * network.model(images))
+    with pytest.raises(SnowsError, match="something else than the model"):
+        check_trace(Network(model), images, 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1e-40
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(1.5 * model(images), model(images), atol=0, rtol=1e-3)
+    check_trace(Network(model), images, 0)
 
 
 def test_dropout_that_is_always_on_is_named(images):

@@ -1,5 +1,7 @@
 """Depths of which the images give few samples per weight: they do not count; of such layers, the bias is solved."""
 
+import math
+
 import pytest
 import torch
 from helpers import randomise
@@ -135,3 +137,18 @@ def test_depths_of_few_samples_do_not_count(count):
     assert [c > 0 for c in objective.coefficients] == wanted
     assert objective.coefficients == [c * counts for c, counts in zip(every.coefficients, wanted)]
     assert objective.on([0]).coefficients == objective.coefficients
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-40, 1e-25, 1e-14, 1e-6])
+def test_features_that_vanish_are_left_to_those_that_do_not(scale):
+    """As behind many layers of random weights: what is divided by their squares would be no number."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 4))
+    with torch.no_grad():
+        for small in (model[2].weight, model[2].bias, model[4].bias):
+            small *= scale
+    options = snows.Options(schedule=0, joint_steps=1, min_samples=0.0)
+    pruned = snows.prune(model, torch.rand(16, 3, 8, 8), snows.Unstructured(0.5), options)
+    assert not pruned.problems
+    assert all(math.isfinite(record.loss_after) and record.loss_after <= record.loss_before for record in pruned.layers)
+    assert pruned.layers[0].loss_after < pruned.layers[0].loss_before
