@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -26,8 +27,13 @@ def environment_of(device: torch.device | str) -> dict:
         "threads": torch.get_num_threads(),
         "processes": current().size,
         "cuda": torch.version.cuda if cuda else None,
-        "command": " ".join(Path(arg).name if arg.startswith("/") else arg for arg in sys.argv),
+        "command": " ".join(map(without_folders, sys.argv)),
     }
+
+
+def without_folders(arg: str) -> str:
+    """An argument without the folders of this machine in front of a name: its own, or behind `=` or `transformers:`."""
+    return re.sub(r"(^|[:=])/(?:[^/]+/)*(?=[^/])", r"\1", arg)
 
 
 def machine(device: torch.device | str = "cpu") -> str:
