@@ -49,7 +49,7 @@ WAYS = [
     dict(PERMUTED, schedule=1),
     dict(PERMUTED, schedule=1, mixtures=1),
     dict(PERMUTED, schedule=1, mixtures=3),
-    dict(PERMUTED, k_step=24, schedule=1, mixtures=1),
+    dict(PERMUTED, k_step=12, schedule=1, mixtures=1),
     dict(PERMUTED, k_step=24, schedule=1),
 ]
 FIRST = "blocks.[0-2].*"  # 0.8 % of the weights
