@@ -66,8 +66,9 @@ class Variables:
 class Objective:
     """L(theta) over micro-batches; see the module's docstring.
 
-    options: `depth_weights`: "mean" gives c_k = 1 / numel(Y_k), "relative" gives c_k = 1 / ||Y_k||^2, both over all the
-        images; and of the rest what says how to differentiate: `curvature`, `curvature_images`, `biases`.
+    options: `depth_weights`: "mean" gives c_k = 1 / numel(Y_k), "relative" gives c_k = 1 / ||Y_k||^2, or 0 where that
+        is next to nothing, both over all the images; and of the rest what says how to differentiate: `curvature`,
+        `curvature_images`, `biases`.
     kept_bytes: what the graphs of micro-batches may take to be kept; None: half of what is free.
     indices: the micro-batches that the loss is of; None: all.
     counted: for each depth, whether it counts (c_k is 0 where not); with None, or where none does, all count.

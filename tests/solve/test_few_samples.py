@@ -1,4 +1,4 @@
-"""Depths of which the images give few samples per weight: they do not count; of such layers, the bias is solved."""
+"""Depths that do not count: of few samples per weight, where of a layer the bias is solved, or of next to no energy."""
 
 import math
 
