@@ -32,7 +32,7 @@ from snows.zoo.registry import load_classifier, load_data
 NETWORK = "efficientnet_lite0"
 PATTERNS = {"2:4": snows.NM(2, 4), "0.5": snows.Unstructured(0.5), "0.7": snows.Unstructured(0.7)}
 ONE_PASS = snows.Options(schedule=0, joint_steps=0, min_samples=10.0)
-CHANGES = ("min_samples", "k_step", "schedule", "mixtures")  # of ONE_PASS, by a row
+CHANGES = ("min_samples", "k_step", "schedule", "mixtures", "joint_steps")  # of ONE_PASS, by a row
 PERMUTED = dict(mask="ALPS", algo="SNOWS", permuted=True, first_dense=True)  # what the last ways share
 WAYS = [
     dict(mask="MP", algo="MP"),
@@ -49,7 +49,8 @@ WAYS = [
     dict(PERMUTED, schedule=1),
     dict(PERMUTED, schedule=1, mixtures=1),
     dict(PERMUTED, schedule=1, mixtures=3),
-    dict(PERMUTED, k_step=12, schedule=1, mixtures=1),
+    dict(PERMUTED, schedule=1, joint_steps=4),
+    dict(PERMUTED, schedule=1, mixtures=1, joint_steps=4),
     dict(PERMUTED, k_step=24, schedule=1),
 ]
 FIRST = "blocks.[0-2].*"  # 0.8 % of the weights

@@ -151,6 +151,7 @@ def real() -> str:
         way += f", K = {row['k_step']}" * (row["k_step"] != 4)
         way += ", two passes" * (row["schedule"] == 1)
         way += {0: "", 1: ", mixtures"}.get(row["mixtures"], f", {row['mixtures']} mixtures an image")
+        way += f", {row['joint_steps']} joint steps" * (row["joint_steps"] > 0)
         errors = [row["accuracy"], row["agreement"], f"{row['logit_error']:.3f}"]
         lines.append([row["pattern"], row["mask"], way, *errors, f"{row['sparsity']:.1%}", round(row["seconds"])])
     figures = ["top-1 %", "agrees with dense %", "logit error", "zeros", "seconds"]

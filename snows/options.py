@@ -96,7 +96,7 @@ class Options:
         "not count; of layers whose own outputs are fewer (heads), only the bias is solved; 0: all count", low=0,
     )  # fmt: skip
     held_out: float = option(
-        0.1, "share of the calibration images that are held out in the joint steps, to stop at the solution that is "
+        0.0, "share of the calibration images that are held out in the joint steps, to stop at the solution that is "
         "best on them; fewer than 4 images: none", low=0, high=0.5,
     )  # fmt: skip
     mixtures: int = option(
