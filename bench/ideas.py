@@ -85,8 +85,7 @@ def weighing_logits(times: float) -> Solver:
 
     def solver(objective, theta, support, precondition, options):
         if len(objective.window.layers) > 1:
-            for each in filter(None, (objective, objective.held_out)):
-                each.coefficients[-1] *= times
+            objective.coefficients[-1] *= times
         return solve(objective, theta, support, precondition, options)
 
     return solver

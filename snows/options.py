@@ -28,7 +28,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         sweeps=1,
         schedule=0,
         joint_steps=0,
-        held_out=0.0,
         min_samples=0.0,
         recycle=0,
         newton_steps=3,
@@ -94,10 +93,6 @@ class Options:
     min_samples: float = option(
         2.5, "numbers that the images give of a depth, per surviving weight of a layer: depths of fewer (logits) do "
         "not count; of layers whose own outputs are fewer (heads), only the bias is solved; 0: all count", low=0,
-    )  # fmt: skip
-    held_out: float = option(
-        0.0, "share of the calibration images that are held out in the joint steps, to stop at the solution that is "
-        "best on them; fewer than 4 images: none", low=0, high=0.5,
     )  # fmt: skip
     mixtures: int = option(
         0, "mixtures with other images, as many beside each image, that calibrate too: what is solved fits images that "

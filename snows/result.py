@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from snows.network.layers import Masks
 from snows.solve.solver import SolveStats
 
-LOSSES = ("loss_before", "loss_after", "held_out_before", "held_out_after")
+LOSSES = ("loss_before", "loss_after")
 JOINT = "all layers together"  # what stands for the layers in a joint step
 
 

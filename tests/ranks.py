@@ -24,11 +24,11 @@ IMAGES = 11  # in micro-batches of 4, so that three processes have unequal share
 PAPER = {**PRESETS["paper"], "max_CG_iterations": 4}  # with many more, plain CG multiplies any rounding by millions
 # name -> (pattern, masks, method, options)
 CASES = {
-    "best": (snows.NM(1, 2), "MP", "SNOWS", {"held_out": 0.4}),
+    "best": (snows.NM(1, 2), "MP", "SNOWS", {}),
     "samples": (snows.Unstructured(0.5), "OBS", "SNOWS", {"w_warm": True, "joint_images": 4, "curvature_images": 4}),
     "paper": (snows.NM(1, 2), "Wanda", "SNOWS", PAPER),
     "least squares": (snows.Unstructured(0.5), "Wanda", "MP+", {}),
-    "SparseGPT": (snows.NM(1, 2), "SparseGPT", "SparseGPT", {"held_out": 0.4}),
+    "SparseGPT": (snows.NM(1, 2), "SparseGPT", "SparseGPT", {}),
     "masks alone": (snows.Unstructured(0.5), "OBS", "MP", {}),
 }
 

@@ -13,7 +13,6 @@ from snows.errors import UsageError, listed
 from snows.network.network import Network
 from snows.options import Options
 
-PARTS = 8  # micro-batches at least, where some of them are held out
 CHECKED = 8  # images that the traced network is compared with the model on
 
 
@@ -27,12 +26,9 @@ def mini_batches(network: Network, calibration: Tensor | Iterable, options: Opti
     if dtype not in (torch.float32, torch.float64):
         raise UsageError(f"the model's weights are {dtype}, too coarse to solve in: pass model.float().")
     images = gather(calibration).to(dtype)
-    size = min(options.batch_size, len(images))
-    if options.mixtures:  # so many mini-batches that some can be held out: no image is mixed with one of another
-        each = 1 + options.mixtures
-        block = max(2, min(options.batch_size // each, len(images) // PARTS))
-        images, size = with_mixtures(images, options.mixtures, block, options.seed, options.cache_dir), each * block
-    batches = list(images.split(size))
+    if options.mixtures:
+        images = with_mixtures(images, options.mixtures, options.seed, options.cache_dir)
+    batches = list(images.split(options.batch_size))
     check_trace(network, batches[0][:CHECKED].to(next(network.model.parameters()).device), options.k_step)
     return batches
 

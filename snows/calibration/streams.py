@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from snows.budget import Budget, halved_to_fit
-from snows.calibration.images import PARTS
 from snows.calibration.outlook import check_fits, outlook, works
 from snows.calibration.plan import Plan
 from snows.calibration.samples import Samples
@@ -22,8 +21,6 @@ from snows.errors import UsageError
 from snows.network.layers import Layer, Masks
 from snows.network.network import Network
 from snows.options import Options
-
-HELD_OUT = 4  # images at least, if any are held out
 
 log = logging.getLogger("snows")  # without a handler of the caller's own, a warning is a line on stderr
 
@@ -119,17 +116,13 @@ class Streams:
         """Images in the largest micro-batch."""
         return max(self.shared.sizes)
 
-    def fit(self, need: int, parted: bool = False) -> None:
+    def fit(self, need: int) -> None:
         """Split the images for work that needs so many bytes per image.
 
         Both streams start anew where that is done: into smaller parts when it must be, larger ones when it pays.
-
-        parted: into so many that some can be held out, if there are as many images.
         """
         self.need = need
         wanted = halved_to_fit(max(self.lengths), need, self.ceiling)
-        while parted and wanted > 1 and sum(len(evenly(length, wanted)) for length in self.lengths) < PARTS:
-            wanted = (wanted + 1) // 2
         if wanted < self.batch_size or wanted >= 4 * self.batch_size:
             self.split(wanted)
 
@@ -138,13 +131,8 @@ class Streams:
         self.fit(self.plan.need([layer], options.k_step, options.curvature))
 
     def fit_jointly(self, layers: list[Layer], options: Options) -> None:
-        """Split the images for the joint steps of these layers: so many that some can be held out."""
-        need = self.plan.need(layers, len(self.network.nodes), options.curvature)
-        self.fit(need, parted=self.suffice(options.held_out))
-
-    def suffice(self, share: float) -> bool:
-        """Whether there are images enough to hold out that share of them."""
-        return share * self.images >= HELD_OUT
+        """Split the images for the joint steps of these layers."""
+        self.fit(self.plan.need(layers, len(self.network.nodes), options.curvature))
 
     def halve(self) -> None:
         """Let the micro-batches of the work at hand be half as large from now on."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections import Counter
@@ -63,8 +62,6 @@ def line(layer: LayerRecord) -> str:
     text = f"  {JOINT:<40}" if layer.joint else f"  {layer.name:<28} {layer.sparsity:6.1%} zero"
     if layer.products:
         text += f"   loss {layer.loss_before:9.3g} -> {layer.loss_after:9.3g}"
-        if math.isfinite(layer.held_out_after):
-            text += f" (held out {layer.held_out_before:.3g} -> {layer.held_out_after:.3g})"
         text += f"   {layer.newton_steps} steps, {layer.cg_iterations:3d} CG iterations"
     if layer.products and not layer.joint:
         text += f", {layer.seconds:6.1f} s"

@@ -37,13 +37,11 @@ def conjugate_gradients(
     damping: float = 0.0,
     tolerance: float = 1e-2,
     max_iterations: int = 20,
-    watch: Callable[[Tensor, Tensor], bool] = lambda step, product: True,
 ) -> CGResult:
     """Approximately solve (B + lambda I) x = b, B given by `matvec`, b by `right_side`.
 
     damping: lambda in units of the curvature along the first direction, p^T B p / p^T p: one value for any scale.
     tolerance: stop once ||b - (B + lambda I) x|| <= tolerance * ||b||; the least is the type's own precision.
-    watch: told x and B x after each iteration, which change in place; whether to go on.
 
     Stops at the first direction whose curvature is not positive, and where the residual has become too small for the
     type to tell a direction from it, with what it has; if that is the very first direction, with a step along it.
@@ -81,7 +79,7 @@ def conjugate_gradients(
         bx += alpha * bp
         r = next_r
         residuals.append(seen.residual)
-        if not watch(x, bx) or seen.residual <= tolerance:
+        if seen.residual <= tolerance:
             break
         z = precondition(r)
         rz, previous = dot(r, z), rz

@@ -23,8 +23,7 @@ def joint_objective(layers: list[Layer], streams: Streams, options: Options) -> 
     streams.restart()
     streams.advance(layers[0], options.targets)
     options = options.but(k_step=len(streams.network.nodes), curvature_images=options.joint_images)
-    groups = streams.groups if options.mixtures else None  # whose images are in one another's mixtures
-    return reconstruction(layers, streams.sparse, streams.dense, options, streams.kept_bytes(layers), groups)
+    return reconstruction(layers, streams.sparse, streams.dense, options, streams.kept_bytes(layers))
 
 
 def update_jointly(
@@ -37,8 +36,6 @@ def update_jointly(
         UsageError: the solver gives back something else than a solution.
     """
     objective, precondition = joint_objective(layers, streams, options), None
-    if streams.suffice(options.held_out):
-        objective = objective.holding_out(options.held_out)
     variables, window = objective.variables, objective.window
     theta = variables.pack([streams.network.masked(layer, masks[layer.name]) for layer in layers])
     support = variables.pack([streams.samples.solvable(layer, masks[layer.name], options) for layer in layers], True)

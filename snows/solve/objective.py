@@ -89,7 +89,6 @@ class Objective:
         self.group = examples.sparse.group
         self.variables = Variables(self.window.layers, options.biases)
         self.coefficients = self._coefficients()
-        self.held_out: Objective | None = None  # the same loss on images that theta is not fitted to
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -105,18 +104,6 @@ class Objective:
     def on(self, indices: list[int]) -> Objective:
         """The loss of some of the micro-batches alone, with coefficients of their own."""
         return Objective(self.examples, self.options, self.kept_bytes, indices, self.counted)
-
-    def holding_out(self, share: float) -> Objective:
-        """The loss without about that share of the images, on which it is checked; of whole groups, one at least.
-
-        Itself, where there is no share or a single group: of micro-batches, or of those whose images are in mixtures.
-        """
-        fitted, held = set_apart(self.examples.groups, share)
-        if not held:
-            return self
-        objective = self.on(fitted)
-        objective.held_out = self.on(held)
-        return objective
 
     def sample(self, images: int) -> list[int]:
         """Micro-batches of about so many images, at least one, spread over the calibration set; 0: all of them."""
@@ -157,17 +144,6 @@ class Objective:
         sizes = self.examples.numbers() if self.options.depth_weights == "mean" else self.examples.energies()
         totals = [sum(depth) for depth in zip(*sizes[self.indices].tolist())]
         return [1 / total if total > 0 and counts else 0.0 for total, counts in zip(totals, self.counted)]
-
-
-def set_apart(groups: list[list[int]], share: float) -> tuple[list[int], list[int]]:
-    """(micro-batches that are fitted, those of about that share of the groups, which are not), spread over all.
-
-    Of a single group, all are fitted.
-    """
-    count = min(len(groups) // 2, max(1, round(share * len(groups)))) if share else 0
-    held = {(2 * i + 1) * len(groups) // (2 * count) for i in range(count)}
-    fitted = [index for number, group in enumerate(groups) if number not in held for index in group]
-    return fitted, [index for number in sorted(held) for index in groups[number]]
 
 
 def reconstruction(

@@ -12,54 +12,14 @@ from torch import Tensor
 
 from snows.network.tangent import dot
 from snows.options import Options
-from snows.solve.cg import CGResult, Operator, check_finite, conjugate_gradients
+from snows.solve.cg import Operator, check_finite, conjugate_gradients
 from snows.solve.curvature import Curvature
 from snows.solve.objective import Objective
 from snows.solve.recycled import Recycled
 
 SUFFICIENT_DECREASE = 1e-4  # Armijo's constant
 MAX_HALVINGS = 8
-PATIENCE = 2  # iterates of CG that may fail to lower the loss on images held out, one after the other
 STAGNATION = 1e-3  # relative decrease of the loss below which another Newton step is not worth its products
-
-
-class EarlyStop:
-    """Stops CG, and takes the iterate at which the loss on images that are held out is least.
-
-    Truncated CG regularises as a ridge does (each iteration lets in directions of less curvature), so that the images
-    say how much: once an iterate has lowered their loss, CG goes on until PATIENCE in a row have not. Where none does,
-    the steps are too long for them, and a part of CG's last one may still do.
-    """
-
-    def __init__(self, held_out: Objective, theta: Tensor):
-        self.held_out, self.theta = held_out, theta
-        self.start = self.loss = held_out.loss(theta)
-        self.found: tuple[Tensor, Tensor] | None = None  # the best iterate and its product
-        self.worse = 0
-
-    def __call__(self, step: Tensor, product: Tensor) -> bool:
-        loss = self.held_out.loss(self.theta + step)
-        if loss < self.loss:
-            self.loss, self.worse, self.found = loss, 0, (step.clone(), product.clone())
-        else:
-            self.worse += 1
-        return self.found is None or self.worse < PATIENCE
-
-    def take(self, cg: CGResult) -> tuple[Tensor, Tensor]:
-        """The best iterate and its product, which are kept no longer; CG's last where none has lowered the loss."""
-        found, self.found = self.found, None
-        return found or (cg.step, cg.product)
-
-    def shorten(self, search: LineSearch, direction: Tensor, fitted: Objective, before: Tensor) -> LineSearch:
-        """A line search's step, halved until it lowers the loss here too; none, if it never does."""
-        for halvings in range(MAX_HALVINGS + 1 if search.length else 0):
-            length = search.length / 2**halvings
-            theta = self.theta + length * direction
-            self.loss = self.held_out.loss(theta)
-            if self.loss < self.start:
-                return LineSearch(length, fitted.loss(theta)) if halvings else search
-        self.loss = self.start
-        return LineSearch(0.0, before)
 
 
 @dataclass
@@ -87,8 +47,6 @@ class SolveStats:
 
     loss_before: float = float("nan")
     loss_after: float = float("nan")
-    held_out_before: float = float("nan")  # the loss on images that were held out, where any were
-    held_out_after: float = float("nan")
     newton_steps: int = 0
     cg_iterations: int = 0
     products: float = 0.0  # curvature-vector products, in units of the whole calibration set
@@ -121,10 +79,6 @@ def solve(
             stats.cg_iterations += len(step.residuals)
             stats.products += len(step.residuals) * step.share / len(parts)
             stats.residuals.append(step.residuals)
-            if step.unseen is not None:
-                stats.held_out_after = step.unseen.loss.item()
-                if number == 0:
-                    stats.held_out_before = step.unseen.start.item()
         before, after = step.before, step.after
         if options.batching:  # steps that each helped their own mini-batch may still hurt the whole
             before, after = objective.loss(start), objective.loss(theta)
@@ -150,7 +104,6 @@ class NewtonStep:
     residuals: list[float]  # of CG, one per iteration; its vectors are as large as theta, and not kept
     share: float  # of the images, those that its products looked at
     searched: bool = True  # whether there was a direction to search along
-    unseen: EarlyStop | None = None  # what the images that were held out say
 
 
 def newton_step(
@@ -165,7 +118,6 @@ def newton_step(
     here = Curvature(objective, theta)
     check_finite(here.loss, "the loss")
     descent = here.gradient.mul_(support).neg_()
-    unseen = None if objective.held_out is None else EarlyStop(objective.held_out, theta)
     cg = conjugate_gradients(
         recycled.noting(lambda v: here.matvec(v).mul_(support)),
         descent,
@@ -173,21 +125,17 @@ def newton_step(
         damping=damping,
         tolerance=options.cg_tolerance,
         max_iterations=options.max_CG_iterations,
-        watch=unseen or (lambda step, product: True),
     )
-    direction, product = (cg.step, cg.product) if unseen is None else unseen.take(cg)
-    result = NewtonStep(theta, damping, here.loss, here.loss, cg.residuals, here.share, unseen=unseen)
-    slope = -dot(descent, direction)
+    result = NewtonStep(theta, damping, here.loss, here.loss, cg.residuals, here.share)
+    slope = -dot(descent, cg.step)
     if not slope < 0:  # a zero gradient, or nothing found
         return replace(result, searched=False)
-    search = backtrack(objective.loss, theta, direction, here.loss, slope)
+    search = backtrack(objective.loss, theta, cg.step, here.loss, slope)
     # Levenberg-Marquardt: trust the quadratic model more where it predicted well, less where it did not.
-    predicted = -(slope + dot(direction, product) / 2)
+    predicted = -(slope + dot(cg.step, cg.product) / 2)
     ratio = (here.loss - search.loss) / predicted
     if search.length < 1 or ratio < 0.25:
         damping *= 4
     elif ratio > 0.75:
         damping /= 4
-    if unseen is not None:
-        search = unseen.shorten(search, direction, objective, here.loss)
-    return replace(result, theta=theta + search.length * direction, damping=damping, after=search.loss)
+    return replace(result, theta=theta + search.length * cg.step, damping=damping, after=search.loss)

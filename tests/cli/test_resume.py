@@ -269,8 +269,6 @@ def test_a_step_comes_back_as_it_was(tmp_path):
         shape=(2, 3),
         sparsity=0.5,
         loss_before=2.0,
-        held_out_before=2.5,
-        held_out_after=0.75,
         loss_after=1.0,
         newton_steps=1,
         cg_iterations=2,

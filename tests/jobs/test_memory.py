@@ -113,7 +113,7 @@ def run(mebibytes, batch_size):
     memory.forget_peak("cpu")
     before, in_use = memory.peak_memory("cpu"), memory.used_memory("cpu")
     budget = (in_use / 2**20 + mebibytes) / 1024 if mebibytes else 0
-    options = snows.Options(schedule=0, joint_steps=1, joint_CG_iterations=1, max_CG_iterations=1, held_out=0.0)
+    options = snows.Options(schedule=0, joint_steps=1, joint_CG_iterations=1, max_CG_iterations=1)
     pruned = snows.prune(model, images, snows.NM(1, 2), options.but(batch_size=batch_size, memory_budget=budget))
     return pruned, max(layer.peak_memory_bytes for layer in pruned.layers) - before
 

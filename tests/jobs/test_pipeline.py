@@ -147,7 +147,7 @@ def test_128_images_at_batch_128_still_give_a_step():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
     for batching in (True, False):
-        options = snows.Options(batch_size=128, batching=batching, newton_steps=1, joint_steps=1, held_out=0.0)
+        options = snows.Options(batch_size=128, batching=batching, newton_steps=1, joint_steps=1)
         pruned = snows.prune(model, torch.randn(128, 2, 2, 2), snows.NM(1, 2), options)
         assert all(layer.newton_steps == 1 and layer.loss_after < layer.loss_before for layer in pruned.layers)
 

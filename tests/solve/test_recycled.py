@@ -100,7 +100,7 @@ def test_joint_steps_recycle_what_the_memory_holds(tiny, images, monkeypatch):
     """As many products as there is room for; none, where there is none."""
     network = Network(tiny)
     masks = {layer.name: random(*layer.shape) > 0 for layer in network.layers}
-    options = snows.Options(joint_steps=3, joint_CG_iterations=2, min_samples=0.0, held_out=0.0)
+    options = snows.Options(joint_steps=3, joint_CG_iterations=2, min_samples=0.0)
 
     def loss(recycle):
         streams = Streams(Network(copy.deepcopy(tiny)), list(images.split(2)), "cpu")
