@@ -4,13 +4,16 @@ import math
 
 import pytest
 import torch
-from helpers import randomise
+from helpers import ROOT, randomise
 from torch import nn
+from utils import KNOWN
 
 import snows
 from snows.calibration.streams import Streams
 from snows.network.network import Network
 from snows.solve.objective import reconstruction
+from snows.zoo.evaluate import score
+from snows.zoo.registry import load_classifier, load_data
 
 ONE_PASS = snows.Options(schedule=0, joint_steps=0)
 CLASSES = 40
@@ -152,3 +155,17 @@ def test_features_that_vanish_are_left_to_those_that_do_not(scale):
     assert not pruned.problems
     assert all(math.isfinite(record.loss_after) and record.loss_after <= record.loss_before for record in pruned.layers)
     assert pruned.layers[0].loss_after < pruned.layers[0].loss_before
+
+
+def test_joint_steps_on_few_images_help_on_those_that_they_have_not_seen():
+    """So none need be held out to say when the steps should end."""
+    classifier = load_classifier("resnet20_digits", KNOWN)
+    data = load_data("resnet20_digits", classifier, "digits", ROOT)
+    few, unseen = data.calibration(12, 0)[0], list(data.test_batches(200))[:1]
+    _, logits = score(classifier.model, unseen)
+
+    def error(joint_steps):
+        found = snows.prune(classifier.model, few, snows.NM(1, 4), ONE_PASS.but(joint_steps=joint_steps))
+        return score(found.model, unseen, dense=logits)[0].logit_error
+
+    assert error(2) < 0.9 * error(0)
