@@ -29,8 +29,8 @@ def default(request):
 
 def test_mixtures_are_the_same(default):
     images = torch.rand(6, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    expected = with_mixtures(images, 1, 3, 0, "")
-    torch.testing.assert_close(default(lambda: with_mixtures(images, 1, 3, 0, "")), expected, rtol=0, atol=0)
+    expected = with_mixtures(images, 1, 0, "")
+    torch.testing.assert_close(default(lambda: with_mixtures(images, 1, 0, "")), expected, rtol=0, atol=0)
 
 
 def test_the_order_of_channels_is_the_same(default):

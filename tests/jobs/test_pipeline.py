@@ -13,6 +13,7 @@ from torchvision.models.regnet import BlockParams, RegNet
 
 import snows
 from snows.calibration.images import gather
+from snows.calibration.streams import Streams
 from snows.cli.run_folder import layer_rows
 from snows.methods import snows_with
 from snows.schedule import sweeps
@@ -400,8 +401,16 @@ def test_joint_steps_behind_each_stage(tiny, images, mask_alg, solved):
 
 
 @pytest.fixture
-def parted(tiny):
-    """A job whose joint steps cut the images into other micro-batches; the next sweep keeps to those."""
+def parted(tiny, monkeypatch):
+    """A job whose joint steps need smaller micro-batches, as where memory is tight; the next sweep keeps to those."""
+    fit = Streams.fit_jointly
+
+    def fit_four(streams, layers, options):
+        fit(streams, layers, options)
+        if streams.batch_size > 4:
+            streams.split(4)
+
+    monkeypatch.setattr(Streams, "fit_jointly", fit_four)
     images = torch.randn(48, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return tiny, images, snows.NM(1, 4), fast(batch_size=8, schedule=2, joint_steps=1, joint_stages=True)
 
