@@ -73,11 +73,13 @@ def test_what_a_run_leaves_dense_is_in_its_metrics_and_not_masked_before(run, tm
     assert evaluate.accuracy(masked, data.test_batches(256)) == pytest.approx(saved["masked_accuracy"])
 
 
-def test_all_that_a_run_writes_is_json(run, tmp_path):
-    run("--schedule", 0, "--joint_steps", 1)
+@pytest.mark.parametrize("flags", [("--schedule", 0, "--joint_steps", 1), ("--algo", "MP")])
+def test_all_that_a_run_writes_is_json(run, tmp_path, flags):
+    run(*flags)
     for file in (tmp_path / "run").glob("*.json"):
         strict(file.read_text())
-    assert strict((tmp_path / "run" / "layers.json").read_text())
+    (first, *_) = strict((tmp_path / "run" / "layers.json").read_text())
+    assert (first["loss_before"] is None) == ("MP" in flags)  # where nothing was solved, it is not a number
 
 
 def test_joint_steps_are_measured_once_for_all_layers(run, tmp_path, monkeypatch):
